@@ -1,0 +1,1 @@
+"""Compress Diffusion Transformers with PPCL (arXiv 2511.16156)."""

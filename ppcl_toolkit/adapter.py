@@ -1,0 +1,151 @@
+"""An architecture described as data: where its blocks are, and what a block's streams are called.
+
+A family is one file `adapters/<family>.py` that exports `ADAPTER`. `package.module:NAME` and the entry-point group
+`ppcl_toolkit.adapters` name adapters that live elsewhere.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.resources
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ppcl_toolkit.errors import PpclError
+
+Stream = Literal["image", "text"]
+Remap = Callable[[dict[str, Any], dict[str, Tensor], Mapping[str, Sequence[int]]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """One container of consecutive blocks.
+
+    Module paths in `ffn`, `joint_attention`, `text_query` and `text_out` are relative to a block.
+    """
+
+    path: str
+    """Module path of the `nn.ModuleList` in the transformer."""
+    depth_key: str
+    """Config key that holds its length."""
+    index_keys: tuple[str, ...] = ()
+    """Config keys that hold lists of block indices, renumbered when blocks go (SD3.5 `dual_attention_layers`)."""
+    image: str = "hidden_states"
+    """Forward argument of the image stream."""
+    text: str | None = "encoder_hidden_states"
+    """Forward argument of the text stream; None where blocks have one stream."""
+    returns: tuple[Stream, ...] = ("text", "image")
+    """Order of the streams that a block returns; one entry stands for a bare tensor."""
+    ffn: Mapping[Stream, str] = field(default_factory=dict)
+    """Feed-forward module of each stream, where a linear map may replace it (Eq. 9)."""
+    joint_attention: str | None = None
+    """Attention with separate text weights, where a text stream may be replaced (Eq. 8)."""
+    attention_text: str = "encoder_hidden_states"
+    """Argument of `joint_attention` by which the text enters: the `z` of Eq. 8."""
+    text_query: tuple[str, ...] = ()
+    """Modules that only make text queries: dead once nobody reads the text's own attention output."""
+    text_out: tuple[str, ...] = ()
+    """Modules that only project the text's attention output: dead likewise."""
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """Streams of a block, image first."""
+        return ("image", "text") if self.text else ("image",)
+
+    def argument(self, stream: Stream) -> str:
+        """Forward argument that carries `stream`."""
+        name = self.image if stream == "image" else self.text
+        assert name is not None, f"{self.path} has no {stream} stream"
+        return name
+
+    def blocks(self, transformer: nn.Module) -> nn.ModuleList:
+        """Return the container of this stack in `transformer`."""
+        blocks = transformer.get_submodule(self.path)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A family of transformers: its stacks in forward order, and how a denoising call is made."""
+
+    family: str
+    transformer: str
+    """Class name in diffusers."""
+    stacks: tuple[Stack, ...]
+    latents: str = "hidden_states"
+    """Argument that holds the noised latents, tokens or pixels second; reference tokens may follow the noised ones."""
+    timestep: str = "timestep"
+    timestep_scale: float = 1.0
+    """What the pipeline passes for sigma = 1."""
+    shared: tuple[str, ...] = ()
+    """Arguments that have no batch dimension."""
+    remap: Remap | None = None
+    """`remap(config, state_dict, kept)`, in place, for families whose other weights depend on block numbers."""
+
+    def stack(self, path: str) -> Stack:
+        """Return the stack at `path`; unknown paths are a `PpclError` that lists the known ones."""
+        for stack in self.stacks:
+            if stack.path == path:
+                return stack
+        known = ", ".join(stack.path for stack in self.stacks)
+        raise PpclError(f"{self.family} has no stack {path!r}; it has: {known}")
+
+    def depths(self, transformer: nn.Module) -> dict[str, int]:
+        """Return the number of blocks of each stack."""
+        return {stack.path: len(stack.blocks(transformer)) for stack in self.stacks}
+
+
+def available_adapters() -> list[str]:
+    """List the names that `load_adapter` takes: shipped families, then installed entry points."""
+    shipped = [
+        entry.name.removesuffix(".py")
+        for entry in importlib.resources.files("ppcl_toolkit.adapters").iterdir()
+        if entry.name.endswith(".py") and not entry.name.startswith("_")
+    ]
+    return sorted(shipped) + sorted(set(_entry_points()) - set(shipped))
+
+
+def load_adapter(name: str) -> Adapter:
+    """Load an adapter by family name, entry-point name or `package.module:NAME`.
+
+    Raises `PpclError` with the choices when there is none of that name.
+    """
+    if ":" in name:
+        found = _import(name)
+    elif name in _entry_points():
+        found = _entry_points()[name].load()
+    elif name in available_adapters():
+        found = _import(f"ppcl_toolkit.adapters.{name}:ADAPTER")
+    else:
+        raise PpclError(
+            f"unknown adapter {name!r}; available: {', '.join(available_adapters())}, "
+            "or package.module:NAME for one of your own"
+        )
+    if not isinstance(found, Adapter):
+        raise PpclError(f"adapter {name!r} is a {type(found).__name__}, not a ppcl_toolkit.Adapter")
+    return found
+
+
+def adapter_for(transformer_class: str) -> Adapter:
+    """Pick the adapter by the transformer's class name (`adapter: auto`)."""
+    adapters = [load_adapter(name) for name in available_adapters()]
+    for adapter in adapters:
+        if adapter.transformer == transformer_class:
+            return adapter
+    known = ", ".join(f"{a.family} ({a.transformer})" for a in adapters)
+    raise PpclError(f"no adapter for {transformer_class}; available: {known}")
+
+
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group="ppcl_toolkit.adapters")}
+
+
+def _import(reference: str) -> object:
+    module, _, name = reference.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise PpclError(f"adapter {reference!r} cannot be imported: {error}") from error

@@ -1,0 +1,163 @@
+"""Block calls bound by name: what a transformer passes to its blocks, and how one block is run alone.
+
+Shapes: B batch, N tokens of a stream, D features.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ppcl_toolkit.adapter import Adapter, Stack
+
+Arguments = dict[str, Any]
+"""Forward arguments of one block by name, without its streams."""
+
+
+class Streams(NamedTuple):
+    """The token streams between two blocks, each [B, N, D]; `text` is None where a stack has one stream."""
+
+    image: Tensor
+    text: Tensor | None = None
+
+    def of(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return the named streams that are present."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class StackCalls(NamedTuple):
+    """How a transformer calls the blocks of one stack for one batch."""
+
+    arguments: list[Arguments]
+    """Per block, everything but the streams."""
+    streams: Streams
+    """What the first block is given."""
+
+
+class _Entered(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by the last block of interest: nothing after it is needed."""
+
+
+def bind(block: nn.Module, stack: Stack, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Arguments, Streams]:
+    """Bind a block's call to its argument names: diffusers passes keywords, and positions under checkpointing."""
+    arguments = dict(inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments)
+    arguments.pop("self")
+    streams = Streams(*(arguments.pop(stack.argument(stream)) for stream in stack.streams))
+    return arguments, streams
+
+
+def pack(stack: Stack, streams: Streams) -> Any:
+    """Put streams in the order in which a block of `stack` returns them."""
+    values = tuple(getattr(streams, name) for name in stack.returns)
+    return values if len(values) > 1 else values[0]
+
+
+def unpack(stack: Stack, output: Any) -> Streams:
+    """Read the streams from what a block of `stack` returned."""
+    values = output if isinstance(output, tuple) else (output,)
+    return Streams(**dict(zip(stack.returns, values, strict=True)))
+
+
+def run_block(block: nn.Module, stack: Stack, arguments: Arguments, streams: Streams) -> Streams:
+    """Run one block on `streams`."""
+    given = {stack.argument(name): value for name, value in streams.of(stack.streams).items()}
+    output = unpack(stack, block(**arguments, **given))
+    # A stack whose blocks return the image alone leaves the text as it was.
+    return output if "text" in stack.returns else Streams(output.image, streams.text)
+
+
+def stack_calls(
+    transformer: nn.Module, adapter: Adapter, path: str, kwargs: Mapping[str, Any], before: Streams | None = None
+) -> StackCalls:
+    """Record how `transformer(**kwargs)` calls the blocks of the stack at `path`, running no block at all.
+
+    `before` are the streams at the end of the stack before it, where there is one: the transformer's own code carries
+    them over to this stack.
+    """
+    recorded: list[tuple[Arguments, Streams]] = []
+    order = [stack.path for stack in adapter.stacks]
+    with contextlib.ExitStack() as patches:
+        for position, stack in enumerate(adapter.stacks[: order.index(path) + 1]):
+            blocks = stack.blocks(transformer)
+            for index, block in enumerate(blocks):
+                final = index == len(blocks) - 1
+                forward = _passer(block, stack)
+                if stack.path == path:
+                    forward = _recorder(block, stack, recorded, final=final)
+                elif final and position == order.index(path) - 1:
+                    assert before is not None, "a later stack starts from the streams of the one before it"
+                    forward = _passer(block, stack, before)
+                patches.enter_context(_forward(block, forward))
+        with contextlib.suppress(_Entered):
+            transformer(**kwargs)
+    assert recorded, f"the transformer did not call the blocks of {path}"
+    return StackCalls([arguments for arguments, _ in recorded], recorded[0][1])
+
+
+@contextlib.contextmanager
+def joint_text(block: nn.Module, stack: Stack) -> Iterator[list[Tensor]]:
+    """Collect the text that enters the joint attention, z of Eq. 8, [B, N, D], at every run of `block`."""
+    assert stack.joint_attention is not None, f"{stack.path} has no joint attention"
+    attention = block.get_submodule(stack.joint_attention)
+    names = list(inspect.signature(type(attention).forward).parameters)[1:]
+    seen: list[Tensor] = []
+
+    def collect(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append({**dict(zip(names, args, strict=False)), **kwargs}[stack.attention_text])
+
+    handle = attention.register_forward_pre_hook(collect, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def detach(value: Any) -> Any:
+    """Detach every tensor of nested tuples, lists and dicts."""
+    return map_tensors(value, torch.Tensor.detach)
+
+
+def map_tensors(value: Any, function: Any) -> Any:
+    """Apply `function` to every tensor of nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    if isinstance(value, Streams):
+        return Streams(*(map_tensors(item, function) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(item, function) for item in value)
+    return value
+
+
+@contextlib.contextmanager
+def _forward(block: nn.Module, forward: Any) -> Iterator[None]:
+    # On the instance, so that code that looks at the block itself still finds its attributes.
+    own = vars(block).get("forward")
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+        if own is not None:
+            block.forward = own
+
+
+def _passer(block: nn.Module, stack: Stack, streams: Streams | None = None) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return pack(stack, streams or bind(block, stack, args, kwargs)[1])
+
+    return forward
+
+
+def _recorder(block: nn.Module, stack: Stack, recorded: list[tuple[Arguments, Streams]], *, final: bool) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        recorded.append(bind(block, stack, args, kwargs))
+        if final:
+            raise _Entered
+        return pack(stack, recorded[-1][1])
+
+    return forward

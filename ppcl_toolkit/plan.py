@@ -1,0 +1,238 @@
+"""What is removed and what becomes linear: plain data, versioned JSON, every structural rule.
+
+Block numbers are the teacher's: 0-based, inclusive, per stack. A plan is an ordered list of operations (intervals, then
+text runs, then FFN swaps), and any prefix of it is a valid plan: that is what makes a bank plug and play.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
+
+from ppcl_toolkit.adapter import Stream
+from ppcl_toolkit.errors import PpclError
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Interval(_Record):
+    """Blocks `first` to `last` of a stack, for which one block stands in (Sec. 3.3)."""
+
+    kind: Literal["interval"] = "interval"
+    stack: str
+    first: NonNegativeInt
+    last: NonNegativeInt
+
+    @property
+    def removed(self) -> int:
+        """Blocks that go."""
+        return self.last - self.first
+
+    def __str__(self) -> str:
+        return f"{self.stack}[{self.first},{self.last}]"
+
+
+class TextRun(_Record):
+    """Blocks after `reference`, up to `last`, take their text from `reference` by linear maps (Eq. 8)."""
+
+    kind: Literal["text_run"] = "text_run"
+    stack: str
+    reference: NonNegativeInt
+    last: NonNegativeInt
+
+    def __str__(self) -> str:
+        return f"{self.stack} text [{self.reference},{self.last}]"
+
+
+class FfnSwap(_Record):
+    """The feed-forward networks of one block become linear maps (Eq. 9)."""
+
+    kind: Literal["ffn_swap"] = "ffn_swap"
+    stack: str
+    block: NonNegativeInt
+    streams: tuple[Stream, ...]
+
+    def __str__(self) -> str:
+        return f"{self.stack}[{self.block}] ffn {'+'.join(self.streams)}"
+
+
+Operation = Annotated[Interval | TextRun | FfnSwap, Field(discriminator="kind")]
+_ORDER = {"interval": 0, "text_run": 1, "ffn_swap": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One block of a student: the teacher's blocks it stands for, and what of it is narrow."""
+
+    stack: str
+    first: int
+    last: int
+    text: Literal["own", "tap", "inside", "end"] = "own"
+    """`tap` also hands on its z (the reference of a run); `inside` reads z; `end` reads z and writes h."""
+    reference: int | None = None
+    """Where an `inside` or `end` block finds its text."""
+    ffn: tuple[Stream, ...] = ()
+    """Streams whose FFN is a linear map."""
+
+    @property
+    def narrow_text(self) -> bool:
+        """Whether the text stream of this block is replaced."""
+        return self.text in ("inside", "end")
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether this is an unmodified block class (weights may differ)."""
+        return self.text == "own" and not self.ffn
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether the weights are the teacher's own."""
+        return self.first == self.last and not self.narrow_text and not self.ffn
+
+    @property
+    def key(self) -> str:
+        """Name of its weights in a bank; a tap has the weights of the block without the tap."""
+        parts = [f"{self.stack}.{self.first}-{self.last}"]
+        if self.narrow_text:
+            parts.append(f"text{self.reference}{self.text}")
+        if self.ffn:
+            parts.append("ffn_" + "_".join(self.ffn))
+        return ".".join(parts)
+
+    @property
+    def previous(self) -> "Form | None":
+        """The wider form that this one is trained from; None for a teacher block."""
+        if self.ffn:
+            return replace(self, ffn=())
+        if self.narrow_text:
+            return replace(self, text="own", reference=None)
+        return replace(self, last=self.first) if self.last > self.first else None
+
+
+class Plan(_Record):
+    """The operations that turn a teacher into a student, in the order in which they apply."""
+
+    version: Literal[1] = 1
+    family: str
+    teacher: str = ""
+    """Where the teacher came from: hub id and revision, or path and hash."""
+    depths: dict[str, int]
+    """Number of blocks of each stack of the teacher, in forward order."""
+    operations: tuple[Operation, ...] = ()
+    history: tuple[dict[str, Any], ...] = ()
+    """Plans by which the teacher itself was made, oldest first."""
+
+    @property
+    def intervals(self) -> tuple[Interval, ...]:
+        """Depth operations."""
+        return tuple(o for o in self.operations if isinstance(o, Interval))
+
+    @property
+    def text_runs(self) -> tuple[TextRun, ...]:
+        """Text streams that become linear."""
+        return tuple(o for o in self.operations if isinstance(o, TextRun))
+
+    @property
+    def ffn_swaps(self) -> tuple[FfnSwap, ...]:
+        """Feed-forward networks that become linear."""
+        return tuple(o for o in self.operations if isinstance(o, FfnSwap))
+
+    @property
+    def is_depth_only(self) -> bool:
+        """Whether the student is a stock class with fewer blocks."""
+        return not (self.text_runs or self.ffn_swaps)
+
+    def prefix(self, count: int) -> "Plan":
+        """Return the plan of the first `count` operations."""
+        return self.model_copy(update={"operations": self.operations[:count]})
+
+    def forms(self) -> Iterator[Form]:
+        """Yield the student's blocks, stack by stack in forward order."""
+        for stack, depth in self.depths.items():
+            interval_at = {i.first: i for i in self.intervals if i.stack == stack}
+            index = 0
+            while index < depth:
+                last = interval_at[index].last if index in interval_at else index
+                yield self._narrowed(Form(stack, index, last))
+                index = last + 1
+
+    def kept(self) -> dict[str, list[int]]:
+        """Return the teacher's block number of each student block, per stack."""
+        kept: dict[str, list[int]] = {stack: [] for stack in self.depths}
+        for form in self.forms():
+            kept[form.stack].append(form.first)
+        return kept
+
+    def save(self, path: Path) -> None:
+        """Write this plan as JSON."""
+        path.write_text(self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        """Read a plan; a broken one is a `PpclError` that names the field."""
+        try:
+            return cls.model_validate_json(path.read_text())
+        except (OSError, ValidationError) as error:
+            raise PpclError(f"{path} is not a plan: {error}") from error
+
+    def _narrowed(self, form: Form) -> Form:
+        for run in self.text_runs:
+            if run.stack == form.stack:
+                if form.first == run.reference:
+                    form = replace(form, text="tap")
+                elif run.reference < form.first <= run.last:
+                    text: Literal["inside", "end"] = "end" if form.last == run.last else "inside"
+                    form = replace(form, text=text, reference=run.reference)
+        for swap in self.ffn_swaps:
+            if swap.stack == form.stack and swap.block == form.first:
+                form = replace(form, ffn=swap.streams)
+        return form
+
+    @model_validator(mode="after")
+    def _check(self) -> "Plan":
+        ranks = [_ORDER[o.kind] for o in self.operations]
+        _rule(ranks == sorted(ranks), "operations come in the order intervals, text runs, FFN swaps")
+        for operation in self.operations:
+            depth = self.depths.get(operation.stack)
+            _rule(depth is not None, f"{operation}: the teacher has no such stack, it has {list(self.depths)}")
+            end = operation.block if isinstance(operation, FfnSwap) else operation.last
+            _rule(end < (depth or 0), f"{operation}: the stack has blocks 0 to {(depth or 0) - 1}")
+        _check_spans([(i.stack, i.first, i.last, i) for i in self.intervals])
+        _check_spans([(r.stack, r.reference, r.last, r) for r in self.text_runs])
+        firsts = {(f.stack, f.first): f for f in self._depth_forms()}
+        for run in self.text_runs:
+            _rule((run.stack, run.reference) in firsts, f"{run}: its reference is inside a removed interval")
+            ends = {f.last for f in firsts.values() if f.stack == run.stack}
+            _rule(run.last in ends, f"{run}: its end is inside an interval that reaches further")
+        seen = set()
+        for swap in self.ffn_swaps:
+            _rule((swap.stack, swap.block) in firsts, f"{swap}: the block is removed by an interval")
+            _rule((swap.stack, swap.block) not in seen, f"{swap}: the block is listed twice")
+            _rule(bool(swap.streams), f"{swap}: no stream is named")
+            seen.add((swap.stack, swap.block))
+            in_run = any(r.stack == swap.stack and r.reference < swap.block <= r.last for r in self.text_runs)
+            _rule(not (in_run and "text" in swap.streams), f"{swap}: a text run already removes this text FFN")
+        return self
+
+    def _depth_forms(self) -> Iterator[Form]:
+        depth_only = self.model_construct(
+            family=self.family, depths=self.depths, operations=self.intervals
+        )
+        return depth_only.forms()
+
+
+def _rule(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _check_spans(spans: list[tuple[str, int, int, Interval | TextRun]]) -> None:
+    for _, first, last, what in spans:
+        _rule(first < last, f"{what}: needs at least two blocks, first below last")
+    ordered = sorted(spans, key=lambda span: span[:3])
+    for (stack, _, last, one), (other_stack, first, _, other) in zip(ordered, ordered[1:], strict=False):
+        _rule(stack != other_stack or first > last, f"{one} and {other} overlap")
