@@ -219,9 +219,7 @@ class Plan(_Record):
         return self
 
     def _depth_forms(self) -> Iterator[Form]:
-        depth_only = self.model_construct(
-            family=self.family, depths=self.depths, operations=self.intervals
-        )
+        depth_only = self.model_construct(family=self.family, depths=self.depths, operations=self.intervals)
         return depth_only.forms()
 
 

@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Adapter, Stack
@@ -37,7 +36,7 @@ class StackCalls(NamedTuple):
     """What the first block is given."""
 
 
-class _Entered(Exception):  # noqa: N818 - a signal, not an error
+class _Entered(Exception):
     """Raised by the last block of interest: nothing after it is needed."""
 
 
@@ -70,7 +69,11 @@ def run_block(block: nn.Module, stack: Stack, arguments: Arguments, streams: Str
 
 
 def stack_calls(
-    transformer: nn.Module, adapter: Adapter, path: str, kwargs: Mapping[str, Any], before: Streams | None = None
+    transformer: nn.Module,
+    adapter: Adapter,
+    path: str,
+    kwargs: Mapping[str, Any],
+    before: Streams | None = None,
 ) -> StackCalls:
     """Record how `transformer(**kwargs)` calls the blocks of the stack at `path`, running no block at all.
 
@@ -115,11 +118,6 @@ def joint_text(block: nn.Module, stack: Stack) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def detach(value: Any) -> Any:
-    """Detach every tensor of nested tuples, lists and dicts."""
-    return map_tensors(value, torch.Tensor.detach)
-
-
 def map_tensors(value: Any, function: Any) -> Any:
     """Apply `function` to every tensor of nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
@@ -128,7 +126,7 @@ def map_tensors(value: Any, function: Any) -> Any:
         return {key: map_tensors(item, function) for key, item in value.items()}
     if isinstance(value, Streams):
         return Streams(*(map_tensors(item, function) for item in value))
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, tuple | list):
         return type(value)(map_tensors(item, function) for item in value)
     return value
 

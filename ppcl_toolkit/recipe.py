@@ -1,0 +1,323 @@
+"""A job as data: YAML in, typed and frozen out. Every default is here; every shipped recipe comments its keys.
+
+The values of the paper (Sec. 4.1, appendix 6) are the preset `paper`.
+"""
+
+import difflib
+import importlib.resources
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.plan import FfnSwap, Interval, TextRun
+
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Lossname = Literal["direction", "relative_mse", "direction_magnitude"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Teacher(Section):
+    """The pipeline to compress, and how its images are made."""
+
+    path: str
+    """Hub id, pipeline folder, or `shapes`: the embedded one."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the weights in memory."""
+    call: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of every call of the pipeline: steps, guidance, height, width, ..."""
+
+
+class Samples(Section):
+    """What the teacher is run on: its own images of prompts, or image-caption pairs."""
+
+    prompts: str = "shapes"
+    """Text file with one prompt a line, or `shapes`: captions of the embedded world's training side."""
+    images: str | None = None
+    """Folder of images, each with a .txt caption beside it; replaces `prompts`."""
+    count: PositiveInt = 160
+    """Samples to record (paper: 160 for calibration)."""
+    batch: PositiveInt = 1
+    """Prompts in one call of the pipeline."""
+    sigma_mean: float = 0.0
+    sigma_std: PositiveFloat = 1.0
+    """Noise levels of training: sigma = sigmoid(normal(mean, std))."""
+
+
+class Probe(Section):
+    """Linear probes, Eq. 1 and 2."""
+
+    batches: PositiveInt = 40
+    batch: PositiveInt = 4
+    ridge: PositiveFloat = 1e-6
+    """Relative to the mean diagonal of X X^T."""
+    steps: Count = 0
+    """AdamW steps after the closed form (paper: 2000); the closed form already is the minimum of Eq. 2."""
+    learning_rate: PositiveFloat = 1e-4
+
+
+class Intervals(Section):
+    """Candidates for removal, Eq. 3-5 and Algorithm 1."""
+
+    strategy: Literal["trend", "threshold", "given"] = "trend"
+    """`trend` is the paper's; `threshold` its ablation LP-a; `given` takes the list below."""
+    stream: Literal["image", "text", "mean"] = "image"
+    """Whose CKA decides."""
+    threshold: Share = 0.98
+    first_block: dict[str, Count] = Field(default_factory=dict)
+    """Per stack, the first block that may belong to an interval."""
+    given: tuple[Interval, ...] = ()
+    batches: PositiveInt = 10
+    batch: PositiveInt = 4
+
+
+class Target(Section):
+    """One size to export."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    params: str
+    """At most this many transformer parameters: a share of the teacher's (`70%`) or a number (`8B`, `650M`)."""
+    width: bool = True
+    """Whether text streams and FFNs may go; without it the variant is a stock diffusers folder."""
+
+
+class Select(Section):
+    """Which candidates go for which target, by measured substitution error."""
+
+    batches: PositiveInt = 4
+    batch: PositiveInt = 8
+    substitute: Literal["first", "affine"] = "affine"
+    """What stands in while measuring: the interval's first block, or that and a least-squares map behind it."""
+
+
+class Training(Section):
+    """What all three training stages share."""
+
+    steps: Count
+    batch: PositiveInt = 2
+    """Samples per step and process."""
+    learning_rate: PositiveFloat = 1e-4
+    warmup: Count = 20
+    """Steps of linear warm-up; then cosine decay to zero."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.02
+    clip: PositiveFloat | None = 1.0
+    """Largest gradient norm."""
+    checkpoint_every: PositiveInt = 200
+    """Steps between states on disk."""
+    gradient_checkpointing: bool = False
+    streamed: bool = False
+    """One block on the device at a time, for models larger than its memory (depth and width)."""
+    chunk: PositiveInt = 1
+    """Batches that share one visit of a streamed block."""
+
+
+class Depth(Training):
+    """Non-sequential distillation of intervals, Eq. 6 and 7."""
+
+    steps: Count = 6000
+    loss: Lossname = "direction"
+    init: Literal["first", "best", "average"] = "first"
+    """Weights a student starts from: block u (paper), the block with the least error behind an affine map, the mean."""
+    inputs: Literal["teacher", "student", "mixed"] = "teacher"
+    """`student` is sequential distillation; `mixed` goes over to it halfway."""
+
+
+class Width(Training):
+    """Linear text streams and FFNs, Eq. 8-12."""
+
+    steps: Count = 2000
+    loss: Lossname = "direction"
+    alignment: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the linear alignment loss, Eq. 12."""
+    text_threshold: Share = 0.999
+    """Smallest CKA between the text of a run's reference and of its other blocks."""
+    text_blocks: Count = 0
+    """Most blocks whose text stream goes, deeper first."""
+    ffn_blocks: Count = 3
+    """Most blocks whose FFNs go, the most linear first."""
+    given: tuple[Annotated[TextRun | FfnSwap, Field(discriminator="kind")], ...] = ()
+    """Replaces the search."""
+    batches: PositiveInt = 20
+    """Batches for the least-squares start."""
+    ridge: PositiveFloat = 1e-6
+
+
+class Finetune(Training):
+    """Velocity matching of the whole student against the teacher."""
+
+    steps: Count = 1000
+    batch: PositiveInt = 4
+    features: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the feature terms: the depth loss at the end of every interval."""
+    feature_loss: Lossname = "relative_mse"
+
+
+class Evaluate(Section):
+    """Images of teacher and variants at equal seeds, and what is measured on them."""
+
+    prompts: str = "shapes"
+    """Text file with one prompt a line, or `shapes`: captions that no training saw, with their scorer."""
+    count: PositiveInt = 70
+    seeds: tuple[int, ...] = (0, 1, 2)
+    batch: PositiveInt = 1
+    velocity_batches: PositiveInt = 4
+    """Batches for the relative velocity error."""
+
+
+class Recipe(Section):
+    """A compression job."""
+
+    preset: Literal["default", "paper"] = "default"
+    adapter: str = "auto"
+    seed: int = 42
+    device: str = "auto"
+    teacher: Teacher
+    samples: Samples = Samples()
+    probe: Probe = Probe()
+    intervals: Intervals = Intervals()
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)]
+    select: Select = Select()
+    depth: Depth = Depth()
+    width: Width = Width()
+    finetune: Finetune = Finetune()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Recipe":
+        names = [target.name for target in self.targets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"targets share a name: {names}")
+        return self
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
+        """Read a YAML file or a shipped recipe by name; `overrides` are `section.key=value`.
+
+        Raises `PpclError` that names the line and the nearest known key.
+        """
+        path = _find(source)
+        try:
+            tree = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+            data = yaml.safe_load(path.read_text()) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise PpclError(f"{path} is not YAML: {error}") from error
+        if not isinstance(data, dict):
+            raise PpclError(f"{path} holds no mapping of recipe keys")
+        for override in overrides:
+            _override(data, override)
+        merged = _merge(PRESETS.get(str(data.get("preset")), {}), data)
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as error:
+            raise PpclError(_explain(error, path, tree)) from error
+
+    def dump(self) -> str:
+        """Return this recipe as YAML, every key resolved."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {
+        "probe": {"steps": 2000},
+        "intervals": {"strategy": "trend"},
+        "depth": {"steps": 6000, "batch": 2, "loss": "direction", "init": "first", "inputs": "teacher"},
+        "width": {"steps": 2000, "batch": 2, "loss": "direction", "text_threshold": 0.999, "ffn_blocks": 3},
+        "finetune": {"steps": 1000, "batch": 4},
+    }
+}
+
+
+def shipped_recipes() -> list[str]:
+    """List the names of the recipes in the package."""
+    folder = importlib.resources.files("ppcl_toolkit.recipes")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _find(source: str | Path) -> Path:
+    if Path(source).is_file():
+        return Path(source)
+    name = Path(source).name.removesuffix(".yaml")
+    if name in shipped_recipes() and str(source) in (name, f"{name}.yaml"):
+        return Path(str(importlib.resources.files("ppcl_toolkit.recipes") / f"{name}.yaml"))
+    raise PpclError(f"no recipe {str(source)!r}: give a YAML file or one of {', '.join(shipped_recipes())}")
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    dotted, equals, value = override.partition("=")
+    if not equals or not dotted:
+        raise PpclError(f"--set {override!r}: expected section.key=value")
+    *parents, key = dotted.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise PpclError(f"--set {override!r}: {parent!r} has no keys of its own")
+    try:
+        data[key] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise PpclError(f"--set {override!r}: the value is not YAML") from error
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _explain(error: ValidationError, path: Path, tree: yaml.Node | None) -> str:
+    messages = []
+    for problem in error.errors():
+        location = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            known = _keys_at(problem["loc"][:-1])
+            close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            message = "unknown key" + (f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}")
+        elif problem["type"] != "missing":
+            message += f", not {problem['input']!r}"
+        line = _line(tree, problem["loc"])
+        messages.append(f"{path.name}{f' line {line}' if line else ''}: {location}: {message}")
+    return "\n".join(messages)
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        fields = getattr(model, "model_fields", {})
+        if part in fields:
+            model = fields[part].annotation
+            model = next((m for m in _models(model)), model)
+    return list(getattr(model, "model_fields", {}))
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models(argument)
+
+
+def _line(node: yaml.Node | None, location: tuple[int | str, ...]) -> int | None:
+    line = None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == part]
+            if not found:
+                break
+            line, node = found[0][0].start_mark.line + 1, found[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line

@@ -1,0 +1,183 @@
+"""The run directory: which stage is done, atomic results, resume.
+
+A stage works in `<name>.partial/` and appears as `<name>/` by one rename, so what has its final name is whole. Beside
+its result lies what it was made from; a finished stage is only read again by a recipe that asks for the same.
+"""
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from pydantic import BaseModel
+from safetensors import SafetensorError
+
+from ppcl_toolkit.errors import PpclError
+
+Result = TypeVar("Result")
+_MADE_FROM = "made_from.json"
+
+
+class Progress(Protocol):
+    """Where stages report: `cli.py` draws it."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """`done` of `total` units of `stage` are through."""
+
+
+def silent(stage: str, done: int, total: int, note: str = "") -> None:  # noqa: ARG001
+    """Report nothing."""
+
+
+class Workspace:
+    """A folder that holds one run.
+
+    Raises `PpclError` when the folder holds something that is no run.
+    """
+
+    def __init__(self, path: str | Path, *, progress: Progress = silent, main: bool = True) -> None:
+        self.path = Path(path)
+        self._progress = progress
+        self._main = main
+        self._after = ""
+        if self.path.exists() and not self.path.is_dir():
+            raise PpclError(f"{self.path} is a file; --out names a folder")
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "recipe.yaml").exists():
+            raise PpclError(f"{self.path} holds something that is no run of ppcl; choose another --out")
+
+    def open(self, recipe: str) -> None:
+        """Make the folder, and note what was asked and on what."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / "recipe.yaml", recipe)
+            write_json(self.path / "environment.json", _environment())
+
+    def stage(
+        self,
+        name: str,
+        settings: BaseModel | Mapping[str, Any],
+        make: Callable[[Path, Callable[..., None]], None],
+        load: Callable[[Path], Result],
+    ) -> Result:
+        """Return `load(folder)`, after `make(folder, progress)` where this stage is not done yet.
+
+        `make` may find its own earlier files in `folder`: what a killed run left of the same settings. Results depend
+        on `settings` and on the stages before, by their digests. Raises `PpclError` with the differing keys when a
+        finished stage was made from other settings.
+        """
+        asked = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
+        made_from = {"settings": asked, "after": self._after}
+        final, partial = self.path / name, self.path / f"{name}.partial"
+        if final.exists():
+            self._check(name, _read_json(final / _MADE_FROM), made_from)
+            self._note(name, "found")
+        else:
+            self._make(name, made_from, partial, make)
+            partial.rename(final)
+        self._after = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+        return load(final)
+
+    def _make(
+        self,
+        name: str,
+        made_from: Mapping[str, Any],
+        partial: Path,
+        make: Callable[[Path, Callable[..., None]], None],
+    ) -> None:
+        started = time.monotonic()
+        with writing(partial):
+            if partial.exists() and _read_json(partial / _MADE_FROM) != made_from:
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True, exist_ok=True)
+            write_json(partial / _MADE_FROM, made_from)
+            self._note(name, "started")
+            make(partial, lambda done, total, note="": self._progress(name, done, total, note))
+        self._note(name, "finished", seconds=round(time.monotonic() - started, 3))
+
+    def _check(self, name: str, found: Any, wanted: Mapping[str, Any]) -> None:
+        if found is None:
+            raise PpclError(f"{self.path / name} has lost its {_MADE_FROM}; delete that folder to make it again")
+        differences = list(_differences(found["settings"], wanted["settings"], name))
+        if differences:
+            raise PpclError(
+                f"stage {name!r} in {self.path} is finished with other settings: {'; '.join(differences)}. "
+                f"Use another --out, or delete {self.path / name}"
+            )
+        if found["after"] != wanted["after"]:
+            raise PpclError(
+                f"stage {name!r} in {self.path} was made from an earlier stage that has changed since; "
+                f"delete {self.path / name} to make it again"
+            )
+
+    def _note(self, stage: str, event: str, **facts: Any) -> None:
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "stage": stage, "event": event, **facts}
+        with writing(self.path), (self.path / "events.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class writing:  # noqa: N801 - reads as a verb: `with writing(path):`
+    """Turn what the disk refuses into one sentence."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or (isinstance(error, SafetensorError) and "No space left" in str(error)):
+            raise PpclError(
+                f"the disk is full: cannot write {self._path}; what is finished is kept, run again with more room"
+            ) from error
+        if isinstance(error, PermissionError):
+            raise PpclError(f"no permission to write {error.filename or self._path}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that appears whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _differences(found: Any, wanted: Any, path: str) -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            yield from _differences(found.get(key), wanted.get(key), f"{path}.{key}")
+    elif found != wanted:
+        yield f"{path} was {json.dumps(found)}, is {json.dumps(wanted)}"
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("ppcl-toolkit", "torch", "diffusers", "transformers", "accelerate", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
