@@ -1,0 +1,105 @@
+"""Normal equations of a residual linear map y = x + W x, summed up token by token (Eq. 1).
+
+One pass over the data replaces the training of a probe: Eq. 2 is quadratic in W, and these sums hold all of it.
+Shapes: D features; X and Y are rows of tokens, [..., D].
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Self, final
+
+import torch
+from torch import Tensor
+
+from ppcl_toolkit.errors import PpclError
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Sums over tokens, in fp64, of an input x and its update d = y - x: what Eq. 1 and Eq. 2 need to know."""
+
+    inputs_DD: Tensor
+    """Sum of x x^T."""
+    updates_DD: Tensor
+    """Sum of d x^T."""
+    input_D: Tensor
+    """Sum of x."""
+    update_D: Tensor
+    """Sum of d."""
+    energy: Tensor
+    """Sum of |d|^2, a scalar."""
+    count: Tensor
+    """Number of tokens, a scalar."""
+
+    @classmethod
+    def zeros(cls, features: int, device: str | torch.device = "cpu") -> Self:
+        """Return the moments of no tokens; sums stay on `device`, wherever the tokens are."""
+        shapes = ((features, features), (features, features), (features,), (features,), (), ())
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Count more tokens, in place: inputs `x` and outputs `y` of the map, each [..., D]."""
+        # The update is taken in fp64: it may be a thousandth of x, and its energy is what is explained.
+        x = x.detach().double().flatten(0, -2)
+        d = y.detach().double().flatten(0, -2) - x
+        tokens = torch.tensor(float(len(x)), dtype=torch.float64)
+        sums = (x.T @ x, d.T @ x, x.sum(0), d.sum(0), d.square().sum(), tokens)
+        for total, more in zip(self.tensors().values(), sums, strict=True):
+            total += more.to(total.device)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Return the moments of both sets of tokens."""
+        pairs = zip(self.tensors().values(), other.tensors().values(), strict=True)
+        return Moments(*(one + another for one, another in pairs))
+
+    def solve(self, ridge: float = 1e-6, *, bias: bool = False) -> Tensor:
+        """Solve Eq. 1: W [D, D] that minimises |x + W x - y|^2 + `ridge` * mean(diag X^T X) * |W|^2.
+
+        With `bias`, x is extended by a one that the ridge leaves alone, and the last column of W [D, D + 1] is the
+        bias. Raises `PpclError` where the tokens do not determine W.
+        """
+        gram, cross = self._system(bias=bias)
+        features = len(self.input_D)
+        penalty = torch.zeros_like(gram)
+        penalty.diagonal()[:features] = ridge * self.inputs_DD.diagonal().mean()
+        if not gram.any():
+            return torch.zeros_like(cross)
+        factor, failed = torch.linalg.cholesky_ex(gram + penalty)
+        if failed or not factor.isfinite().all():
+            raise PpclError(
+                f"the normal equations are singular: {int(self.count)} tokens of {features} features, "
+                f"ridge {ridge:g}; take more tokens, or a larger ridge"
+            )
+        return torch.cholesky_solve(cross.T, factor).T.contiguous()
+
+    def unexplained(self, weight: Tensor) -> float:
+        """Return |d - W x|^2 / |d|^2 over all tokens, in closed form; `weight` as `solve` returns it.
+
+        1 is a map that does nothing, 0 is a perfect one. Where there was no update, any zero map is perfect.
+        """
+        gram, cross = self._system(bias=weight.shape[1] > weight.shape[0])
+        weight = weight.detach().to(gram)
+        left = self.energy - 2 * (weight * cross).sum() + (weight @ gram * weight).sum()
+        # Rounding may leave a perfect map slightly below zero.
+        return max(0.0, float(left / self.energy.clamp(min=torch.finfo(torch.float64).tiny)))
+
+    def to(self, device: torch.device) -> Self:
+        """Return the same sums on `device`."""
+        return type(self)(*(total.to(device) for total in self.tensors().values()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums by name, for safetensors."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Rebuild from what `tensors` returned."""
+        return cls(**tensors)
+
+    def _system(self, *, bias: bool) -> tuple[Tensor, Tensor]:
+        if not bias:
+            return self.inputs_DD, self.updates_DD
+        ones = torch.cat([self.input_D, self.count[None]])
+        gram = torch.cat([torch.cat([self.inputs_DD, self.input_D[None]]), ones[:, None]], dim=1)
+        return gram, torch.cat([self.updates_DD, self.update_D[:, None]], dim=1)

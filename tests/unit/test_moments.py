@@ -1,0 +1,125 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics.moments import Moments
+
+TOKENS, FEATURES = 60, 7
+
+
+def tokens(seed=0, count=TOKENS):
+    """Inputs and outputs [B, N, D] of something that is nearly linear."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, count // 3, FEATURES, generator=g, dtype=torch.float64) * torch.logspace(0, 2, FEATURES)
+    weight = torch.randn(FEATURES, FEATURES, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    noise = torch.randn(x.shape, generator=g, dtype=torch.float64)
+    return x, x + 0.1 * x @ weight.T + 0.3 * noise + 2.0
+
+
+def counted(*batches):
+    moments = Moments.zeros(FEATURES)
+    for x, y in batches:
+        moments.add(x, y)
+    return moments
+
+
+def equation_1(x, y):
+    """(T(X) - X) X^T (X X^T)^-1, as the paper writes it: tokens are columns."""
+    x, y = x.reshape(-1, FEATURES).T, y.reshape(-1, FEATURES).T
+    return (y - x) @ x.T @ torch.linalg.inv(x @ x.T)
+
+
+def test_solution_is_equation_1():
+    x, y = tokens()
+    torch.testing.assert_close(counted((x, y)).solve(0.0), equation_1(x, y))
+
+
+def test_bias_is_equation_1_with_a_feature_of_ones():
+    x, y = tokens()
+    rows = x.reshape(-1, FEATURES)
+    extended = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], dim=1)
+    expected = torch.linalg.lstsq(extended, y.reshape(-1, FEATURES) - rows).solution.T
+    solution = counted((x, y)).solve(0.0, bias=True)
+    assert solution.shape == (FEATURES, FEATURES + 1)
+    torch.testing.assert_close(solution, expected)
+
+
+def test_ridge_is_relative_to_the_mean_diagonal_and_spares_the_bias():
+    x, y = tokens()
+    rows, update = x.reshape(-1, FEATURES), (y - x).reshape(-1, FEATURES)
+    strength = 0.1 * rows.square().sum(0).mean()
+    ridge = strength * torch.eye(FEATURES, dtype=rows.dtype)
+    expected = update.T @ rows @ torch.linalg.inv(rows.T @ rows + ridge)
+    torch.testing.assert_close(counted((x, y)).solve(0.1), expected)
+    torch.testing.assert_close(counted((1000 * x, 1000 * y)).solve(0.1), expected)
+    centred = rows - rows.mean(0)
+    # An unpenalised bias is the same as centring.
+    expected = (update - update.mean(0)).T @ centred @ torch.linalg.inv(centred.T @ centred + ridge)
+    torch.testing.assert_close(counted((x, y)).solve(0.1, bias=True)[:, :-1], expected)
+
+
+def test_streaming_is_one_shot_and_merged_is_whole():
+    parts = [tokens(seed, count) for seed, count in enumerate((3, 60, 21))]
+    whole = counted(
+        tuple(torch.cat([side.reshape(-1, FEATURES) for side in sides]) for sides in zip(*parts, strict=True))
+    )
+    for other in (counted(*parts), counted(parts[0]) + counted(*parts[1:])):
+        for name, total in whole.tensors().items():
+            torch.testing.assert_close(other.tensors()[name], total, msg=name)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_unexplained_is_the_share_that_a_second_pass_finds(bias):
+    x, y = tokens()
+    moments = counted((x, y))
+    for weight in (moments.solve(bias=bias), 0.5 * moments.solve(0.2, bias=bias).float()):
+        left = y - x - x @ weight[:, :FEATURES].T.double() - (weight[:, -1].double() if bias else 0.0)
+        expected = left.square().sum() / (y - x).square().sum()
+        assert moments.unexplained(weight) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_unexplained_is_one_for_a_map_that_does_nothing_and_zero_for_a_perfect_one():
+    x, _ = tokens()
+    moments = counted((x, x + x @ torch.diag(torch.arange(7.0, dtype=x.dtype))))
+    assert moments.unexplained(torch.zeros(FEATURES, FEATURES)) == pytest.approx(1.0)
+    assert 0.0 <= moments.unexplained(moments.solve(0.0)) < 1e-12
+
+
+def test_small_updates_of_large_activations_are_found():
+    x, _ = tokens()
+    x = x.float() + 1000.0
+    weight = 1e-3 * torch.randn(FEATURES, FEATURES, generator=torch.Generator().manual_seed(1))
+    y = (x.double() + x.double() @ weight.T.double()).float()
+    assert counted((x, y)).unexplained(weight) < 1e-6
+
+
+def test_a_stream_that_nothing_happens_to_has_a_zero_map():
+    x, _ = tokens()
+    for same in (x, torch.zeros_like(x)):
+        moments = counted((same, same))
+        assert not moments.solve().any()
+        assert moments.unexplained(moments.solve()) == 0.0
+
+
+def test_too_few_tokens_are_an_error_without_a_ridge_and_solved_with_one():
+    x, y = tokens()
+    moments = counted((x[:1, :3], y[:1, :3]))
+    with pytest.raises(PpclError, match="3 tokens of 7 features, ridge 0"):
+        moments.solve(0.0)
+    assert moments.unexplained(moments.solve(1e-9)) < 1e-5
+
+
+def test_values_that_are_no_numbers_are_an_error():
+    x, y = tokens()
+    y[0, 0, 0] = x[0, 0, 0] = torch.nan
+    with pytest.raises(PpclError, match="singular"):
+        counted((x, y)).solve()
+
+
+def test_saved_is_loaded(tmp_path):
+    moments = counted(tokens())
+    save_file(moments.tensors(), tmp_path / "moments.safetensors")
+    loaded = Moments.from_tensors(load_file(tmp_path / "moments.safetensors"))
+    assert torch.equal(loaded.solve(), moments.solve())
+    assert loaded.to("cpu").unexplained(loaded.solve()) == moments.unexplained(moments.solve())
