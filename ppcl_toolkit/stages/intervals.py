@@ -1,0 +1,236 @@
+"""Which blocks one block can stand in for: CKA under chained probes, its differences, Algorithm 1 (Eq. 3-5).
+
+Block numbers are 0-based and inclusive, per stack; the paper counts from 1. Shapes: M blocks of a stack, B batch,
+N tokens, D features. A curve [M, M] holds cka(u, k) in row u, column k.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self, final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ppcl_toolkit.adapter import Adapter, Stack
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics.cka import ChainedCka
+from ppcl_toolkit.mechanics.schedule import Batch, Reading
+from ppcl_toolkit.plan import Interval, TextRun
+from ppcl_toolkit.recipe import Intervals
+
+Key = tuple[str, int, str]
+"""Stack path, block, stream."""
+Span = tuple[int, int]
+"""First and last block."""
+
+
+class Curves(NamedTuple):
+    """How alike the blocks of a stack are in one stream, averaged over samples and timesteps; each [M, M]."""
+
+    cka: Tensor
+    """Eq. 3: block u's output against the probes of u + 1 to k chained behind it; the upper triangle, 1 at k = u."""
+    delta: Tensor
+    """Eq. 4: the differences of `cka`."""
+    heatmap: Tensor
+    """CKA of the outputs of any two blocks (Fig. 5)."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What `find_intervals` found."""
+
+    intervals: Mapping[str, tuple[Interval, ...]]
+    """Per stack, disjoint and in order; intervals of one block are left out, nothing would go."""
+    text_runs: tuple[TextRun, ...]
+    """Runs whose text streams are alike, the deepest first."""
+    curves: Mapping[str, Mapping[str, Curves]]
+    """Per stack, then per stream: `image`, `text` where there is one, and `mean`."""
+
+    def save(self, folder: Path) -> None:
+        """Write `candidates.json` and `curves.safetensors`."""
+        found = {
+            "intervals": {path: [i.model_dump() for i in intervals] for path, intervals in self.intervals.items()},
+            "text_runs": [run.model_dump() for run in self.text_runs],
+        }
+        (folder / "candidates.json").write_text(json.dumps(found, indent=2) + "\n")
+        tensors = {
+            f"{path}.{stream}.{name}": tensor
+            for path, streams in self.curves.items()
+            for stream, curves in streams.items()
+            for name, tensor in curves._asdict().items()
+        }
+        save_file(tensors, folder / "curves.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote."""
+        found = json.loads((folder / "candidates.json").read_text())
+        parts: dict[str, dict[str, dict[str, Tensor]]] = {path: {} for path in found["intervals"]}
+        for key, tensor in load_file(folder / "curves.safetensors").items():
+            path, stream, name = key.rsplit(".", 2)
+            parts[path].setdefault(stream, {})[name] = tensor
+        return cls(
+            {path: tuple(Interval(**i) for i in intervals) for path, intervals in found["intervals"].items()},
+            tuple(TextRun(**run) for run in found["text_runs"]),
+            {path: {stream: Curves(**c) for stream, c in streams.items()} for path, streams in parts.items()},
+        )
+
+
+@final
+class CkaReader:
+    """Hands the outputs of one block, and its probes, to the `ChainedCka` of each stream of its stack."""
+
+    def __init__(
+        self, stack: Stack, block: int, chains: Mapping[str, ChainedCka], weights: Mapping[Key, Tensor]
+    ) -> None:
+        self.stack = stack
+        self.first = self.last = block
+        self.reference: tuple[int, int] | None = None
+        self._chains = chains
+        self._weights = weights
+        self._batches = 0
+
+    def read(self, reading: Reading) -> None:
+        """Take one batch's output."""
+        outputs = reading.target.of(self.stack.streams)
+        for stream, chain in self._chains.items():
+            if stream in outputs:
+                weight = self._weights.get((self.stack.path, self.last, stream))
+                chain.observe(self._batches, self.last, outputs[stream], weight)
+            if self.last == chain.depth - 1:
+                chain.close(self._batches)
+        self._batches += 1
+
+    def place(self, device: torch.device) -> None:
+        """Move nothing: chains are where the blocks' outputs are."""
+
+
+def differences(cka: Tensor) -> Tensor:
+    """Eq. 4: delta(u, k) = -(cka(u, k) - cka(u, k - 1)) for k > u, zero elsewhere; [M, M] -> [M, M]."""
+    delta = torch.zeros_like(cka)
+    delta[:, 1:] = -(cka[:, 1:] - cka[:, :-1])
+    return delta.triu(1)
+
+
+def trend_intervals(delta: Tensor, first_block: int = 0) -> list[Span]:
+    """Algorithm 1, stage 1.2: the interval that starts at u ends before the first k where delta(u, k) rises.
+
+    Without a rise it ends with the stack. Intervals cover every block from `first_block` on; one may be a single block.
+    """
+    depth = len(delta)
+    intervals = []
+    u = first_block
+    while u < depth:
+        v = depth - 1
+        for k in range(u + 2, depth):
+            if delta[u, k] > delta[u, k - 1]:
+                v = k - 1
+                break
+        intervals.append((u, v))
+        u = v + 1
+    return intervals
+
+
+def threshold_intervals(cka: Tensor, threshold: float, first_block: int = 0) -> list[Span]:
+    """LP-a of the paper's ablation: an interval ends at the last k with cka(u, k) >= `threshold`."""
+    depth = len(cka)
+    intervals = []
+    u = first_block
+    while u < depth:
+        v = max([k for k in range(u + 1, depth) if cka[u, k] >= threshold], default=u)
+        intervals.append((u, v))
+        u = v + 1
+    return intervals
+
+
+def text_runs(heatmap: Tensor, threshold: float = 0.999) -> list[Span]:
+    """Maximal runs [reference, last] whose blocks all have CKA >= `threshold` with the reference (Appendix 6).
+
+    Runs are disjoint and come deepest first; each reaches as far up as it can.
+    """
+    runs = []
+    last = len(heatmap) - 1
+    while last > 0:
+        alike = (r for r in range(last) if bool((heatmap[r, r + 1 : last + 1] >= threshold).all()))
+        reference = next(alike, last)
+        if reference < last:
+            runs.append((reference, last))
+        last = reference - 1
+    return runs
+
+
+def find_intervals(
+    transformer: nn.Module,
+    adapter: Adapter,
+    batches: Callable[[int, int], Iterable[Batch]],
+    settings: Intervals,
+    feed: Callable[..., Iterator[int]],
+    *,
+    weights: Mapping[Key, Tensor],
+    text_threshold: float = 0.999,
+) -> Candidates:
+    """Compute the similarity of all blocks on a calibration set, and pick intervals and text runs from it.
+
+    `weights` are those of the probes, by stack path, block and stream; `batches` and `feed` are as in `fit_probes`.
+    Raises `PpclError` where `settings` name a stack, block or stream that the transformer has not.
+    """
+    depths = adapter.depths(transformer)
+    _check(adapter, depths, settings)
+    chains: dict[str, dict[str, ChainedCka]] = {
+        s.path: {stream: ChainedCka(depths[s.path]) for stream in s.streams} for s in adapter.stacks
+    }
+    readers = [
+        CkaReader(stack, block, chains[stack.path], weights)
+        for stack in adapter.stacks
+        for block in range(depths[stack.path])
+    ]
+    for _ in feed(transformer, adapter, batches(0, settings.batches), readers):
+        pass
+    curves = {path: _curves(by_stream) for path, by_stream in chains.items()}
+    intervals = {path: _intervals(path, found[settings.stream], settings) for path, found in curves.items()}
+    return Candidates(intervals, tuple(_text_runs(adapter, curves, text_threshold)), curves)
+
+
+def _curves(chains: Mapping[str, ChainedCka]) -> dict[str, Curves]:
+    means = {stream: chain.means() for stream, chain in chains.items()}
+    # NaN stands for a block that returns no text, the last one of SD3.5: the other stream speaks for it.
+    means["mean"] = torch.stack(list(means.values())).nanmean(0)
+    curves = {}
+    for stream, both in means.items():
+        cka, heatmap = both.nan_to_num(0.0).unbind()
+        curves[stream] = Curves(cka, differences(cka), heatmap)
+    return curves
+
+
+def _intervals(path: str, curves: Curves, settings: Intervals) -> tuple[Interval, ...]:
+    first_block = settings.first_block.get(path, 0)
+    if settings.strategy == "given":
+        return tuple(interval for interval in settings.given if interval.stack == path)
+    if settings.strategy == "threshold":
+        spans = threshold_intervals(curves.cka, settings.threshold, first_block)
+    else:
+        spans = trend_intervals(curves.delta, first_block)
+    return tuple(Interval(stack=path, first=u, last=v) for u, v in spans if u < v)
+
+
+def _text_runs(adapter: Adapter, curves: Mapping[str, Mapping[str, Curves]], threshold: float) -> Iterator[TextRun]:
+    for stack in reversed(adapter.stacks):
+        # Eq. 8 needs a block with text weights of its own.
+        if stack.joint_attention and "text" in stack.streams:
+            for reference, last in text_runs(curves[stack.path]["text"].heatmap, threshold):
+                yield TextRun(stack=stack.path, reference=reference, last=last)
+
+
+def _check(adapter: Adapter, depths: Mapping[str, int], settings: Intervals) -> None:
+    for path in [*settings.first_block, *(interval.stack for interval in settings.given)]:
+        adapter.stack(path)
+    for interval in settings.given:
+        if not interval.first < interval.last < depths[interval.stack]:
+            raise PpclError(f"{interval}: the stack has blocks 0 to {depths[interval.stack] - 1}, first below last")
+    for stack in adapter.stacks:
+        if settings.stream not in (*stack.streams, "mean"):
+            raise PpclError(f"intervals.stream is {settings.stream!r}: {stack.path} has none; take image or mean")

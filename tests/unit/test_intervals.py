@@ -1,0 +1,273 @@
+import functools
+
+import pytest
+import torch
+
+from ppcl_toolkit.adapter import load_adapter
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics.capture import Streams
+from ppcl_toolkit.mechanics.cka import cka, heatmap
+from ppcl_toolkit.mechanics.schedule import Reading, Schedule, feed
+from ppcl_toolkit.plan import Interval, TextRun
+from ppcl_toolkit.recipe import Intervals
+from ppcl_toolkit.stages.intervals import (
+    Candidates,
+    differences,
+    find_intervals,
+    text_runs,
+    threshold_intervals,
+    trend_intervals,
+)
+from tests.tiny import flux_inputs, flux_transformer
+
+FLUX = load_adapter("flux")
+DUAL, SINGLE = FLUX.stacks
+
+
+def curve(depth, rises):
+    """A delta [M, M] that falls along every row, except for a rise at column `rises[u]` of row u."""
+    delta = torch.zeros(depth, depth)
+    for u in range(depth):
+        for k in range(u + 1, depth):
+            delta[u, k] = 1.0 - 0.01 * k + (0.5 if k == rises.get(u) else 0.0)
+    return delta
+
+
+def algorithm_1(delta, start=1):
+    """Lines 4 to 15 of the pseudo-code with its own numbers, from 1; a missing v is the end of the stack."""
+    found = set()
+    m = len(delta)
+    u = start
+    while u <= m:
+        values = {k: float(delta[u - 1, k - 1]) for k in range(u + 1, m + 1)}
+        v = None
+        for k in range(u + 2, m + 1):
+            if values[k] > values[k - 1]:
+                v = k - 1
+                break
+        if v is None:
+            v = m
+        found |= {(u, v)}
+        u = v + 1
+    return sorted(found)
+
+
+def test_trend_is_the_example_of_algorithm_2():
+    # In the paper's numbers, from 1: start at u = 3, a rise at k = 5 gives [3, 4], and the search goes on at 5.
+    delta = curve(7, {2: 4, 4: 6})
+    assert trend_intervals(delta, first_block=2) == [(2, 3), (4, 5), (6, 6)]
+    assert algorithm_1(delta, start=3) == [(3, 4), (5, 6), (7, 7)]
+
+
+def test_trend_without_a_rise_ends_with_the_stack():
+    assert trend_intervals(curve(6, {})) == [(0, 5)]
+    assert trend_intervals(curve(6, {}), first_block=4) == [(4, 5)]
+    assert trend_intervals(curve(6, {}), first_block=6) == []
+
+
+def test_trend_takes_the_first_rise_and_no_plateau():
+    delta = torch.zeros(6, 6)
+    delta[0] = torch.tensor([0.0, 0.3, 0.3, 0.2, 0.4, 0.1])
+    assert trend_intervals(delta) == [(0, 3), (4, 5)]
+    # The first difference has none before it: a rise at k = u + 1 does not exist.
+    delta[0] = torch.tensor([0.0, 9.0, 0.2, 0.3, 0.1, 0.1])
+    assert trend_intervals(delta)[0] == (0, 2)
+
+
+@pytest.mark.parametrize("depth, expected", [(0, []), (1, [(0, 0)]), (2, [(0, 1)])])
+def test_trend_of_short_stacks(depth, expected):
+    assert trend_intervals(torch.zeros(depth, depth)) == expected
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_trend_is_the_pseudo_code_in_the_papers_numbers(seed):
+    g = torch.Generator().manual_seed(seed)
+    depth = int(torch.randint(1, 25, (), generator=g))
+    start = int(torch.randint(0, depth, (), generator=g))
+    delta = torch.rand(depth, depth, generator=g)
+    found = trend_intervals(delta, start)
+    assert [(u + 1, v + 1) for u, v in found] == algorithm_1(delta, start + 1)
+    assert [block for u, v in found for block in range(u, v + 1)] == list(range(start, depth))
+
+
+def test_differences_are_equation_4():
+    table = torch.rand(5, 5, generator=torch.Generator().manual_seed(0)).triu(1) + torch.eye(5)
+    delta = differences(table)
+    for u in range(5):
+        for k in range(5):
+            expected = -(table[u, k] - table[u, k - 1]) if k > u else 0.0
+            assert delta[u, k] == expected
+    assert delta[2, 3] == 1 - table[2, 3]
+
+
+def test_threshold_takes_the_last_block_that_is_alike():
+    table = torch.zeros(6, 6)
+    table[0] = torch.tensor([1.0, 0.99, 0.9, 0.98, 0.5, 0.5])
+    table[4, 5] = 0.97
+    assert threshold_intervals(table, 0.97) == [(0, 3), (4, 5)]
+    assert threshold_intervals(table, 0.98) == [(0, 3), (4, 4), (5, 5)]
+    assert threshold_intervals(table, 0.97, first_block=1) == [(1, 1), (2, 2), (3, 3), (4, 5)]
+
+
+def test_text_runs_are_maximal_and_deepest_first():
+    table = torch.eye(7)
+    for r, p in [(0, 1), (3, 4), (3, 5), (3, 6), (4, 5), (4, 6), (5, 6), (2, 5), (2, 6)]:
+        table[r, p] = table[p, r] = 0.9995
+    # Block 2 is like 5 and 6, but not like 3.
+    assert text_runs(table) == [(3, 6), (0, 1)]
+    assert text_runs(table, threshold=0.9996) == []
+    assert text_runs(torch.ones(4, 4)) == [(0, 3)]
+    assert text_runs(torch.eye(1)) == []
+
+
+def test_text_runs_only_compare_with_their_reference():
+    table = torch.eye(3)
+    table[0, 1:] = table[1:, 0] = 0.9995
+    assert text_runs(table) == [(0, 2)]
+
+
+def batches(start, stop):
+    for step in range(start, stop):
+        yield flux_inputs(batch=2, seed=step)
+
+
+def probe_weights(transformer):
+    """Any maps will do: Eq. 3 is tested, not their fit."""
+    g = torch.Generator().manual_seed(3)
+    return {
+        (stack.path, block, stream): 0.2 * torch.randn(32, 32, generator=g)
+        for stack in FLUX.stacks
+        for block in range(len(stack.blocks(transformer)))
+        for stream in stack.streams
+    }
+
+
+def found(transformer, run=feed, **settings):
+    settings = Intervals(batches=3, **settings)
+    return find_intervals(transformer, FLUX, batches, settings, run, weights=probe_weights(transformer))
+
+
+def outputs(transformer, stack, stream):
+    """Outputs [B, N, D] of every block over all batches, by plain hooks."""
+    seen = []
+    position = stack.returns.index(stream)
+    handles = [
+        block.register_forward_hook(lambda _m, _i, out: seen.append(out[position]))
+        for block in stack.blocks(transformer)
+    ]
+    with torch.no_grad():
+        for batch in batches(0, 3):
+            transformer(**batch)
+    for handle in handles:
+        handle.remove()
+    depth = len(handles)
+    return [torch.cat(seen[block::depth]) for block in range(depth)]
+
+
+def test_curves_are_equations_3_and_4_on_a_real_transformer():
+    transformer = flux_transformer(dual=3, single=3)
+    weights, curves = probe_weights(transformer), found(transformer).curves
+    for stack in FLUX.stacks:
+        for stream in stack.streams:
+            blocks = outputs(transformer, stack, stream)
+            table = torch.eye(3)
+            for u in range(3):
+                x = blocks[u]
+                for k in range(u + 1, 3):
+                    x = x + x @ weights[stack.path, k, stream].T
+                    table[u, k] = cka(blocks[u], x).mean()
+            of = curves[stack.path][stream]
+            torch.testing.assert_close(of.cka.float(), table, atol=1e-5, rtol=0)
+            torch.testing.assert_close(of.delta.float(), differences(table), atol=2e-5, rtol=0)
+            torch.testing.assert_close(of.heatmap.float(), heatmap(blocks), atol=1e-5, rtol=0)
+        both = curves[stack.path]
+        for name, mean in both["mean"]._asdict().items():
+            halves = [getattr(both[stream], name) for stream in stack.streams]
+            torch.testing.assert_close(mean, sum(halves) / 2)
+
+
+def test_intervals_are_algorithm_1_on_the_chosen_stream():
+    transformer = flux_transformer(dual=5, single=4)
+    for stream in ("image", "text", "mean"):
+        candidates = found(transformer, stream=stream, first_block={DUAL.path: 1})
+        for path, first in ((DUAL.path, 1), (SINGLE.path, 0)):
+            spans = trend_intervals(candidates.curves[path][stream].delta, first)
+            expected = [Interval(stack=path, first=u, last=v) for u, v in spans if u < v]
+            assert list(candidates.intervals[path]) == expected
+    table = candidates.curves[DUAL.path]["mean"].cka
+    loose = found(transformer, stream="mean", strategy="threshold", threshold=0.0)
+    assert loose.intervals[DUAL.path] == (Interval(stack=DUAL.path, first=0, last=4),)
+    strict = found(transformer, stream="mean", strategy="threshold", threshold=1.0)
+    assert table[0, 4] < 1 and strict.intervals[DUAL.path] == ()
+
+
+def test_streamed_and_resident_curves_are_the_same_bits():
+    transformer = flux_transformer(dual=3, single=2)
+    streamed = functools.partial(feed, schedule=Schedule(chunk=2, streamed=True))
+    one, other = found(transformer), found(transformer, streamed)
+    for path, streams in one.curves.items():
+        for stream, curves in streams.items():
+            assert all(torch.equal(a, b) for a, b in zip(curves, other.curves[path][stream], strict=True))
+
+
+def test_text_runs_are_only_searched_where_text_has_its_own_weights():
+    transformer = flux_transformer(dual=4, single=4)
+    runs = find_intervals(
+        transformer,
+        FLUX,
+        batches,
+        Intervals(batches=1),
+        feed,
+        weights=probe_weights(transformer),
+        text_threshold=0.0,
+    ).text_runs
+    assert runs == (TextRun(stack=DUAL.path, reference=0, last=3),)
+
+
+def test_given_intervals_are_taken_and_curves_are_still_drawn():
+    given = (Interval(stack=SINGLE.path, first=0, last=1), Interval(stack=DUAL.path, first=1, last=2))
+    candidates = found(flux_transformer(dual=3, single=2), strategy="given", given=given)
+    assert candidates.intervals == {DUAL.path: given[1:], SINGLE.path: given[:1]}
+    assert candidates.curves[DUAL.path]["image"].cka.shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"given": (Interval(stack="blocks", first=0, last=1),)}, "no stack 'blocks'"),
+        ({"given": (Interval(stack=DUAL.path, first=1, last=2),)}, r"transformer_blocks\[1,2\].*blocks 0 to 1"),
+        ({"given": (Interval(stack=DUAL.path, first=1, last=1),)}, "first below last"),
+        ({"first_block": {"single": 1}}, "no stack 'single'"),
+    ],
+)
+def test_settings_that_name_nothing_are_errors_before_anything_runs(settings, message):
+    with pytest.raises(PpclError, match=message):
+        found(flux_transformer(dual=2, single=2), run=None, strategy="given", **settings)
+
+
+def test_a_last_block_without_text_leaves_the_mean_to_the_image():
+    def without_last_text(_transformer, _adapter, batches, readers):
+        g = torch.Generator().manual_seed(0)
+        for number, _ in enumerate(batches):
+            for reader in readers:
+                out = Streams(torch.randn(2, 40, 32, generator=g), torch.randn(2, 40, 32, generator=g))
+                reader.read(Reading({}, out, Streams(out.image) if reader.last == 2 else out))
+            yield number
+
+    curves = found(flux_transformer(dual=3, single=3), run=without_last_text).curves[DUAL.path]
+    assert not curves["text"].cka[:2, 2].any() and not curves["text"].heatmap[2, :2].any()
+    assert torch.equal(curves["mean"].cka[:, 2], curves["image"].cka[:, 2])
+    torch.testing.assert_close(curves["mean"].cka[0, 1], (curves["image"].cka + curves["text"].cka)[0, 1] / 2)
+
+
+def test_saved_is_loaded(tmp_path):
+    candidates = found(flux_transformer(dual=3, single=2), strategy="threshold", threshold=0.0)
+    candidates.save(tmp_path)
+    loaded = Candidates.load(tmp_path)
+    assert loaded.intervals == candidates.intervals
+    assert loaded.text_runs == candidates.text_runs
+    assert list(loaded.intervals) == [DUAL.path, SINGLE.path]
+    for path, streams in candidates.curves.items():
+        assert set(loaded.curves[path]) == set(streams) == {"image", "text", "mean"}
+        for stream, curves in streams.items():
+            assert all(torch.equal(a, b) for a, b in zip(curves, loaded.curves[path][stream], strict=True))
