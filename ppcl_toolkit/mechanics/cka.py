@@ -20,7 +20,7 @@ class Kernel(NamedTuple):
 
     @classmethod
     def of(cls, features_BND: Tensor) -> Self:
-        """Center, normalise and multiply out, in fp32 at least.
+        """Center, normalise and multiply out, in fp32 at least, with sums in fp64.
 
         Normalised means divided by their Frobenius norm: one number per sample, which CKA does not see, but which keeps
         huge activations in range. (Scaling features one by one would change CKA.) Features that are equal in all
@@ -39,19 +39,19 @@ class Kernel(NamedTuple):
         return cls(matrix / hsic_root if is_gram else x / hsic_root.sqrt(), is_gram)
 
     def similarity(self, other: "Kernel") -> Tensor:
-        """Return HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) per sample, [B], from 0 to 1.
+        """Return HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) per sample, [B] in fp64, from 0 to 1.
 
         Both must come from equally many tokens and features. Up to factors that cancel, HSIC(K, L) is the sum of K * L,
         which is |X^T Y|_F^2.
         """
         assert self.is_gram == other.is_gram, "kernels of different shapes"
         if self.is_gram:
-            return (self.matrix * other.matrix).sum(dim=(1, 2))
-        return (self.matrix.mT @ other.matrix).square().sum(dim=(1, 2))
+            return (self.matrix * other.matrix).sum(dim=(1, 2), dtype=torch.float64)
+        return (self.matrix.mT @ other.matrix).square().sum(dim=(1, 2), dtype=torch.float64)
 
 
 def cka(x_BND: Tensor, y_BND: Tensor) -> Tensor:
-    """Return the linear CKA of each sample, [B]; 0 where one side does not vary over its tokens.
+    """Return the linear CKA of each sample, [B] in fp64; 0 where one side does not vary over its tokens.
 
     Invariant to orthogonal maps of either side's features, to their scale and to a shift; not to linear maps at large.
     """
@@ -90,7 +90,7 @@ class ChainedCka:
             started[:] = [(start, x_BND + x_BND @ weight_DD.T) for start, x_BND in started]
             chained = torch.stack([start.similarity(Kernel.of(x_BND)).sum() for start, x_BND in started])
             plain = torch.stack([start.similarity(kernel).sum() for start, _ in started])
-            self._sums[:, :block, block] += torch.stack([chained, plain]).double().cpu()
+            self._sums[:, :block, block] += torch.stack([chained, plain]).cpu()
         self._samples[block] += len(output_BND)
         started.append((kernel, output_BND))
 
@@ -109,4 +109,6 @@ class ChainedCka:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+    # Between blocks that hardly differ, Algorithm 1 compares similarities that are a millionth apart: fp32 sums of as
+    # many terms are not as good as that.
+    return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float64).to(x.dtype)

@@ -51,12 +51,21 @@ def test_cka_sees_other_linear_maps():
 
 def test_low_precision_is_computed_in_fp32_and_large_values_stay_in_range():
     x = features(1, 30, 12).to(torch.bfloat16)
-    assert cka(x, x).dtype == torch.float32
-    torch.testing.assert_close(cka(x.float() * 1e15, x.float() * 1e-15), torch.ones(1))
+    assert Kernel.of(x).matrix.dtype == torch.float32
+    torch.testing.assert_close(cka(x.float() * 1e15, x.float() * 1e-15), torch.ones(1, dtype=torch.float64))
     # Massive activations in one feature, as in trained transformers.
     outlier = x.double() + 0.0
     outlier[..., 3] = 5000.0
-    torch.testing.assert_close(cka(outlier.float(), x.float()), cka(outlier, x.double()).float(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(cka(outlier.float(), x.float()), cka(outlier, x.double()), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 512, 64), (1, 64, 512)])
+def test_blocks_that_hardly_differ_are_told_apart_in_fp32(shape):
+    x, noise = features(*shape).float(), features(*shape, seed=1).float()
+    one, two = (1 - float(cka(x, x + size * noise)) for size in (1e-3, 2e-3))
+    expected = [1 - float(cka(x.double(), x.double() + size * noise)) for size in (1e-3, 2e-3)]
+    assert [one, two] == pytest.approx(expected, abs=3e-7)
+    assert 0 < expected[0] < expected[1] < 1e-5
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 4), (2, 4, 9), (2, 1, 9)])
@@ -103,7 +112,7 @@ def test_chains_are_equation_3_written_out():
             expected = sum(naive(a.double(), b) for a, b in zip(outputs[u], x, strict=True)) / 3
             assert float(chained[u, k]) == pytest.approx(float(expected), abs=1e-5)
             assert chained[k, u] == 0.0
-    torch.testing.assert_close(plain.float(), heatmap(outputs), atol=1e-5, rtol=0)
+    torch.testing.assert_close(plain, heatmap(outputs), atol=1e-5, rtol=0)
 
 
 def test_samples_count_alike_however_they_are_batched():

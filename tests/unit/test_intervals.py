@@ -170,16 +170,16 @@ def test_curves_are_equations_3_and_4_on_a_real_transformer():
     for stack in FLUX.stacks:
         for stream in stack.streams:
             blocks = outputs(transformer, stack, stream)
-            table = torch.eye(3)
+            table = torch.eye(3, dtype=torch.float64)
             for u in range(3):
                 x = blocks[u]
                 for k in range(u + 1, 3):
                     x = x + x @ weights[stack.path, k, stream].T
                     table[u, k] = cka(blocks[u], x).mean()
             of = curves[stack.path][stream]
-            torch.testing.assert_close(of.cka.float(), table, atol=1e-5, rtol=0)
-            torch.testing.assert_close(of.delta.float(), differences(table), atol=2e-5, rtol=0)
-            torch.testing.assert_close(of.heatmap.float(), heatmap(blocks), atol=1e-5, rtol=0)
+            torch.testing.assert_close(of.cka, table, atol=1e-5, rtol=0)
+            torch.testing.assert_close(of.delta, differences(table), atol=2e-5, rtol=0)
+            torch.testing.assert_close(of.heatmap, heatmap(blocks), atol=1e-5, rtol=0)
         both = curves[stack.path]
         for name, mean in both["mean"]._asdict().items():
             halves = [getattr(both[stream], name) for stream in stack.streams]
