@@ -55,6 +55,7 @@ FONT = {
 SUPERSAMPLING = 4
 EXTENT = 11  # pixels across a shape
 JITTER = (-2, 2)  # of a centre, half open: two neighbours stay two pixels apart
+WORD_JITTER = (-2, 0, 2)  # of a word: whole cells of its font, which is drawn at twice its size
 CELL_CENTERS = (8, 24)
 
 Image = NDArray[np.uint8]
@@ -123,9 +124,10 @@ def render(scene: Scene, rng: np.random.Generator) -> Image:
     canvas = np.empty((SIZE, SIZE, 3), dtype=np.float32)
     canvas[:] = BACKGROUNDS[scene.background]
     shifts = rng.integers(*JITTER, size=(len(scene.objects), 2))
+    word_shift = rng.choice(WORD_JITTER, size=2)
     is_word = bool(scene.objects) and scene.objects[0].shape in FONT
     for drawn, shift in zip(scene.objects, shifts, strict=True):
-        dx, dy = shifts[0] if is_word else shift
+        dx, dy = word_shift if is_word else shift
         coverage = TEMPLATES[drawn.shape][..., None]
         height, width = coverage.shape[:2]
         left, top = int(drawn.x + dx) - width // 2, int(drawn.y + dy) - height // 2
@@ -156,9 +158,7 @@ def _contents(category: str) -> list[str]:
         "two_object": lambda: (f"{_article(a)} and {_article(b)}" for a, b in _distinct(SHAPES)),
         "counting": lambda: (f"{n} {_plural(s)}" for n, s in product(COUNTS, SHAPES)),
         "colors": lambda: (f"{_article(c)} {s}" for c, s in product(colors, SHAPES)),
-        "position": lambda: (
-            f"{_article(a)} {r} {_article(b)}" for r, (a, b) in product(RELATIONS, _distinct(SHAPES))
-        ),
+        "position": lambda: (f"{_article(a)} {r} {_article(b)}" for r, (a, b) in product(RELATIONS, _distinct(SHAPES))),
         "attribute_binding": lambda: (
             f"{_article(c)} {a} and {_article(d)} {b}"
             for (c, d), (a, b) in product(_distinct(colors), _distinct(SHAPES))
@@ -242,7 +242,7 @@ def evaluation_prompts(n_per_category: int, seed: int = 0) -> list[str]:
 def _cells(expectation: Expectation, rng: np.random.Generator) -> list[tuple[int, int]]:
     low, high = CELL_CENTERS
     if expectation.category == "text":
-        return [(8, 16), (16, 16), (24, 16)]
+        return [(7, 15), (15, 15), (23, 15)]
     if expectation.relation:
         line = int(rng.choice(CELL_CENTERS))
         pair = [(low, line), (high, line)] if "of" in expectation.relation else [(line, low), (line, high)]
@@ -268,9 +268,7 @@ def scene_of(caption: str, rng: np.random.Generator) -> Scene:
     )
 
 
-def sample(
-    rng: np.random.Generator, category: str | None = None, *, held_out: bool = False
-) -> tuple[str, Scene]:
+def sample(rng: np.random.Generator, category: str | None = None, *, held_out: bool = False) -> tuple[str, Scene]:
     """Draw a caption, by default of training and of any category, with a scene that it describes."""
     names = list(CATEGORIES)
     chosen = category or names[int(rng.choice(len(names), p=list(CATEGORIES.values())))]

@@ -167,5 +167,3 @@ def chance(captions: Sequence[str], images: Sequence[Image]) -> dict[str, float]
         if others:
             rows.append((expectation.category, float(np.mean(others))))
     return _means(rows)
-
-

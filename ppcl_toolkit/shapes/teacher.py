@@ -4,10 +4,13 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -44,15 +47,19 @@ def t5_tokenizer() -> T5Tokenizer:
 
 
 def _clip_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Merges that build each word from the left, in an order that makes every prefix before its extensions."""
-    merges: dict[tuple[str, str], None] = {}
+    """Merges that make each word one token: a later merge never breaks a word that earlier ones complete."""
+    merges: list[tuple[str, str]] = []
     for word in words:
         symbols = [*word[:-1], word[-1] + "</w>"]
-        left = symbols[0]
-        for symbol in symbols[1:]:
-            merges[left, symbol] = None
-            left += symbol
-    return list(merges)
+        while len(symbols) > 1:
+            pairs = list(zip(symbols, symbols[1:], strict=False))
+            known = [pair for pair in merges if pair in pairs]
+            pair = known[0] if known else pairs[0]
+            if not known:
+                merges.append(pair)
+            at = pairs.index(pair)
+            symbols[at : at + 2] = ["".join(pair)]
+    return merges
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -62,7 +69,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     symbols = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
     names = [*dict.fromkeys(symbols), "<|startoftext|>", "<|endoftext|>"]
     ids = {name: index for index, name in enumerate(names)}
-    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=TEXT_TOKENS)
+    return CLIPTokenizer(vocab=ids, merges=cast(Any, merges), model_max_length=TEXT_TOKENS)
 
 
 def text_encoders() -> tuple[CLIPTextModel, T5EncoderModel]:
@@ -96,8 +103,8 @@ def text_encoders() -> tuple[CLIPTextModel, T5EncoderModel]:
 
 
 def transformer() -> FluxTransformer2DModel:
-    """An untrained transformer: 8 dual and 16 single blocks of width 96 over 16 image tokens."""
-    return FluxTransformer2DModel(
+    """An untrained transformer, 8 dual and 16 single blocks of width 96; each block starts as the identity."""
+    model = FluxTransformer2DModel(
         patch_size=1,
         in_channels=4 * LATENT_CHANNELS,
         num_layers=DUAL_BLOCKS,
@@ -109,6 +116,11 @@ def transformer() -> FluxTransformer2DModel:
         guidance_embeds=True,
         axes_dims_rope=(8, 12, 12),
     )
+    for name, module in model.named_modules():
+        if name == "proj_out" or re.search(r"norm\w*\.linear$", name):  # adaLN-Zero, Peebles and Xie 2023
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    return model
 
 
 def autoencoder(shift: float = 0.0, scale: float = 1.0) -> AutoencoderKL:
@@ -153,6 +165,10 @@ def save(pipeline: FluxPipeline, folder: Path = FOLDER) -> None:
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     pipeline.to(torch.bfloat16).save_pretrained(temporary)
+    for encoder in ("text_encoder", "text_encoder_2"):
+        # Without a dtype, transformers opens a model as its configuration says but diffusers opens in fp32.
+        config = temporary / encoder / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     for kept in folder.glob("*") if folder.exists() else ():
         if kept.is_file() and not (temporary / kept.name).exists():
             shutil.copy2(kept, temporary / kept.name)
@@ -174,7 +190,7 @@ def size_in_bytes(folder: Path = FOLDER) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def written_steps(folder: Path = FOLDER) -> dict[str, Any]:
+def training_record(folder: Path = FOLDER) -> dict[str, Any]:
     """The training record that the export wrote beside the pipeline, or an empty one."""
     record = folder / "training.json"
     return json.loads(record.read_text()) if record.exists() else {}

@@ -1,0 +1,57 @@
+"""What every training phase shares: checkpoints that survive a kill, the learning-rate shape, the log."""
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger("ppcl.shapes")
+
+
+def save_atomically(state: dict[str, Any], path: Path) -> None:
+    """Write `state` so that a kill at any moment leaves the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_if_there(path: Path) -> dict[str, Any] | None:
+    """The checkpoint at `path` on the CPU, or None."""
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Add one JSON line to `path` and log it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    log.info(" ".join(f"{key} {value}" for key, value in row.items()))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of `path`; none if it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def warmup_stable_decay(done: float, total: float, *, warmup: float = 0.01, decay: float = 0.25) -> float:
+    """Learning-rate factor after `done` of `total` samples: linear up, constant, then 1 - sqrt down to 0."""
+    share = min(done / total, 1.0)
+    if share < warmup:
+        return share / warmup
+    if share < 1 - decay:
+        return 1.0
+    return 1 - math.sqrt((share - 1 + decay) / decay)
+
+
+def ready(device: str) -> torch.device:
+    """The device to train on; "auto" is CUDA where there is one."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    return torch.device(name)
