@@ -1,10 +1,10 @@
 """What is removed and what becomes linear: plain data, versioned JSON, every structural rule.
 
-Block numbers are the teacher's: 0-based, inclusive, per stack. A plan is an ordered list of operations (intervals, then
-text runs, then FFN swaps), and any prefix of it is a valid plan: that is what makes a bank plug and play.
+Block numbers are the teacher's: 0-based, inclusive, per stack. Plans are sets of operations, and one bank serves every
+plan whose forms it holds: that is what makes it plug and play.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -73,8 +73,8 @@ class Form:
     last: int
     text: Literal["own", "tap", "inside", "end"] = "own"
     """`tap` also hands on its z (the reference of a run); `inside` reads z; `end` reads z and writes h."""
-    reference: int | None = None
-    """Where an `inside` or `end` block finds its text."""
+    reference: tuple[int, int] | None = None
+    """Where an `inside` or `end` block finds its text: first and last block of the reference's own form."""
     ffn: tuple[Stream, ...] = ()
     """Streams whose FFN is a linear map."""
 
@@ -98,7 +98,8 @@ class Form:
         """Name of its weights in a bank; a tap has the weights of the block without the tap."""
         parts = [f"{self.stack}.{self.first}-{self.last}"]
         if self.narrow_text:
-            parts.append(f"text{self.reference}{self.text}")
+            assert self.reference is not None
+            parts.append(f"text_{self.reference[0]}-{self.reference[1]}_{self.text}")
         if self.ffn:
             parts.append("ffn_" + "_".join(self.ffn))
         return ".".join(parts)
@@ -146,9 +147,10 @@ class Plan(_Record):
         """Whether the student is a stock class with fewer blocks."""
         return not (self.text_runs or self.ffn_swaps)
 
-    def prefix(self, count: int) -> "Plan":
-        """Return the plan of the first `count` operations."""
-        return self.model_copy(update={"operations": self.operations[:count]})
+    def with_operations(self, operations: Iterable[Interval | TextRun | FfnSwap]) -> "Plan":
+        """Return the plan of other operations for the same teacher; a `ValueError` says which rule they break."""
+        ordered = sorted(operations, key=lambda o: _ORDER[o.kind])
+        return type(self).model_validate({**dict(self), "operations": tuple(ordered)})
 
     def forms(self) -> Iterator[Form]:
         """Yield the student's blocks, stack by stack in forward order."""
@@ -180,13 +182,15 @@ class Plan(_Record):
             raise PpclError(f"{path} is not a plan: {error}") from error
 
     def _narrowed(self, form: Form) -> Form:
+        interval_ends = {(i.stack, i.first): i.last for i in self.intervals}
         for run in self.text_runs:
             if run.stack == form.stack:
                 if form.first == run.reference:
                     form = replace(form, text="tap")
                 elif run.reference < form.first <= run.last:
                     text: Literal["inside", "end"] = "end" if form.last == run.last else "inside"
-                    form = replace(form, text=text, reference=run.reference)
+                    source = interval_ends.get((run.stack, run.reference), run.reference)
+                    form = replace(form, text=text, reference=(run.reference, source))
         for swap in self.ffn_swaps:
             if swap.stack == form.stack and swap.block == form.first:
                 form = replace(form, ffn=swap.streams)
@@ -221,6 +225,20 @@ class Plan(_Record):
     def _depth_forms(self) -> Iterator[Form]:
         depth_only = self.model_construct(family=self.family, depths=self.depths, operations=self.intervals)
         return depth_only.forms()
+
+
+def trained_forms(plans: Iterable[Plan]) -> list[Form]:
+    """Return every form that a bank for `plans` must hold, wider ones before those trained from them."""
+    forms: dict[str, Form] = {}
+    for plan in plans:
+        for form in plan.forms():
+            chain: list[Form] = []
+            link: Form | None = replace(form, text="own") if form.text == "tap" else form
+            while link is not None and not link.is_teacher:
+                chain.append(link)
+                link = link.previous
+            forms.update({link.key: link for link in reversed(chain)})
+    return list(forms.values())
 
 
 def _rule(holds: bool, message: str) -> None:

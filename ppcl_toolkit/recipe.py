@@ -34,6 +34,10 @@ class Teacher(Section):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the weights in memory."""
+    streamed: bool = False
+    """One block on the device at a time, for models larger than its memory."""
+    chunk: PositiveInt = 8
+    """Batches that share one visit of a streamed block."""
     call: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of every call of the pipeline: steps, guidance, height, width, ..."""
 
@@ -116,10 +120,8 @@ class Training(Section):
     checkpoint_every: PositiveInt = 200
     """Steps between states on disk."""
     gradient_checkpointing: bool = False
-    streamed: bool = False
-    """One block on the device at a time, for models larger than its memory (depth and width)."""
-    chunk: PositiveInt = 1
-    """Batches that share one visit of a streamed block."""
+    split: Literal["samples", "segments"] = "samples"
+    """What several processes share out: samples, averaging gradients, or whole segments, exchanging nothing."""
 
 
 class Depth(Training):
@@ -163,6 +165,12 @@ class Finetune(Training):
     feature_loss: Lossname = "relative_mse"
 
 
+class Export(Section):
+    """The variants on disk."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+
 class Evaluate(Section):
     """Images of teacher and variants at equal seeds, and what is measured on them."""
 
@@ -191,6 +199,7 @@ class Recipe(Section):
     depth: Depth = Depth()
     width: Width = Width()
     finetune: Finetune = Finetune()
+    export: Export = Export()
     evaluate: Evaluate = Evaluate()
 
     @model_validator(mode="after")

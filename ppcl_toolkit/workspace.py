@@ -21,6 +21,8 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics import loop
+from ppcl_toolkit.mechanics.storage import Desk
 
 Result = TypeVar("Result")
 _MADE_FROM = "made_from.json"
@@ -33,7 +35,7 @@ class Progress(Protocol):
         """`done` of `total` units of `stage` are through."""
 
 
-def silent(stage: str, done: int, total: int, note: str = "") -> None:  # noqa: ARG001
+def silent(stage: str, done: int, total: int, note: str = "") -> None:
     """Report nothing."""
 
 
@@ -43,10 +45,9 @@ class Workspace:
     Raises `PpclError` when the folder holds something that is no run.
     """
 
-    def __init__(self, path: str | Path, *, progress: Progress = silent, main: bool = True) -> None:
+    def __init__(self, path: str | Path, *, progress: Progress = silent) -> None:
         self.path = Path(path)
-        self._progress = progress
-        self._main = main
+        self._progress = progress if loop.is_main() else silent
         self._after = ""
         if self.path.exists() and not self.path.is_dir():
             raise PpclError(f"{self.path} is a file; --out names a folder")
@@ -55,23 +56,27 @@ class Workspace:
 
     def open(self, recipe: str) -> None:
         """Make the folder, and note what was asked and on what."""
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.path / "recipe.yaml", recipe)
-            write_json(self.path / "environment.json", _environment())
+        if loop.is_main():
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_text(self.path / "recipe.yaml", recipe)
+                write_json(self.path / "environment.json", _environment())
+        loop.wait()
 
     def stage(
         self,
         name: str,
         settings: BaseModel | Mapping[str, Any],
-        make: Callable[[Path, Callable[..., None]], None],
+        make: Callable[[Desk], None],
         load: Callable[[Path], Result],
+        *,
+        together: bool = False,
     ) -> Result:
-        """Return `load(folder)`, after `make(folder, progress)` where this stage is not done yet.
+        """Return `load(folder)`, after `make(desk)` where this stage is not done yet.
 
-        `make` may find its own earlier files in `folder`: what a killed run left of the same settings. Results depend
+        `make` may find its own earlier files on the desk: what a killed run left of the same settings. Results depend
         on `settings` and on the stages before, by their digests. Raises `PpclError` with the differing keys when a
-        finished stage was made from other settings.
+        finished stage was made from other settings. Of several processes one makes, unless they work `together`.
         """
         asked = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
         made_from = {"settings": asked, "after": self._after}
@@ -80,27 +85,31 @@ class Workspace:
             self._check(name, _read_json(final / _MADE_FROM), made_from)
             self._note(name, "found")
         else:
-            self._make(name, made_from, partial, make)
-            partial.rename(final)
+            started = time.monotonic()
+            self._prepare(name, made_from, partial)
+            if together or loop.is_main():
+                with writing(partial):
+                    make(Desk(partial, lambda done, total, note="": self._progress(name, done, total, note)))
+            loop.wait()
+            self._finish(name, partial, final, seconds=round(time.monotonic() - started, 3))
         self._after = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
         return load(final)
 
-    def _make(
-        self,
-        name: str,
-        made_from: Mapping[str, Any],
-        partial: Path,
-        make: Callable[[Path, Callable[..., None]], None],
-    ) -> None:
-        started = time.monotonic()
-        with writing(partial):
-            if partial.exists() and _read_json(partial / _MADE_FROM) != made_from:
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True, exist_ok=True)
-            write_json(partial / _MADE_FROM, made_from)
+    def _prepare(self, name: str, made_from: Mapping[str, Any], partial: Path) -> None:
+        if loop.is_main():
+            with writing(partial):
+                if partial.exists() and _read_json(partial / _MADE_FROM) != made_from:
+                    shutil.rmtree(partial)
+                partial.mkdir(parents=True, exist_ok=True)
+                write_json(partial / _MADE_FROM, made_from)
             self._note(name, "started")
-            make(partial, lambda done, total, note="": self._progress(name, done, total, note))
-        self._note(name, "finished", seconds=round(time.monotonic() - started, 3))
+        loop.wait()
+
+    def _finish(self, name: str, partial: Path, final: Path, **facts: Any) -> None:
+        if loop.is_main():
+            partial.rename(final)
+            self._note(name, "finished", **facts)
+        loop.wait()
 
     def _check(self, name: str, found: Any, wanted: Mapping[str, Any]) -> None:
         if found is None:
@@ -118,12 +127,14 @@ class Workspace:
             )
 
     def _note(self, stage: str, event: str, **facts: Any) -> None:
+        if not loop.is_main():
+            return
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "stage": stage, "event": event, **facts}
         with writing(self.path), (self.path / "events.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 
-class writing:  # noqa: N801 - reads as a verb: `with writing(path):`
+class writing:
     """Turn what the disk refuses into one sentence."""
 
     def __init__(self, path: Path) -> None:

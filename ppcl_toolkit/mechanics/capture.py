@@ -87,13 +87,13 @@ def stack_calls(
             blocks = stack.blocks(transformer)
             for index, block in enumerate(blocks):
                 final = index == len(blocks) - 1
-                forward = _passer(block, stack)
+                forward = passing(block, stack)
                 if stack.path == path:
                     forward = _recorder(block, stack, recorded, final=final)
                 elif final and position == order.index(path) - 1:
                     assert before is not None, "a later stack starts from the streams of the one before it"
-                    forward = _passer(block, stack, before)
-                patches.enter_context(_forward(block, forward))
+                    forward = passing(block, stack, before)
+                patches.enter_context(rerouted(block, forward))
         with contextlib.suppress(_Entered):
             transformer(**kwargs)
     assert recorded, f"the transformer did not call the blocks of {path}"
@@ -132,7 +132,8 @@ def map_tensors(value: Any, function: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _forward(block: nn.Module, forward: Any) -> Iterator[None]:
+def rerouted(block: nn.Module, forward: Any) -> Iterator[None]:
+    """Let `forward` run in place of a block's own."""
     # On the instance, so that code that looks at the block itself still finds its attributes.
     own = vars(block).get("forward")
     block.forward = forward
@@ -144,7 +145,9 @@ def _forward(block: nn.Module, forward: Any) -> Iterator[None]:
             block.forward = own
 
 
-def _passer(block: nn.Module, stack: Stack, streams: Streams | None = None) -> Any:
+def passing(block: nn.Module, stack: Stack, streams: Streams | None = None) -> Any:
+    """Return a forward that hands on the block's own streams, or the given ones."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         return pack(stack, streams or bind(block, stack, args, kwargs)[1])
 

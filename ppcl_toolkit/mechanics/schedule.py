@@ -6,6 +6,7 @@ another; *streamed* takes a chunk of batches through one block after another, wi
 reader is given the same readings in the same order by both.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,8 @@ class Reader(Protocol):
 class Follower(Reader, Protocol):
     """A reader with a student block, which can stand in the teacher's path (`inputs: student`)."""
 
-    student: nn.Module
+    def respond(self, reading: Reading) -> Streams:
+        """Return what the student makes of a reading."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,15 +63,51 @@ class Schedule:
     """How a teacher is run: where, and how many batches go through a block at a time."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    chunk: int = 1
-    """Batches that share one visit to a block."""
     streamed: bool = False
     """Blocks come to the device one at a time, and activations wait on the CPU."""
+    chunk: int = 1
+    """Batches that share one visit to a block, when streamed."""
 
     @property
     def rest(self) -> torch.device:
         """Where blocks and activations wait."""
         return torch.device("cpu") if self.streamed else self.device
+
+
+def settle(transformer: nn.Module, adapter: Adapter, schedule: Schedule) -> None:
+    """Put a teacher where a schedule wants it: all of it on the device, or its blocks on the CPU."""
+    transformer.to(schedule.rest)
+    for name, child in transformer.named_children():
+        if not any(stack.path.split(".")[0] == name for stack in adapter.stacks):
+            child.to(schedule.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """A teacher, and how it is run."""
+
+    transformer: nn.Module
+    adapter: Adapter
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def feed(self, batches: Iterable[Batch], readers: Sequence[Reader], *, follow: bool = False) -> Iterator[int]:
+        """Give every reader its reading of every batch, as the function `feed` does."""
+        return feed(self.transformer, self.adapter, batches, readers, schedule=self.schedule, follow=follow)
+
+    def blocks(self, stack: str) -> nn.ModuleList:
+        """Return the teacher's blocks of a stack."""
+        return self.adapter.stack(stack).blocks(self.transformer)
+
+    @torch.no_grad()
+    def velocity(self, batch: Batch) -> Tensor:
+        """Return what the whole teacher predicts for one batch."""
+        with contextlib.ExitStack() as visits:
+            if self.schedule.streamed:
+                for stack in self.adapter.stacks:
+                    for block in stack.blocks(self.transformer):
+                        visits.enter_context(_visited(block, self.schedule))
+            output: Tensor = self.transformer(**_to(batch, self.schedule.device))[0]
+        return output
 
 
 @dataclass(slots=True)
@@ -103,7 +141,7 @@ def feed(
     stacks = [s for s in adapter.stacks if any(r.stack.path == s.path for r in readers)]
     last_needed = adapter.stacks.index(stacks[-1])
     done = 0
-    for chunk in _chunks(batches, schedule.chunk):
+    for chunk in _chunks(batches, schedule.chunk if schedule.streamed else 1):
         before: list[Streams | None] = [None] * len(chunk)
         student: list[Streams | None] = [None] * len(chunk)
         for stack in adapter.stacks[: last_needed + 1]:
@@ -187,14 +225,26 @@ def _read(reader: Reader, passage: _Passage, schedule: Schedule) -> None:
     reader.read(reading)
     if passage.student is not None:
         follower: Any = reader
-        own = run_block(follower.student, reader.stack, reading.arguments, reading.inputs)
-        passage.student = _to(own, schedule.rest)
+        passage.student = _to(follower.respond(reading), schedule.rest)
 
 
 def _forget(passages: list[_Passage], readers: list[Reader], index: int) -> None:
     for passage in passages:
         for first in [f for f in passage.opened if not any(r.first == f and r.last > index for r in readers)]:
             del passage.opened[first]
+
+
+@contextlib.contextmanager
+def _visited(block: nn.Module, schedule: Schedule) -> Iterator[None]:
+    handles = (
+        block.register_forward_pre_hook(lambda module, _: module.to(schedule.device) and None),
+        block.register_forward_hook(lambda module, _, __: module.to(schedule.rest) and None),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _needed(readers: list[Reader]) -> int:

@@ -1,0 +1,97 @@
+"""Recorded samples, and the noised batches that are made of them.
+
+Noise is added in the space in which the transformer sees latents: x_t = (1 - sigma) x_0 + sigma noise, on the noised
+tokens only; reference tokens of edit models follow them unchanged.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppcl_toolkit.adapter import Adapter
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics.capture import map_tensors
+from ppcl_toolkit.mechanics.schedule import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Clean latents and the recorded conditioning of one prompt, with a batch dimension of one."""
+
+    latents: Tensor
+    """As the transformer takes them: [1, N, C] where the family packs, [1, C, H, W] where not."""
+    arguments: dict[str, Any]
+    """Every other argument of the recorded call but the timestep."""
+    reference: Tensor | None = None
+    """Tokens behind the noised ones, [1, M, C]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batches:
+    """Noised batches by number: the same number always gives the same batch."""
+
+    samples: Sequence[Sample]
+    adapter: Adapter
+    size: int
+    seed: int
+    sigma_mean: float = 0.0
+    sigma_std: float = 1.0
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, start: int, stop: int) -> Iterator[Batch]:
+        """Yield batches `start` to `stop - 1`."""
+        for number in range(start, stop):
+            yield self[number]
+
+    def __getitem__(self, number: int) -> Batch:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        chosen = self._choose(generator)
+        sigma = torch.sigmoid(self.sigma_mean + self.sigma_std * torch.randn(len(chosen), generator=generator))
+        clean = torch.cat([sample.latents for sample in chosen]).float()
+        noise = torch.randn(clean.shape, generator=generator)
+        level = sigma.view(-1, *[1] * (clean.ndim - 1))
+        noised = (1 - level) * clean + level * noise
+        if chosen[0].reference is not None:
+            noised = torch.cat([noised, torch.cat([s.reference for s in chosen if s.reference is not None])], dim=1)
+        batch = collate([sample.arguments for sample in chosen], self.adapter.shared)
+        batch[self.adapter.latents] = noised
+        batch[self.adapter.timestep] = sigma * self.adapter.timestep_scale
+        # Guidance and timestep stay as the pipeline passes them: the transformer casts them itself.
+        keep = {self.adapter.timestep, "guidance"}
+        return {name: value if name in keep else map_tensors(value, self._cast) for name, value in batch.items()} | {
+            "return_dict": False
+        }
+
+    def _choose(self, generator: torch.Generator) -> list[Sample]:
+        first = self.samples[int(torch.randint(len(self.samples), (), generator=generator))]
+        alike = [s for s in self.samples if _shape(s) == _shape(first)] if self.size > 1 else [first]
+        rest = torch.randint(len(alike), (self.size - 1,), generator=generator)
+        return [first, *(alike[i] for i in rest.tolist())]
+
+    def _cast(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+
+def collate(calls: Sequence[dict[str, Any]], shared: Sequence[str]) -> dict[str, Any]:
+    """Join recorded arguments along the batch; `shared` ones have no batch dimension."""
+    joined = {}
+    for name, value in calls[0].items():
+        values = [call[name] for call in calls]
+        if name not in shared and isinstance(value, Tensor):
+            value = torch.cat(values)
+        elif name not in shared and isinstance(value, list):
+            value = [item for items in values for item in items]
+        elif not isinstance(value, Tensor) and any(other != value for other in values):
+            raise PpclError(f"samples of one batch differ in {name}: {values[0]!r} and others; use batch: 1")
+        joined[name] = value
+    return joined
+
+
+def _shape(sample: Sample) -> tuple[Any, ...]:
+    shapes: list[Any] = [sample.latents.shape, None if sample.reference is None else sample.reference.shape]
+    for name in sorted(sample.arguments):
+        map_tensors(sample.arguments[name], lambda tensor: shapes.append(tensor.shape))
+    return tuple(shapes)

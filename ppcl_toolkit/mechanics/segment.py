@@ -1,0 +1,178 @@
+"""What trains alone: one student block, the teacher's input to its first block, the teacher's output at its last.
+
+Shapes: B batch, N tokens, D features.
+"""
+
+import contextlib
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from ppcl_toolkit.adapter import Stack, Stream
+from ppcl_toolkit.mechanics.capture import Streams, joint_text, run_block
+from ppcl_toolkit.mechanics.loop import Optimization, autocast
+from ppcl_toolkit.mechanics.losses import Loss, alignment
+from ppcl_toolkit.mechanics.moments import Moments
+from ppcl_toolkit.mechanics.schedule import Reading
+from ppcl_toolkit.plan import Form
+
+LINEAR_Z, LINEAR_H = "linear_text_z", "linear_text_h"
+"""Names of the maps of Eq. 8 in a narrow block; those of Eq. 9 are `linear_ffn_image` and `linear_ffn_text`."""
+
+
+def block_inputs(form: Form, reading: Reading) -> Streams:
+    """Return what a block of this form is given: a narrow text stream takes the reference's packed h and z."""
+    if not form.narrow_text:
+        return reading.inputs
+    assert reading.packed_text is not None, f"{form.key} has no reference to read"
+    return Streams(reading.inputs.image, reading.packed_text)
+
+
+def comparable(form: Form, output: Streams, target: Streams) -> Streams:
+    """Return of a block's output what the teacher's output can be compared with."""
+    if form.text == "inside" or output.text is None or target.text is None:
+        return Streams(output.image)
+    return Streams(output.image, output.text[:, : target.text.shape[1]])
+
+
+class _Reads:
+    """Where a form is read: the part of a `Reader` that every segment shares."""
+
+    def __init__(self, form: Form, stack: Stack) -> None:
+        self.form = form
+        self.stack = stack
+        self.first, self.last = form.first, form.last
+        self.reference = form.reference
+
+
+@final
+class Segment(_Reads):
+    """A student block in training (Eq. 6; with `wider`, Eq. 11 and 12)."""
+
+    def __init__(
+        self,
+        form: Form,
+        stack: Stack,
+        student: nn.Module,
+        optimization: Optimization,
+        loss: Loss,
+    ) -> None:
+        super().__init__(form, stack)
+        self.student = student
+        self.optimization = optimization
+        self._loss = loss
+        self.wider: nn.Module | None = None
+        """The block that this one was narrowed from, with its z."""
+        self.alignment = 0.0
+        """Weight of Eq. 12."""
+
+    def read(self, reading: Reading) -> None:
+        """Take one training step on a batch."""
+        if self.optimization.stopped:
+            return
+        with torch.enable_grad(), precision(reading):
+            loss = self._objective(reading)
+        self.optimization.step(loss)
+
+    @torch.no_grad()
+    def respond(self, reading: Reading) -> Streams:
+        """Return what the student makes of a reading, in the teacher's dtype."""
+        with precision(reading):
+            output = run_block(self.student, self.stack, reading.arguments, block_inputs(self.form, reading))
+        return Streams(*(v if v is None else v.to(reading.inputs.image.dtype) for v in output))
+
+    def place(self, device: torch.device) -> None:
+        """Move the student, and the optimizer's moments with it."""
+        self.student.to(device)
+        self.optimization.to(device)
+
+    def _objective(self, reading: Reading) -> Tensor:
+        with _watch(self.form, self.student, self.stack) as seen:
+            output = run_block(self.student, self.stack, reading.arguments, block_inputs(self.form, reading))
+        output = comparable(self.form, output, reading.target)
+        loss = self._loss(output, reading.target)
+        if self.alignment:
+            loss = loss + self.alignment * self._linear(output, reading, seen)
+        return loss
+
+    def _linear(self, output: Streams, reading: Reading, seen: list[Tensor]) -> Tensor:
+        """Eq. 12: z and h of a text run, or the streams whose FFN is linear."""
+        names: set[Stream] = set(self.form.ffn) | ({"text"} if self.form.text == "end" else set())
+        terms = [alignment(Streams(v), Streams(getattr(reading.target, n))) for n, v in output.of(tuple(names)).items()]
+        if self.form.narrow_text and not self.form.ffn:
+            assert self.wider is not None
+            terms.append(alignment(Streams(seen[0]), Streams(text_of(self.wider, self.stack, reading))))
+        return torch.stack(terms).sum()
+
+
+@final
+class LinearFit(_Reads):
+    """Least squares for the new linear maps of a narrow block, from its wider form and the teacher's output."""
+
+    def __init__(self, form: Form, stack: Stack, narrow: nn.Module, wider: nn.Module) -> None:
+        super().__init__(form, stack)
+        self._narrow, self._wider = narrow, wider
+        self._moments: dict[str, Moments] = {}
+        self.energy: dict[str, float] = {}
+
+    def read(self, reading: Reading) -> None:
+        """Add one batch's tokens."""
+        with precision(reading):
+            self._read(reading)
+
+    def _read(self, reading: Reading) -> None:
+        if self.form.ffn:
+            # With its map at zero, a narrow block returns g of Eq. 9 itself.
+            output = run_block(self._narrow, self.stack, reading.arguments, block_inputs(self.form, reading))
+            g = comparable(self.form, output, reading.target)
+            for name, value in g.of(self.form.ffn).items():
+                self._add(f"linear_ffn_{name}", value, getattr(reading.target, name))
+        elif self.form.narrow_text:
+            assert reading.packed_text is not None
+            h_BND, z_BND = reading.packed_text.chunk(2, dim=1)
+            self._add(LINEAR_Z, z_BND, text_of(self._wider, self.stack, reading))
+            if self.form.text == "end":
+                assert reading.target.text is not None
+                self._add(LINEAR_H, h_BND, reading.target.text)
+
+    def place(self, device: torch.device) -> None:
+        """Move both blocks."""
+        self._narrow.to(device)
+        self._wider.to(device)
+
+    def solve(self, ridge: float) -> float:
+        """Set the maps; return the share of the outputs' energy that the worst of them misses."""
+        worst = 0.0
+        for name, moments in self._moments.items():
+            weight = moments.solve(ridge, bias=True)
+            linear = self._narrow.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            with torch.no_grad():
+                linear.weight.copy_(weight[:, :-1])
+                linear.bias.copy_(weight[:, -1])
+            missed = moments.unexplained(weight) * float(moments.energy)
+            worst = max(worst, missed / max(self.energy[name], 1e-30))
+        return worst
+
+    def _add(self, name: str, x: Tensor, y: Tensor) -> None:
+        moments = self._moments.setdefault(name, Moments.zeros(x.shape[-1], x.device))
+        moments.add(x, y)
+        self.energy[name] = self.energy.get(name, 0.0) + float(y.double().square().sum())
+
+
+def precision(reading: Reading) -> contextlib.AbstractContextManager[None]:
+    """Run fp32 students in the precision of the teacher that they are read from."""
+    return autocast(reading.inputs.image.device, reading.inputs.image.dtype)
+
+
+@torch.no_grad()
+def text_of(block: nn.Module, stack: Stack, reading: Reading) -> Tensor:
+    """Return the text that enters a block's joint attention, z of Eq. 8, [B, N, D]."""
+    with joint_text(block, stack) as seen:
+        run_block(block, stack, reading.arguments, reading.inputs)
+    return seen[0]
+
+
+def _watch(form: Form, block: nn.Module, stack: Stack) -> contextlib.AbstractContextManager[list[Tensor]]:
+    return joint_text(block, stack) if form.narrow_text else contextlib.nullcontext([])

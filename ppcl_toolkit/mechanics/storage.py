@@ -1,0 +1,92 @@
+"""Tensors on disk: nested values as one safetensors file, and the bank of trained blocks. Nothing is pickled."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ppcl_toolkit.errors import PpclError
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """Where a stage works: its folder, and whom it tells how far it is, `progress(done, total, note="")`."""
+
+    folder: Path
+    progress: Callable[..., None]
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Write nested dicts, lists and tuples of tensors and JSON values as one safetensors file, by rename."""
+    tensors: dict[str, Tensor] = {}
+    outline = _outline(tree, tensors, "")
+    partial = path.with_name(f".{path.name}.partial")
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(stored, partial, metadata={"tree": json.dumps(outline)})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_tree(path: Path) -> Any:
+    """Read what `save_tree` wrote; a truncated or foreign file is a `PpclError` that names it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return _restored(json.loads(metadata["tree"]), tensors)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise PpclError(f"{path} is damaged or not a file of this run ({error}); delete it and run again") from error
+
+
+class Bank(Mapping[str, dict[str, Tensor]]):
+    """Trained blocks by `Form.key`, each the state dict of a student block, one file a block."""
+
+    def __init__(self, *folders: Path) -> None:
+        self.folders = folders
+        self._files = {
+            path.name.removesuffix(".safetensors"): path for f in folders for path in f.glob("*.safetensors")
+        }
+
+    def __getitem__(self, key: str) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = load_tree(self._files[key])
+        return state
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _outline(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    if isinstance(value, Tensor):
+        # What several samples share is written once.
+        known = next((name for name, tensor in tensors.items() if tensor is value), None)
+        tensors.setdefault(known or path, value)
+        return {"tensor": known or path}
+    if isinstance(value, Mapping):
+        return {"dict": {key: _outline(item, tensors, f"{path}/{key}") for key, item in value.items()}}
+    if isinstance(value, list | tuple):
+        items = [_outline(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    assert value is None or isinstance(value, bool | int | float | str), f"{path}: a {type(value).__name__} on disk"
+    return {"value": value}
+
+
+def _restored(outline: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, content),) = outline.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _restored(item, tensors) for key, item in content.items()}
+    if kind in ("list", "tuple"):
+        items = [_restored(item, tensors) for item in content]
+        return tuple(items) if kind == "tuple" else items
+    return content

@@ -1,0 +1,98 @@
+"""Stage `depth`: non-sequential distillation of intervals (Eq. 6 and 7, Algorithm 1 lines 16-23).
+
+Every interval [u, v] has one student block, which sees the teacher's input to u and learns the teacher's output of v.
+
+    depth: {steps: 6000, batch: 2, learning_rate: 1.0e-4, loss: direction, init: first, inputs: teacher}
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import nn
+
+from ppcl_toolkit.adapter import Stack
+from ppcl_toolkit.mechanics.capture import run_block
+from ppcl_toolkit.mechanics.distill import merge_losses, train_segments
+from ppcl_toolkit.mechanics.loop import Optimization
+from ppcl_toolkit.mechanics.losses import LOSSES
+from ppcl_toolkit.mechanics.moments import Moments
+from ppcl_toolkit.mechanics.noise import Batches
+from ppcl_toolkit.mechanics.schedule import Reading, Runner
+from ppcl_toolkit.mechanics.segment import Segment
+from ppcl_toolkit.mechanics.storage import Desk
+from ppcl_toolkit.plan import Form, Plan, trained_forms
+from ppcl_toolkit.recipe import Depth
+
+_INIT_BATCHES = 8
+
+
+def distill_depth(runner: Runner, plans: Sequence[Plan], batches: Batches, section: Depth, desk: Desk) -> list[str]:
+    """Train one block per interval of `plans` and bank it; return the segments that stopped early, and why."""
+    forms = [form for form in trained_forms(plans) if form.is_stock]
+    segments = []
+    for form, student in zip(forms, initial_students(runner, forms, batches, section.init), strict=True):
+        # Masters are fp32: half-precision updates vanish in half-precision weights.
+        student = student.float().requires_grad_(True)
+        optimization = Optimization(form.key, [student], section, exchange=section.split == "samples")
+        stack = runner.adapter.stack(form.stack)
+        segments.append(Segment(form, stack, student, optimization, LOSSES[section.loss]))
+    follow_from = {"teacher": None, "student": 0, "mixed": section.steps // 2}[section.inputs]
+    stopped = train_segments(runner, segments, batches, section, desk, follow_from=follow_from)
+    merge_losses(desk.folder)
+    return stopped
+
+
+def initial_students(runner: Runner, forms: Sequence[Form], batches: Batches, init: str) -> list[nn.Module]:
+    """Return the block that each interval's student starts from: a copy of block u, of the best block, or the mean."""
+    runs = [list(runner.blocks(form.stack))[form.first : form.last + 1] for form in forms]
+    if init == "average":
+        return [_average(run) for run in runs]
+    if init == "best":
+        readers = [_BestBlock(f, runner.adapter.stack(f.stack), run) for f, run in zip(forms, runs, strict=True)]
+        for _ in runner.feed(batches(0, _INIT_BATCHES), readers):
+            pass
+        return [copy.deepcopy(reader.best()) for reader in readers]
+    return [copy.deepcopy(run[0]) for run in runs]
+
+
+@final
+class _BestBlock:
+    """Which block of an interval comes nearest to the teacher's output behind a least-squares map."""
+
+    reference: tuple[int, int] | None = None
+
+    def __init__(self, form: Form, stack: Stack, run: Sequence[nn.Module]) -> None:
+        self.stack, self.first, self.last = stack, form.first, form.last
+        self._run = [block for block in run if _alike(block, run[0])]
+        self._moments: list[dict[str, Moments]] = [{} for _ in self._run]
+
+    def read(self, reading: Reading) -> None:
+        for block, moments in zip(self._run, self._moments, strict=True):
+            output = run_block(block, self.stack, reading.arguments, reading.inputs)
+            for name, x in output.of(self.stack.streams).items():
+                moments.setdefault(name, Moments.zeros(x.shape[-1], x.device)).add(x, getattr(reading.target, name))
+
+    def place(self, device: torch.device) -> None:
+        for block in self._run:
+            block.to(device)
+
+    def best(self) -> nn.Module:
+        def missed(moments: dict[str, Moments]) -> float:
+            return sum(m.unexplained(m.solve(bias=True)) * float(m.energy) for m in moments.values())
+
+        return min(zip(self._run, self._moments, strict=True), key=lambda pair: missed(pair[1]))[0]
+
+
+def _average(run: Sequence[nn.Module]) -> nn.Module:
+    student = copy.deepcopy(run[0])
+    states = [block.state_dict() for block in run if _alike(block, run[0])]
+    mean = {name: torch.stack([s[name].double() for s in states]).mean(0).to(v.dtype) for name, v in states[0].items()}
+    student.load_state_dict(mean)
+    return student
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    shapes = [{name: value.shape for name, value in block.state_dict().items()} for block in (one, other)]
+    return shapes[0] == shapes[1]

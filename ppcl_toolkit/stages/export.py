@@ -1,0 +1,70 @@
+"""Stage `export`: a variant from teacher and bank, as a folder that opens in diffusers, proved by opening it.
+
+export: {dtype: bfloat16}
+"""
+
+import copy
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics.capture import map_tensors
+from ppcl_toolkit.mechanics.schedule import Batch
+from ppcl_toolkit.mechanics.storage import Desk
+from ppcl_toolkit.plan import Plan
+from ppcl_toolkit.variant import save_variant, verify_variant
+
+_RECORD = "variant.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One student as a pipeline folder."""
+
+    name: str
+    folder: Path
+    plan: Plan
+    dtype: str
+    """Of its weights on disk."""
+
+    def read(self, record: Path) -> dict[str, Any]:
+        """Return {"name", "path", "opens", "difference"} of an exported variant; a missing folder is a `PpclError`."""
+        if not (self.folder / "model_index.json").is_file():
+            raise PpclError(f"{self.folder} is gone; delete {record} to export it again")
+        found: dict[str, Any] = json.loads((record / _RECORD).read_text())
+        return {"name": self.name, "path": str(self.folder), **found}
+
+
+def export(pipeline: Any, student: nn.Module, variant: Variant, example: Batch, desk: Desk) -> None:
+    """Write a variant's pipeline folder, and open it again in fresh processes to compare what it computes."""
+    shutil.rmtree(variant.folder, ignore_errors=True)
+    variant.folder.parent.mkdir(parents=True, exist_ok=True)
+    dtype = getattr(torch, variant.dtype)
+    student = copy.deepcopy(student).eval().requires_grad_(False).to(dtype)
+    example = {
+        name: map_tensors(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        for name, value in example.items()
+    }
+    with torch.no_grad():
+        expected = student(**example)[0]
+    opens = save_variant(_cast(pipeline, dtype), student, variant.plan, example, variant.folder)
+    desk.progress(1, 2, "written")
+    # Loaded weights lie elsewhere in memory, and kernels may round otherwise: half the digits must agree.
+    tolerance = torch.finfo(dtype).eps ** 0.5 * float(expected.abs().max())
+    difference = verify_variant(variant.folder, opens, example, expected, tolerance)
+    (desk.folder / _RECORD).write_text(json.dumps({"opens": opens, "difference": difference}))
+    desk.progress(2, 2, "verified in a fresh process")
+
+
+def _cast(pipeline: Any, dtype: torch.dtype) -> Any:
+    shell = copy.copy(pipeline)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and name != "transformer" and next(part.parameters()).dtype != dtype:
+            shell.register_modules(**{name: copy.deepcopy(part).to(dtype)})
+    return shell

@@ -1,0 +1,280 @@
+"""Stage `select`: which candidates go for which target, by measured substitution error.
+
+Every candidate is put into the teacher alone, with least-squares maps and no training, and costs the relative error of
+the velocity that results. Candidates are taken by error per parameter saved, smallest first, until a target is met;
+smaller targets go on from larger ones, so that one bank serves all.
+
+    targets: [{name: "70", params: 70%, width: false}, {name: "50", params: 50%}]
+    select: {batches: 4, batch: 8}
+"""
+
+import contextlib
+import copy
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from ppcl_toolkit.adapter import Stack
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics import loop
+from ppcl_toolkit.mechanics.assemble import example_calls
+from ppcl_toolkit.mechanics.capture import bind, passing, rerouted, run_block
+from ppcl_toolkit.mechanics.moments import Moments
+from ppcl_toolkit.mechanics.noise import Batches
+from ppcl_toolkit.mechanics.schedule import Reading, Runner
+from ppcl_toolkit.mechanics.segment import LinearFit
+from ppcl_toolkit.mechanics.storage import Desk
+from ppcl_toolkit.mechanics.surgery import narrow
+from ppcl_toolkit.plan import FfnSwap, Form, Interval, Operation, Plan, TextRun
+from ppcl_toolkit.recipe import Recipe, Target, Width
+
+Candidate = Interval | TextRun | FfnSwap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A candidate, what it costs and what it saves."""
+
+    operation: Candidate
+    error: float
+    """Relative velocity error |v - v_teacher| / |v_teacher| with this candidate alone, untrained."""
+    saves: int
+    """Transformer parameters."""
+
+    @property
+    def price(self) -> float:
+        """Error per parameter saved."""
+        return self.error / max(self.saves, 1)
+
+
+def select(
+    runner: Runner, plan: Plan, found: Sequence[Candidate], batches: Batches, recipe: Recipe, desk: Desk
+) -> None:
+    """Measure `found` and all FFNs that may become linear, and write the choice for every target of the recipe."""
+    operations: list[Candidate] = [candidate for candidate in found if isinstance(candidate, Interval)]
+    if any(target.width for target in recipe.targets):
+        runs = [candidate for candidate in found if isinstance(candidate, TextRun)]
+        operations += recipe.width.given or [*runs, *ffn_candidates(runner, recipe.width)]
+    measured = []
+    for each in measure(runner, plan, operations, batches, recipe.select.batches):
+        measured.append(each)
+        desk.progress(len(measured), len(operations), f"{each.operation}: {each.error:.3f}")
+    total = _size(runner.transformer)
+    choice = choose(plan, measured, recipe.targets, total, recipe.width)
+    choice.save(desk.folder, measured)
+
+
+def measure(
+    runner: Runner, plan: Plan, candidates: Sequence[Candidate], batches: Batches, count: int
+) -> Iterator[Measured]:
+    """Yield every candidate with its substitution error over `count` batches; as many others set its linear maps."""
+    held_out = [loop.to_device(batch, runner.schedule.device) for batch in batches(0, count)]
+    with torch.no_grad():
+        example = example_calls(runner.transformer, runner.adapter, held_out[0])
+    stands = [_substitute(runner, plan, candidate, example) for candidate in candidates]
+    for _ in runner.feed(batches(count, 2 * count), [reader for stand in stands for reader in stand.readers]):
+        pass
+    velocities = [runner.velocity(batch) for batch in held_out]
+    for candidate, stand in zip(candidates, stands, strict=True):
+        with stand.installed():
+            pairs = zip(held_out, velocities, strict=True)
+            errors = [_relative(runner.velocity(batch), velocity) for batch, velocity in pairs]
+        yield Measured(operation=candidate, error=sum(errors) / len(errors), saves=stand.saves)
+
+
+def ffn_candidates(runner: Runner, width: Width) -> list[FfnSwap]:
+    """Return every block whose FFNs may become linear."""
+    if not width.ffn_blocks:
+        return []
+    found = []
+    for stack in runner.adapter.stacks:
+        for index, block in enumerate(stack.blocks(runner.transformer)):
+            # Blocks of one stack may differ: the last one of SD3 has no text FFN.
+            modules = dict(block.named_modules())
+            streams = tuple(stream for stream, path in stack.ffn.items() if path in modules)
+            if streams:
+                found.append(FfnSwap(stack=stack.path, block=index, streams=streams))
+    return found
+
+
+def choose(plan: Plan, measured: Sequence[Measured], targets: Sequence[Target], total: int, width: Width) -> "Choice":
+    """Take candidates until every target is met; `total` is the teacher's parameter count.
+
+    Raises `PpclError` with the nearest size where a target is out of reach.
+    """
+    order: list[Measured] = []
+    plans: dict[str, Plan] = {}
+    for target in sorted(targets, key=lambda t: -parse_size(t.params, total)):
+        goal = parse_size(target.params, total)
+        left = total - sum(m.saves for m in order)
+        rest = sorted((m for m in measured if m not in order), key=lambda m: m.price)
+        for candidate in rest:
+            if left <= goal:
+                break
+            allowed = target.width or isinstance(candidate.operation, Interval)
+            if allowed and _fits(plan, [*order, candidate], width):
+                order.append(candidate)
+                left -= candidate.saves
+        if left > goal:
+            raise PpclError(
+                f"target {target.name!r}: {target.params} is {goal:,} parameters, the candidates reach {left:,} "
+                f"({left / total:.1%} of the teacher); allow more intervals or width, or ask for that"
+            )
+        plans[target.name] = plan.with_operations(m.operation for m in order)
+    return Choice(plans=plans, order=tuple(m.operation for m in order))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The plan of every target, and the order in which operations were taken."""
+
+    plans: dict[str, Plan]
+    order: tuple[Candidate, ...]
+
+    def save(self, folder: Path, measured: Sequence[Measured]) -> None:
+        """Write `targets.json` and `order.json`, and every candidate's figures in `measured.json`."""
+        _write(folder / "targets.json", {name: plan.model_dump(mode="json") for name, plan in self.plans.items()})
+        _write(folder / "order.json", [operation.model_dump(mode="json") for operation in self.order])
+        rows = [
+            {
+                "operation": m.operation.model_dump(mode="json"),
+                "label": str(m.operation),
+                "error": m.error,
+                "saves": m.saves,
+                "chosen": [name for name, plan in self.plans.items() if m.operation in plan.operations],
+            }
+            for m in measured
+        ]
+        _write(folder / "measured.json", rows)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Choice":
+        """Read what `save` wrote."""
+        plans = {n: Plan.model_validate(p) for n, p in json.loads((folder / "targets.json").read_text()).items()}
+        operations = TypeAdapter(tuple[Operation, ...]).validate_json((folder / "order.json").read_text())
+        return cls(plans=plans, order=operations)
+
+
+def parse_size(text: str, total: int) -> int:
+    """Return the number of parameters that `70%`, `8B`, `650M` or `12000` means for a teacher of `total`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([%BMK]?)\s*", text, re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise PpclError(f"target size {text!r}: expected a share such as 70%, or a number such as 8B, 650M or 12000")
+    scale = {"%": total / 100, "": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2].upper()]
+    size = int(float(match[1]) * scale)
+    if size >= total:
+        raise PpclError(f"target size {text!r} is not smaller than the teacher's {total:,} parameters")
+    return size
+
+
+def _fits(plan: Plan, chosen: Sequence[Measured], width: Width) -> bool:
+    operations = [m.operation for m in chosen]
+    try:
+        taken = plan.with_operations(operations)
+    except ValueError:
+        return False
+    narrow_texts = sum(form.narrow_text for form in taken.forms())
+    return narrow_texts <= width.text_blocks and len(taken.ffn_swaps) <= width.ffn_blocks
+
+
+@dataclass(slots=True)
+class _Stand:
+    """What takes the place of a candidate's blocks while it is measured."""
+
+    blocks: list[tuple[nn.Module, Any]]
+    """Blocks and the forwards that run instead."""
+    readers: list[Any]
+    saves: int
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        for reader in self.readers:
+            reader.solve(1e-6)
+        with contextlib.ExitStack() as stack:
+            for block, forward in self.blocks:
+                stack.enter_context(rerouted(block, forward))
+            yield
+
+
+def _substitute(runner: Runner, plan: Plan, candidate: Candidate, example: dict[str, Any]) -> _Stand:
+    stack = runner.adapter.stack(candidate.stack)
+    blocks = runner.blocks(candidate.stack)
+    if isinstance(candidate, Interval):
+        run = list(blocks)[candidate.first : candidate.last + 1]
+        affine = _Affine(stack, candidate, run[0])
+        forwards = [(run[0], affine.forward), *((block, passing(block, stack)) for block in run[1:])]
+        return _Stand(forwards, [affine], sum(_size(block) for block in run[1:]))
+    forwards, readers, saves = [], [], 0
+    for form in plan.with_operations([candidate]).forms():
+        if form.stack == candidate.stack and not form.is_stock:
+            block = blocks[form.first]
+            thin = _thin(block, stack, form, example[form.stack])
+            forwards.append((block, thin.forward))
+            if not form.is_teacher:
+                readers.append(LinearFit(form, stack, thin, block))
+                saves += _size(block) - _size(thin)
+    return _Stand(forwards, readers, saves)
+
+
+@final
+class _Affine:
+    """An interval's first block with a least-squares map behind it, per stream."""
+
+    reference: tuple[int, int] | None = None
+
+    def __init__(self, stack: Stack, interval: Interval, block: nn.Module) -> None:
+        self.stack, self.first, self.last = stack, interval.first, interval.last
+        self._block = block
+        self._own = block.forward
+        self._moments: dict[str, Moments] = {}
+        self._maps: dict[str, Tensor] = {}
+
+    def read(self, reading: Reading) -> None:
+        output = run_block(self._block, self.stack, reading.arguments, reading.inputs)
+        for name, x in output.of(self.stack.streams).items():
+            moments = self._moments.setdefault(name, Moments.zeros(x.shape[-1], x.device))
+            moments.add(x, getattr(reading.target, name))
+
+    def place(self, device: torch.device) -> None:
+        self._block.to(device)
+
+    def solve(self, ridge: float) -> None:
+        self._maps = {name: m.solve(ridge, bias=True) for name, m in self._moments.items()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments, streams = bind(self._block, self.stack, args, kwargs)
+        given = {self.stack.argument(name): value for name, value in streams.of(self.stack.streams).items()}
+        output = self._own(**arguments, **given)
+        values = output if isinstance(output, tuple) else (output,)
+        mapped = [self._map(name, value) for name, value in zip(self.stack.returns, values, strict=True)]
+        return tuple(mapped) if isinstance(output, tuple) else mapped[0]
+
+    def _map(self, name: str, x: Tensor) -> Tensor:
+        weight = self._maps[name].to(x)
+        return x + x @ weight[:, :-1].T + weight[:, -1]
+
+
+def _thin(block: nn.Module, stack: Stack, form: Form, example: tuple[Any, Any]) -> nn.Module:
+    """Return a narrow copy that shares what it keeps with `block`."""
+    thin = copy.deepcopy(block, {id(p): p for p in block.parameters()})
+    narrow(thin, stack, form, *example)
+    return thin
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _relative(velocity: Tensor, teacher: Tensor) -> float:
+    return float((velocity - teacher).norm() / teacher.norm())

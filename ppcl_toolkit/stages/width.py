@@ -1,0 +1,80 @@
+"""Stage `width`: text streams and FFNs become linear maps (Eq. 8-12, Algorithm 1 lines 24-31).
+
+Every narrow block starts from its wider form with maps set by least squares, and then learns as a segment of its own.
+
+    width: {steps: 2000, batch: 2, loss: direction, alignment: 1.0, text_blocks: 6, ffn_blocks: 3}
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from ppcl_toolkit.mechanics.assemble import example_calls
+from ppcl_toolkit.mechanics.distill import merge_losses, train_segments
+from ppcl_toolkit.mechanics.loop import Optimization
+from ppcl_toolkit.mechanics.losses import LOSSES
+from ppcl_toolkit.mechanics.noise import Batches
+from ppcl_toolkit.mechanics.schedule import Runner
+from ppcl_toolkit.mechanics.segment import LinearFit, Segment
+from ppcl_toolkit.mechanics.storage import Bank, Desk
+from ppcl_toolkit.mechanics.surgery import copy_weights, narrow
+from ppcl_toolkit.plan import Form, Plan, trained_forms
+from ppcl_toolkit.recipe import Width
+
+
+def distill_width(
+    runner: Runner, plans: Sequence[Plan], bank: Bank, batches: Batches, section: Width, desk: Desk
+) -> list[str]:
+    """Train the narrow blocks of `plans` and bank them; return the segments that stopped early, and why."""
+    forms = [form for form in trained_forms(plans) if not form.is_stock]
+    stopped = []
+    # A block that loses its text and its FFN learns the first before the second: that form is in the bank, too.
+    for wave in ([f for f in forms if not (f.narrow_text and f.ffn)], [f for f in forms if f.narrow_text and f.ffn]):
+        known = Bank(*bank.folders, desk.folder)
+        missing = [form for form in wave if form.key not in known]
+        if missing:
+            segments = _segments(runner, missing, known, batches, section)
+            stopped += train_segments(runner, segments, batches, section, desk)
+    merge_losses(desk.folder)
+    return stopped
+
+
+def narrow_block(runner: Runner, form: Form, bank: Mapping[str, dict[str, Tensor]], example: Mapping) -> nn.Module:
+    """Return a block of `form` with the weights of its wider form, and new linear maps at zero."""
+    arguments, streams = example[form.stack]
+    stack = runner.adapter.stack(form.stack)
+    block = copy.deepcopy(runner.blocks(form.stack)[form.first])
+    narrow(block, stack, form, arguments, streams)
+    copy_weights(wider_block(runner, form, bank, example), block)
+    return block
+
+
+def wider_block(runner: Runner, form: Form, bank: Mapping[str, dict[str, Tensor]], example: Mapping) -> nn.Module:
+    """Return the trained block that `form` is narrowed from: the teacher's own, or the bank's."""
+    wider = form.previous
+    assert wider is not None
+    block = copy.deepcopy(runner.blocks(form.stack)[wider.first])
+    if not wider.is_teacher:
+        narrow(block, runner.adapter.stack(form.stack), wider, *example[form.stack])
+        block.load_state_dict(bank[wider.key], strict=True)
+    return block
+
+
+def _segments(runner: Runner, forms: Sequence[Form], bank: Bank, batches: Batches, section: Width) -> list[Segment]:
+    example = example_calls(runner.transformer, runner.adapter, batches[0])
+    students = [narrow_block(runner, form, bank, example).float() for form in forms]
+    wider = [wider_block(runner, form, bank, example).float() for form in forms]
+    stacks = [runner.adapter.stack(form.stack) for form in forms]
+    fits = [LinearFit(*each) for each in zip(forms, stacks, students, wider, strict=True)]
+    for _ in runner.feed(batches(0, section.batches), fits):
+        pass
+    segments = []
+    for form, fit, stack, student, origin in zip(forms, fits, stacks, students, wider, strict=True):
+        fit.solve(section.ridge)
+        student.requires_grad_(True)
+        optimization = Optimization(form.key, [student], section, exchange=section.split == "samples")
+        segment = Segment(form, stack, student, optimization, LOSSES[section.loss])
+        segment.wider, segment.alignment = origin, section.alignment
+        segments.append(segment)
+    return segments
