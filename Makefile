@@ -1,0 +1,36 @@
+# Two commands for a fresh machine with Python 3.11 and git: `make demo` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= runs/tiny
+
+.PHONY: help demo test check bench clean
+
+help: ## list what can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+# torch comes first and alone, so that a CPU build that is present serves and nothing else pulls in a CUDA one.
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed ## compress the embedded teacher: a table, a report and two smaller models in runs/tiny
+	$(BIN)/ppcl compress --recipe tiny --out $(DEMO)
+	@echo "report: $(DEMO)/report.html"
+
+check: $(VENV)/installed ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check ## style, types and every test
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed ## speed of the hot paths, as ratios of medians
+	$(BIN)/python tests/bench.py
+
+clean: ## remove what was installed and made here
+	rm -rf $(VENV) runs build dist *.egg-info
