@@ -5,6 +5,7 @@ from ppcl_toolkit.adapter import Adapter, Stack
 ADAPTER = Adapter(
     family="flux",
     transformer="FluxTransformer2DModel",
+    packs=True,
     shared=("img_ids", "txt_ids"),
     stacks=(
         Stack(

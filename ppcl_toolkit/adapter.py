@@ -80,6 +80,8 @@ class Adapter:
     timestep: str = "timestep"
     timestep_scale: float = 1.0
     """What the pipeline passes for sigma = 1."""
+    packs: bool = False
+    """Whether the pipeline packs latents into tokens, by its `_pack_latents`."""
     shared: tuple[str, ...] = ()
     """Arguments that have no batch dimension."""
     remap: Remap | None = None
