@@ -103,6 +103,7 @@ class ChainedCka:
 
         Blocks that were never observed have NaN, but 1 on the diagonal.
         """
+        assert not self._passing, "a batch is still on its way"
         cka, upper = (self._sums / self._samples).triu(1).unbind()
         ones = torch.eye(self.depth, dtype=cka.dtype)
         return torch.stack([cka + ones, upper + upper.T + ones])

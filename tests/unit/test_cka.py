@@ -124,6 +124,10 @@ def test_samples_count_alike_however_they_are_batched():
     for block, output in enumerate(outputs):
         for number in range(3):
             streamed.observe(number, block, output[number, None], weights[block])
+    with pytest.raises(AssertionError, match="on its way"):
+        streamed.means()
+    for number in range(3):
+        streamed.close(number)
     torch.testing.assert_close(streamed.means(), whole, atol=1e-6, rtol=0)
 
 
@@ -131,6 +135,7 @@ def test_a_block_that_was_never_observed_has_no_number():
     chained = ChainedCka(3)
     for block in range(2):
         chained.observe(0, block, features(1, 7, 5, seed=block), torch.zeros(5, 5) if block else None)
+    chained.close(0)
     table, plain = chained.means()
     assert table[:2, 2].isnan().all() and plain[2, :2].isnan().all()
     assert not table[:2, :2].isnan().any() and table.diagonal().tolist() == [1.0, 1.0, 1.0]
