@@ -1,0 +1,103 @@
+"""The traced block is the block: bit for bit over real diffusers classes, and what cannot be traced is refused."""
+
+import pytest
+import torch
+from diffusers.models.transformers.auraflow_transformer_2d import AuraFlowJointTransformerBlock
+from diffusers.models.transformers.transformer_cogview4 import CogView4TransformerBlock
+from torch import nn
+
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics import graph
+from ppcl_toolkit.mechanics.source import write_forward
+from tests.families import FAMILIES, block_call
+from tests.tiny import randomize
+
+
+def run_source(trace: graph.Trace, block: nn.Module, call: dict):
+    namespace = {"torch": torch}
+    exec(write_forward(trace, "hidden_states"), namespace)
+    with torch.no_grad():
+        return namespace["forward"](block, **call)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_source_computes_what_the_block_computes(family):
+    for stack, block, arguments, streams in FAMILIES[family]():
+        call = block_call(stack, arguments, streams)
+        trace = graph.trace(block, call, stack.ffn.values())
+        longer = block_call(stack, *other_length(arguments, streams))
+        with torch.no_grad():
+            for given in (call, longer):
+                expected = block(**given)
+                found = run_source(trace, block, given)
+                assert type(found) is type(expected)
+                assert all(a is b or torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def other_length(arguments, streams):
+    """The same call for one sample of the batch."""
+    half = lambda value: value[:1] if value.ndim > 2 or value.shape[0] == streams.image.shape[0] else value
+    kept = {
+        name: value if isinstance(value, tuple) else half(value) if value is not None else None
+        for name, value in arguments.items()
+    }
+    return kept, type(streams)(*(None if value is None else value[:1] for value in streams))
+
+
+def test_absent_argument_stays_where_it_is_only_handed_on():
+    (stack, block, arguments, streams), *_ = FAMILIES["qwenimage"]()
+    source = write_forward(graph.trace(block, block_call(stack, arguments, streams), stack.ffn.values()), stack.image)
+    assert "encoder_hidden_states_mask=encoder_hidden_states_mask" in source
+    assert "modulate_index is not None" in source  # The block looks at this one.
+
+
+def test_source_refuses_what_was_taken_for_granted():
+    (stack, block, arguments, streams), *_ = FAMILIES["flux"]()
+    call = block_call(stack, arguments, streams)
+    trace = graph.trace(block, call, stack.ffn.values())
+    with pytest.raises(NotImplementedError, match="joint_attention_kwargs"):
+        run_source(trace, block, {**call, "joint_attention_kwargs": {"scale": 2.0}})
+    with pytest.raises(NotImplementedError, match="float16"):
+        run_source(trace, block, {**call, "hidden_states": streams.image.half()})
+
+
+class Routed(nn.Module):
+    def __init__(self, question):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.question = question
+
+    def forward(self, hidden_states):
+        return self.linear(hidden_states) if self.question(hidden_states) else hidden_states
+
+
+@pytest.mark.parametrize("question", [lambda x: x.sum() > 0, lambda x: x.max().item() > 0, lambda x: bool(x.any())])
+def test_path_that_depends_on_data_is_refused(question):
+    with pytest.raises(PpclError, match="Routed cannot be traced"):
+        graph.trace(Routed(question), {"hidden_states": torch.randn(2, 3, 4)}, ())
+
+
+def test_tracing_does_not_touch_the_block():
+    (stack, block, arguments, streams), *_ = FAMILIES["flux"]()
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    graph.trace(block, block_call(stack, arguments, streams), stack.ffn.values())
+    assert all(torch.equal(before[name], value) for name, value in block.state_dict().items())
+    assert not any("forward" in vars(module) for module in block.modules())
+
+
+def test_parallel_ffn_is_refused():
+    block = randomize(AuraFlowJointTransformerBlock(32, 2, 16))
+    call = dict(
+        hidden_states=torch.randn(2, 9, 32), encoder_hidden_states=torch.randn(2, 5, 32), temb=torch.randn(2, 32)
+    )
+    with pytest.raises(PpclError, match="parallel to the attention"):
+        graph.replace_ffn(graph.trace(block, call, ("ff", "ff_context")), "ff", "linear_ffn_image")
+
+
+def test_shared_ffn_is_refused():
+    block = randomize(CogView4TransformerBlock(32, 2, 16, 8))
+    call = dict(
+        hidden_states=torch.randn(2, 9, 32), encoder_hidden_states=torch.randn(2, 5, 32), temb=torch.randn(2, 8)
+    )
+    with pytest.raises(PpclError, match="called 2 times"):
+        graph.replace_ffn(graph.trace(block, call, ("ff",)), "ff", "linear_ffn_image")
