@@ -12,12 +12,12 @@ from typing import NamedTuple, Self, final
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppcl_toolkit.adapter import Adapter, Stack
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.mechanics.cka import ChainedCka
-from ppcl_toolkit.mechanics.schedule import Batch, Reading
+from ppcl_toolkit.mechanics.schedule import Batch, Reading, Runner
 from ppcl_toolkit.plan import Interval, TextRun
 from ppcl_toolkit.recipe import Intervals
 
@@ -49,6 +49,10 @@ class Candidates:
     """Runs whose text streams are alike, the deepest first."""
     curves: Mapping[str, Mapping[str, Curves]]
     """Per stack, then per stream: `image`, `text` where there is one, and `mean`."""
+
+    def operations(self) -> list[Interval | TextRun]:
+        """Return everything found, intervals first."""
+        return [*(interval for intervals in self.intervals.values() for interval in intervals), *self.text_runs]
 
     def save(self, folder: Path) -> None:
         """Write `candidates.json` and `curves.safetensors`."""
@@ -164,21 +168,20 @@ def text_runs(heatmap: Tensor, threshold: float = 0.999) -> list[Span]:
 
 
 def find_intervals(
-    transformer: nn.Module,
-    adapter: Adapter,
+    runner: Runner,
     batches: Callable[[int, int], Iterable[Batch]],
     settings: Intervals,
-    feed: Callable[..., Iterator[int]],
-    *,
     weights: Mapping[Key, Tensor],
+    *,
     text_threshold: float = 0.999,
+    progress: Callable[..., None],
 ) -> Candidates:
     """Compute the similarity of all blocks on a calibration set, and pick intervals and text runs from it.
 
-    `weights` are those of the probes, by stack path, block and stream; `batches` and `feed` are as in `fit_probes`.
+    `weights` are those of the probes, by stack path, block and stream; `batches` is as in `fit_probes`.
     Raises `PpclError` where `settings` name a stack, block or stream that the transformer has not.
     """
-    depths = adapter.depths(transformer)
+    adapter, depths = runner.adapter, runner.adapter.depths(runner.transformer)
     _check(adapter, depths, settings)
     chains: dict[str, dict[str, ChainedCka]] = {
         s.path: {stream: ChainedCka(depths[s.path]) for stream in s.streams} for s in adapter.stacks
@@ -188,8 +191,8 @@ def find_intervals(
         for stack in adapter.stacks
         for block in range(depths[stack.path])
     ]
-    for _ in feed(transformer, adapter, batches(0, settings.batches), readers):
-        pass
+    for done in runner.feed(batches(0, settings.batches), readers):
+        progress(done, settings.batches)
     curves = {path: _curves(by_stream) for path, by_stream in chains.items()}
     intervals = {path: _intervals(path, found[settings.stream], settings) for path, found in curves.items()}
     return Candidates(intervals, tuple(_text_runs(adapter, curves, text_threshold)), curves)

@@ -4,7 +4,7 @@ Shapes: B batch, N tokens, D features.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, final
@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ppcl_toolkit.adapter import Adapter, Stack
+from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.mechanics.moments import Moments
-from ppcl_toolkit.mechanics.schedule import Batch, Reading
+from ppcl_toolkit.mechanics.schedule import Batch, Reading, Runner
 from ppcl_toolkit.recipe import Probe
 
 Key = tuple[str, int, str]
@@ -105,28 +105,25 @@ class ProbeTrainer:
 
 
 def fit_probes(
-    transformer: nn.Module,
-    adapter: Adapter,
-    batches: Callable[[int, int], Iterable[Batch]],
-    settings: Probe,
-    feed: Callable[..., Iterator[int]],
+    runner: Runner, batches: Callable[[int, int], Iterable[Batch]], settings: Probe, progress: Callable[..., None]
 ) -> Probes:
     """Fit a probe to every block and stream in one pass (Eq. 1); `settings.steps` trains them further (Eq. 2).
 
     `batches(start, stop)` yields the batches of those numbers; training goes on with numbers that Eq. 1 has not seen.
-    `feed` is `mechanics.schedule.feed`, told where to run. Raises `PpclError` where the tokens are too few.
+    Raises `PpclError` where the tokens are too few.
     """
-    readers = [ProbeReader(stack, block) for stack in adapter.stacks for block in range(len(stack.blocks(transformer)))]
-    for _ in feed(transformer, adapter, batches(0, settings.batches), readers):
-        pass
+    total = settings.batches + settings.steps
+    stacks = runner.adapter.stacks
+    readers = [ProbeReader(stack, block) for stack in stacks for block in range(len(runner.blocks(stack.path)))]
+    for done in runner.feed(batches(0, settings.batches), readers):
+        progress(done, total)
     moments = {(r.stack.path, r.first, stream): found for r in readers for stream, found in r.moments.items()}
     weights = {key: found.solve(settings.ridge).float() for key, found in moments.items()}
     if settings.steps:
-        device = next(transformer.parameters()).device
+        device = runner.schedule.rest
         trainers = [ProbeTrainer(r.stack, r.first, _of(weights, r, device), settings.learning_rate) for r in readers]
-        fresh = batches(settings.batches, settings.batches + settings.steps)
-        for _ in feed(transformer, adapter, fresh, trainers):
-            pass
+        for done in runner.feed(batches(settings.batches, total), trainers):
+            progress(settings.batches + done, total)
         weights = {
             (t.stack.path, t.first, stream): weight.detach().cpu()
             for t in trainers

@@ -1,13 +1,12 @@
-import functools
-
 import pytest
 import torch
+from tiny import flux_inputs, flux_transformer
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.mechanics.capture import Streams
 from ppcl_toolkit.mechanics.cka import cka, heatmap
-from ppcl_toolkit.mechanics.schedule import Reading, Schedule, feed
+from ppcl_toolkit.mechanics.schedule import Reading, Runner, Schedule
 from ppcl_toolkit.plan import Interval, TextRun
 from ppcl_toolkit.recipe import Intervals
 from ppcl_toolkit.stages.intervals import (
@@ -18,7 +17,6 @@ from ppcl_toolkit.stages.intervals import (
     threshold_intervals,
     trend_intervals,
 )
-from tests.tiny import flux_inputs, flux_transformer
 
 FLUX = load_adapter("flux")
 DUAL, SINGLE = FLUX.stacks
@@ -142,9 +140,14 @@ def probe_weights(transformer):
     }
 
 
-def found(transformer, run=feed, **settings):
+def found(transformer, schedule=None, kind=Runner, **settings):
+    runner = kind(transformer, FLUX, schedule or Schedule())
     settings = Intervals(batches=3, **settings)
-    return find_intervals(transformer, FLUX, batches, settings, run, weights=probe_weights(transformer))
+    return find_intervals(runner, batches, settings, probe_weights(transformer), progress=silent)
+
+
+def silent(done, total):
+    assert done <= total
 
 
 def outputs(transformer, stack, stream):
@@ -203,7 +206,7 @@ def test_intervals_are_algorithm_1_on_the_chosen_stream():
 
 def test_streamed_and_resident_curves_are_the_same_bits():
     transformer = flux_transformer(dual=3, single=2)
-    streamed = functools.partial(feed, schedule=Schedule(chunk=2, streamed=True))
+    streamed = Schedule(chunk=2, streamed=True)
     one, other = found(transformer), found(transformer, streamed)
     for path, streams in one.curves.items():
         for stream, curves in streams.items():
@@ -213,13 +216,12 @@ def test_streamed_and_resident_curves_are_the_same_bits():
 def test_text_runs_are_only_searched_where_text_has_its_own_weights():
     transformer = flux_transformer(dual=4, single=4)
     runs = find_intervals(
-        transformer,
-        FLUX,
+        Runner(transformer, FLUX),
         batches,
         Intervals(batches=1),
-        feed,
-        weights=probe_weights(transformer),
+        probe_weights(transformer),
         text_threshold=0.0,
+        progress=silent,
     ).text_runs
     assert runs == (TextRun(stack=DUAL.path, reference=0, last=3),)
 
@@ -241,20 +243,25 @@ def test_given_intervals_are_taken_and_curves_are_still_drawn():
     ],
 )
 def test_settings_that_name_nothing_are_errors_before_anything_runs(settings, message):
+    class Never(Runner):
+        def feed(self, *_, **__):
+            raise AssertionError("the teacher ran")
+
     with pytest.raises(PpclError, match=message):
-        found(flux_transformer(dual=2, single=2), run=None, strategy="given", **settings)
+        found(flux_transformer(dual=2, single=2), kind=Never, strategy="given", **settings)
 
 
 def test_a_last_block_without_text_leaves_the_mean_to_the_image():
-    def without_last_text(_transformer, _adapter, batches, readers):
-        g = torch.Generator().manual_seed(0)
-        for number, _ in enumerate(batches):
-            for reader in readers:
-                out = Streams(torch.randn(2, 40, 32, generator=g), torch.randn(2, 40, 32, generator=g))
-                reader.read(Reading({}, out, Streams(out.image) if reader.last == 2 else out))
-            yield number
+    class WithoutLastText(Runner):
+        def feed(self, batches, readers, **_):
+            g = torch.Generator().manual_seed(0)
+            for number, _batch in enumerate(batches):
+                for reader in readers:
+                    out = Streams(torch.randn(2, 40, 32, generator=g), torch.randn(2, 40, 32, generator=g))
+                    reader.read(Reading({}, out, Streams(out.image) if reader.last == 2 else out))
+                yield number + 1
 
-    curves = found(flux_transformer(dual=3, single=3), run=without_last_text).curves[DUAL.path]
+    curves = found(flux_transformer(dual=3, single=3), kind=WithoutLastText).curves[DUAL.path]
     assert not curves["text"].cka[:2, 2].any() and not curves["text"].heatmap[2, :2].any()
     assert torch.equal(curves["mean"].cka[:, 2], curves["image"].cka[:, 2])
     torch.testing.assert_close(curves["mean"].cka[0, 1], (curves["image"].cka + curves["text"].cka)[0, 1] / 2)

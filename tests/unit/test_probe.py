@@ -1,20 +1,22 @@
-import functools
-
 import pytest
 import torch
+from tiny import flux_inputs, flux_transformer
 from torch import nn
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.mechanics.capture import Streams, bind, unpack
-from ppcl_toolkit.mechanics.schedule import Reading, Schedule, feed
+from ppcl_toolkit.mechanics.schedule import Reading, Runner, Schedule
 from ppcl_toolkit.recipe import Probe
 from ppcl_toolkit.stages.probe import ProbeReader, Probes, ProbeTrainer, fit_probes
-from tests.tiny import flux_inputs, flux_transformer
 
 FLUX = load_adapter("flux")
 DUAL, SINGLE = FLUX.stacks
 LINEAR = 2
+
+
+def silent(done, total):
+    assert done <= total
 
 
 def batches(start, stop):
@@ -57,7 +59,7 @@ def reading(x, update_weight):
 
 def test_a_block_that_is_linear_is_recovered():
     transformer, truth = linear_flux()
-    probes = fit_probes(transformer, FLUX, batches, Probe(batches=12, ridge=1e-12), feed)
+    probes = fit_probes(Runner(transformer, FLUX), batches, Probe(batches=12, ridge=1e-12), silent)
     for stream, weight in truth.items():
         key = (DUAL.path, LINEAR, stream)
         torch.testing.assert_close(probes.weights[key], weight, atol=2e-3, rtol=0)
@@ -67,7 +69,7 @@ def test_a_block_that_is_linear_is_recovered():
 
 def test_every_block_and_stream_has_equation_1():
     transformer = flux_transformer(dual=2, single=2)
-    probes = fit_probes(transformer, FLUX, batches, Probe(batches=3, ridge=1e-3), feed)
+    probes = fit_probes(Runner(transformer, FLUX), batches, Probe(batches=3, ridge=1e-3), silent)
     assert set(probes.weights) == set(probes.unexplained)
     for stack in FLUX.stacks:
         for block in range(2):
@@ -86,9 +88,9 @@ def test_every_block_and_stream_has_equation_1():
 def test_streamed_and_resident_fits_are_the_same_bits():
     transformer = flux_transformer(dual=2, single=1)
     settings = Probe(batches=4, ridge=1e-3, steps=3, learning_rate=1e-3)
-    resident = fit_probes(transformer, FLUX, batches, settings, feed)
-    streamed = functools.partial(feed, schedule=Schedule(chunk=3, streamed=True))
-    other = fit_probes(transformer, FLUX, batches, settings, streamed)
+    resident = fit_probes(Runner(transformer, FLUX), batches, settings, silent)
+    streamed = Runner(transformer, FLUX, Schedule(chunk=3, streamed=True))
+    other = fit_probes(streamed, batches, settings, silent)
     assert other.unexplained == resident.unexplained
     assert all(torch.equal(other.weights[key], weight) for key, weight in resident.weights.items())
 
@@ -101,9 +103,9 @@ def test_training_starts_from_equation_1_and_takes_fresh_batches():
         asked.append((start, stop))
         return batches(start, stop)
 
-    closed = fit_probes(transformer, FLUX, batches, Probe(batches=3, ridge=1e-3), feed)
+    closed = fit_probes(Runner(transformer, FLUX), batches, Probe(batches=3, ridge=1e-3), silent)
     settings = Probe(batches=3, ridge=1e-3, steps=2, learning_rate=1e-5)
-    trained = fit_probes(transformer, FLUX, recorded, settings, feed)
+    trained = fit_probes(Runner(transformer, FLUX), recorded, settings, silent)
     assert asked == [(0, 3), (3, 5)]
     for key, weight in closed.weights.items():
         moved = (trained.weights[key] - weight).abs().max()
@@ -147,11 +149,11 @@ def test_a_stream_that_a_block_does_not_return_has_no_probe():
 
 def test_too_few_tokens_are_an_error():
     with pytest.raises(PpclError, match="take more tokens"):
-        fit_probes(flux_transformer(dual=1, single=1), FLUX, batches, Probe(batches=1, ridge=1e-300), feed)
+        fit_probes(Runner(flux_transformer(dual=1, single=1), FLUX), batches, Probe(batches=1, ridge=1e-300), silent)
 
 
 def test_saved_is_loaded(tmp_path):
-    probes = fit_probes(flux_transformer(dual=1, single=1), FLUX, batches, Probe(batches=2, ridge=1e-3), feed)
+    probes = fit_probes(Runner(flux_transformer(dual=1, single=1), FLUX), batches, Probe(batches=2, ridge=1e-3), silent)
     probes.save(tmp_path)
     loaded = Probes.load(tmp_path)
     assert loaded.unexplained == probes.unexplained
