@@ -2,10 +2,10 @@
 
 import torch
 from diffusers import QwenImageTransformer2DModel, SD3Transformer2DModel
+from tiny import flux_inputs, flux_transformer, randomize
 
 from ppcl_toolkit.adapter import Adapter, Stack, load_adapter
 from ppcl_toolkit.mechanics.capture import Streams, stack_calls
-from tests.tiny import flux_inputs, flux_transformer, randomize
 
 SD3 = Adapter(
     family="sd3",
@@ -61,13 +61,13 @@ def sd3_transformer(layers: int = 4) -> SD3Transformer2DModel:
 
 def sd3_inputs() -> dict:
     g = torch.Generator().manual_seed(0)
-    return dict(
-        hidden_states=torch.randn(2, 4, 3, 3, generator=g),
-        encoder_hidden_states=torch.randn(2, 5, 32, generator=g),
-        pooled_projections=torch.randn(2, 32, generator=g),
-        timestep=torch.tensor([300.0, 700.0]),
-        return_dict=False,
-    )
+    return {
+        "hidden_states": torch.randn(2, 4, 3, 3, generator=g),
+        "encoder_hidden_states": torch.randn(2, 5, 32, generator=g),
+        "pooled_projections": torch.randn(2, 32, generator=g),
+        "timestep": torch.tensor([300.0, 700.0]),
+        "return_dict": False,
+    }
 
 
 def qwen_image_transformer(layers: int = 4) -> QwenImageTransformer2DModel:
@@ -87,13 +87,13 @@ def qwen_image_transformer(layers: int = 4) -> QwenImageTransformer2DModel:
 
 def qwen_image_inputs() -> dict:
     g = torch.Generator().manual_seed(0)
-    return dict(
-        hidden_states=torch.randn(2, 9, 4, generator=g),
-        encoder_hidden_states=torch.randn(2, 5, 32, generator=g),
-        timestep=torch.tensor([0.3, 0.7]),
-        img_shapes=[[(1, 3, 3)]] * 2,
-        return_dict=False,
-    )
+    return {
+        "hidden_states": torch.randn(2, 9, 4, generator=g),
+        "encoder_hidden_states": torch.randn(2, 5, 32, generator=g),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "img_shapes": [[(1, 3, 3)]] * 2,
+        "return_dict": False,
+    }
 
 
 TRANSFORMERS = {

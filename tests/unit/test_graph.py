@@ -4,13 +4,13 @@ import pytest
 import torch
 from diffusers.models.transformers.auraflow_transformer_2d import AuraFlowJointTransformerBlock
 from diffusers.models.transformers.transformer_cogview4 import CogView4TransformerBlock
+from families import FAMILIES, block_call
+from tiny import randomize
 from torch import nn
 
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.mechanics import graph
 from ppcl_toolkit.mechanics.source import write_forward
-from tests.families import FAMILIES, block_call
-from tests.tiny import randomize
 
 
 def run_source(trace: graph.Trace, block: nn.Module, call: dict):
@@ -35,13 +35,9 @@ def test_source_computes_what_the_block_computes(family):
 
 
 def other_length(arguments, streams):
-    """The same call for one sample of the batch."""
-    half = lambda value: value[:1] if value.ndim > 2 or value.shape[0] == streams.image.shape[0] else value
-    kept = {
-        name: value if isinstance(value, tuple) else half(value) if value is not None else None
-        for name, value in arguments.items()
-    }
-    return kept, type(streams)(*(None if value is None else value[:1] for value in streams))
+    """The same call for one sample of the batch of two."""
+    kept = {name: value[:1] if name == "temb" else value for name, value in arguments.items()}
+    return kept, type(streams)(*(value[:1] for value in streams))
 
 
 def test_absent_argument_stays_where_it_is_only_handed_on():
@@ -87,17 +83,21 @@ def test_tracing_does_not_touch_the_block():
 
 def test_parallel_ffn_is_refused():
     block = randomize(AuraFlowJointTransformerBlock(32, 2, 16))
-    call = dict(
-        hidden_states=torch.randn(2, 9, 32), encoder_hidden_states=torch.randn(2, 5, 32), temb=torch.randn(2, 32)
-    )
+    call = {
+        "hidden_states": torch.randn(2, 9, 32),
+        "encoder_hidden_states": torch.randn(2, 5, 32),
+        "temb": torch.randn(2, 32),
+    }
     with pytest.raises(PpclError, match="parallel to the attention"):
         graph.replace_ffn(graph.trace(block, call, ("ff", "ff_context")), "ff", "linear_ffn_image")
 
 
 def test_shared_ffn_is_refused():
     block = randomize(CogView4TransformerBlock(32, 2, 16, 8))
-    call = dict(
-        hidden_states=torch.randn(2, 9, 32), encoder_hidden_states=torch.randn(2, 5, 32), temb=torch.randn(2, 8)
-    )
+    call = {
+        "hidden_states": torch.randn(2, 9, 32),
+        "encoder_hidden_states": torch.randn(2, 5, 32),
+        "temb": torch.randn(2, 8),
+    }
     with pytest.raises(PpclError, match="called 2 times"):
         graph.replace_ffn(graph.trace(block, call, ("ff",)), "ff", "linear_ffn_image")

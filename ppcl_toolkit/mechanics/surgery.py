@@ -1,0 +1,224 @@
+"""Narrow forms of a block: the stock block with text streams or feed-forward networks replaced by linear maps.
+
+What stays keeps its module names, so a narrow block loads what remains of a wider block's weights.
+"""
+
+import functools
+import linecache
+import math
+import zlib
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ppcl_toolkit.adapter import Stack
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics import graph
+from ppcl_toolkit.mechanics.capture import Arguments, Streams
+from ppcl_toolkit.mechanics.source import write_forward
+from ppcl_toolkit.plan import Form
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """How a stock block becomes narrow: plain data, the same for every block of one form."""
+
+    source: str
+    """Its forward, as Python that needs torch only."""
+    removed: tuple[str, ...]
+    """Submodules that go."""
+    bypassed: tuple[str, ...]
+    """Submodules inside the attention that are called but no longer matter."""
+    shrunk: tuple[tuple[str, tuple[int, ...], int], ...]
+    """Linear layers that keep some of their output rows: path, chunks kept, number of chunks."""
+    added: tuple[tuple[str, int], ...]
+    """New linear maps and their width D."""
+
+
+class NarrowBlock(nn.Module):
+    """What every narrow block is an instance of, beside its stock class."""
+
+    blueprint: ClassVar[Blueprint]
+
+    def __reduce__(self) -> Any:
+        """Pickle and copy by stock class and blueprint: the class itself exists only at run time."""
+        return _empty, (type(self).__bases__[0], self.blueprint), self.__getstate__()
+
+
+def narrow(block: nn.Module, stack: Stack, form: Form, arguments: Arguments, streams: Streams) -> None:
+    """Give an unmodified stock block of `stack` the shape of `form`, in place; a stock form changes nothing.
+
+    `arguments` and `streams` are an example of its call in the teacher. New linear maps are zero, so until they are
+    fitted or trained a narrow FFN returns the post-attention residual g itself: run the block to record g (Eq. 9).
+    """
+    if form.is_stock:
+        return
+    blueprint = draw(block, stack, form, arguments, streams)
+    reshape_block(block, blueprint.removed, blueprint.bypassed, blueprint.shrunk, blueprint.added)
+    stock: type = type(block)
+    block.__class__ = narrow_class(stock, blueprint)
+
+
+def draw(block: nn.Module, stack: Stack, form: Form, arguments: Arguments, streams: Streams) -> Blueprint:
+    """Work out the blueprint by which `block` takes `form`; the block is not touched and may have no weights.
+
+    Raises `PpclError` where the architecture does not allow it.
+    """
+    assert not isinstance(block, NarrowBlock), "narrow forms are made from stock blocks"
+    given = streams.of(stack.streams)
+    call = arguments | {stack.argument(name): given[name] for name in stack.streams}
+    attention = () if stack.joint_attention is None else (stack.joint_attention,)
+    weightless = graph.meta_copy(block).to(streams.image.dtype)
+    trace = graph.trace(weightless, call, {*stack.ffn.values(), *attention})
+    before = trace.used()
+    try:
+        if form.text != "own":
+            _rewrite_text(trace, stack, form)
+        for stream in form.ffn:
+            if stream not in stack.ffn:
+                raise PpclError(f"the adapter names no {stream} FFN; it has: {', '.join(stack.ffn) or 'none'}")
+            graph.replace_ffn(trace, stack.ffn[stream], f"linear_ffn_{stream}")
+        graph.shrink(trace)
+        blueprint = Blueprint(
+            source=write_forward(trace, stack.image),
+            removed=_outermost(before - trace.used(), trace.used()),
+            bypassed=_bypassed(trace.block, stack) if form.narrow_text else (),
+            shrunk=tuple((path, *chunks) for path, chunks in sorted(trace.shrunk.items())),
+            added=tuple(sorted(trace.added.items())),
+        )
+        _check_saving(trace.block, blueprint)
+    except PpclError as error:
+        raise PpclError(f"{type(block).__name__} cannot become {form.key}: {error}") from error
+    return blueprint
+
+
+@functools.cache
+def narrow_class(base: type, blueprint: Blueprint) -> type[NarrowBlock]:
+    """Make the class of the blocks of one blueprint: one code object for all of them, so they compile once.
+
+    It carries the name of the stock class, by which diffusers knows blocks that must not be split or compile alike.
+    """
+    filename = f"<narrow {base.__name__} {zlib.crc32(blueprint.source.encode()):08x}>"
+    linecache.cache[filename] = (len(blueprint.source), None, blueprint.source.splitlines(True), filename)
+    namespace: dict[str, Any] = {"torch": torch}
+    exec(compile(blueprint.source, filename, "exec"), namespace)
+    attributes = {"forward": namespace["forward"], "blueprint": blueprint, "__module__": base.__module__}
+    return type(base.__name__, (base, NarrowBlock), attributes)
+
+
+# The next two are also copied into generated modelling files: torch only, and nothing from this package.
+
+
+def bypass(value: Tensor) -> Tensor:
+    """Stand in for a layer whose output nobody reads: a function, since LoRA loaders stumble over an `nn.Identity`."""
+    return value
+
+
+def reshape_block(
+    block: nn.Module,
+    removed: Iterable[str],
+    bypassed: Iterable[str],
+    shrunk: Iterable[tuple[str, tuple[int, ...], int]],
+    added: Iterable[tuple[str, int]],
+) -> None:
+    """Remove, bypass and shrink submodules of a stock block, and add linear maps of weight zero."""
+    like = next(block.parameters())
+    for path in [*removed, *bypassed]:
+        parent, _, name = path.rpartition(".")
+        delattr(block.get_submodule(parent), name)
+        if path in bypassed:
+            setattr(block.get_submodule(parent), name, bypass)
+    for path, chunks, parts in shrunk:
+        linear = block.get_submodule(path)
+        for name, value in list(linear.named_parameters(recurse=False)):
+            rows = value.detach().unflatten(0, (parts, -1))[list(chunks)].flatten(0, 1)
+            setattr(linear, name, nn.Parameter(rows, value.requires_grad))
+        vars(linear)["out_features"] = next(linear.parameters()).shape[0]
+    for name, width in added:
+        linear = nn.utils.skip_init(nn.Linear, width, width, device=like.device, dtype=like.dtype)
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        block.add_module(name, linear)
+
+
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Load into a narrow block what it shares with a wider form of it; linear maps that `source` lacks stay.
+
+    Raises `PpclError` when `source` lacks anything else.
+    """
+    state = source.state_dict()
+    wider = _blueprint_chunks(source)
+    for path, kept in _blueprint_chunks(target).items():
+        for name in (f"{path}.weight", f"{path}.bias"):
+            if name in state:
+                state[name] = _select(state[name], wider.get(path, ((0,), 1)), kept)
+    new = {name for name, _ in type(target).blueprint.added} if isinstance(target, NarrowBlock) else set()
+    missing = [name for name in target.state_dict() if name not in state]
+    if any(name.split(".")[0] not in new for name in missing):
+        raise PpclError(f"{type(source).__name__} lacks weights of its narrow form: {', '.join(missing)}")
+    shared = {name: state[name] for name in target.state_dict() if name in state}
+    target.load_state_dict(shared, strict=False)
+
+
+def _rewrite_text(trace: graph.Trace, stack: Stack, form: Form) -> None:
+    if stack.joint_attention is None or stack.text is None or "text" not in stack.returns:
+        raise PpclError("the adapter names no attention with a text stream of its own")
+    z = graph.entering_text(trace, stack.joint_attention, stack.attention_text)
+    position = stack.returns.index("text")
+    if form.text == "tap":
+        graph.hand_on_text(trace, z, position)
+        return
+    graph.replace_text(trace, z, stack.text, position, end=form.text == "end")
+    if graph.read_outputs(trace, stack.joint_attention) > 1:
+        raise PpclError(f"the text's output of {stack.joint_attention} is still read")
+
+
+def _outermost(dead: Collection[str], alive: Collection[str]) -> tuple[str, ...]:
+    """Reduce paths of dead submodules to the outermost parents without a living part."""
+    found = set()
+    for path in dead:
+        parts = path.split(".")
+        heads = (".".join(parts[: length + 1]) for length in range(len(parts)))
+        found.add(next(head for head in heads if not any(f"{name}.".startswith(f"{head}.") for name in alive)))
+    return tuple(sorted(found))
+
+
+def _bypassed(block: nn.Module, stack: Stack) -> tuple[str, ...]:
+    modules = dict(block.named_modules())
+    for path in stack.text_query:
+        linear = modules.get(path)
+        if isinstance(linear, nn.Linear) and linear.in_features != linear.out_features:
+            raise PpclError(f"{path} changes the width, so it cannot be bypassed")
+    # Blocks of one stack may differ: the last one of SD3 has no text projection.
+    return tuple(path for path in (*stack.text_query, *stack.text_out) if path in modules)
+
+
+def _check_saving(block: nn.Module, blueprint: Blueprint) -> None:
+    narrow = graph.meta_copy(block)
+    reshape_block(narrow, blueprint.removed, blueprint.bypassed, blueprint.shrunk, blueprint.added)
+    before, after = (sum(p.numel() for p in module.parameters()) for module in (block, narrow))
+    if blueprint.added and after >= before:
+        raise PpclError(f"it would grow from {before} to {after} parameters: its streams share their weights")
+
+
+def _blueprint_chunks(block: nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
+    shrunk = type(block).blueprint.shrunk if isinstance(block, NarrowBlock) else ()
+    return {path: (chunks, parts) for path, chunks, parts in shrunk}
+
+
+def _select(rows: Tensor, have: tuple[tuple[int, ...], int], want: tuple[tuple[int, ...], int]) -> Tensor:
+    """Pick the chunks `want` from rows that are the chunks `have` of the stock layer."""
+    parts = math.lcm(have[1], want[1])
+    fine_have, fine_want = (
+        [chunk * (parts // count) + part for chunk in chunks for part in range(parts // count)]
+        for chunks, count in (have, want)
+    )
+    return rows.unflatten(0, (len(fine_have), -1))[[fine_have.index(chunk) for chunk in fine_want]].flatten(0, 1)
+
+
+def _empty(base: type, blueprint: Blueprint) -> nn.Module:
+    made = narrow_class(base, blueprint)
+    return made.__new__(made)
