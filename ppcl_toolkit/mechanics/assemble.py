@@ -1,0 +1,164 @@
+"""Students from a transformer and a plan: blocks dropped and narrowed in place, weights of a bank loaded."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl_toolkit.adapter import Adapter, Stack
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics.capture import Arguments, Streams, stack_calls
+from ppcl_toolkit.mechanics.graph import meta_copy
+from ppcl_toolkit.mechanics.surgery import narrow
+from ppcl_toolkit.plan import Form, Plan
+
+Calls = dict[str, tuple[Arguments, Streams]]
+"""An example call of a block of each stack, by the stack's path."""
+
+
+def example_calls(transformer: nn.Module, adapter: Adapter, kwargs: Mapping[str, Any]) -> Calls:
+    """Record how `transformer(**kwargs)` calls the first block of each stack; no block is run."""
+    calls: Calls = {}
+    before = None
+    for stack in adapter.stacks:
+        recorded = stack_calls(transformer, adapter, stack.path, kwargs, before)
+        calls[stack.path] = (recorded.arguments[0], recorded.streams)
+        # Shapes are all that matters here, and a stack does not change those of its streams.
+        before = recorded.streams
+    return calls
+
+
+def reshape(transformer: nn.Module, adapter: Adapter, plan: Plan, kwargs: Mapping[str, Any]) -> None:
+    """Turn a teacher into the student of `plan`, in place: fewer blocks, narrow blocks, and the teacher's weights.
+
+    An interval keeps the weights of its first block; a new linear map is zero. `kwargs` is an example call. It works
+    without weights (meta device) too. An empty plan changes nothing.
+    """
+    calls = example_calls(transformer, adapter, kwargs)
+    drop_blocks(transformer, adapter, plan)
+    narrow_blocks(transformer, adapter, plan, calls)
+
+
+def student_of(
+    transformer: nn.Module,
+    adapter: Adapter,
+    plan: Plan,
+    bank: Mapping[str, Mapping[str, Tensor]],
+    kwargs: Mapping[str, Any],
+) -> nn.Module:
+    """Return the student of `plan`: a teacher's blocks, and the bank's where the plan has other forms."""
+    student = copy.deepcopy(transformer)
+    reshape(student, adapter, plan, kwargs)
+    load_bank(student, adapter, plan, bank)
+    return student
+
+
+def drop_blocks(transformer: nn.Module, adapter: Adapter, plan: Plan) -> None:
+    """Keep one block of each interval of `plan`, in place; what is left is a stock model of the config it then has.
+
+    Raises `PpclError` when the plan was made for another depth, or when the stock class of the new depth has other
+    weights and the adapter has no `remap`.
+    """
+    depths = adapter.depths(transformer)
+    if plan.depths != depths:
+        raise PpclError(f"the plan is for a teacher with blocks {plan.depths}, this one has {depths}")
+    if not plan.intervals:
+        return
+    model: Any = transformer
+    config = dict(model.config)
+    kept = plan.kept()
+    for stack in adapter.stacks:
+        blocks = stack.blocks(transformer)
+        for index in reversed(range(len(blocks))):
+            if index not in kept[stack.path]:
+                del blocks[index]
+        config.update(_renumbered(stack, config, kept[stack.path]))
+    state = transformer.state_dict()
+    if adapter.remap is not None:
+        adapter.remap(config, state, kept)
+    model.register_to_config(**config)
+    _fit(transformer, adapter, state)
+
+
+def narrow_blocks(transformer: nn.Module, adapter: Adapter, plan: Plan, calls: Calls) -> None:
+    """Narrow the blocks of a transformer that already has the depth of the student, in place.
+
+    It then refuses to save itself: under the stock name diffusers would open it with parameters missing.
+    """
+    for block, form in student_blocks(transformer, adapter, plan):
+        arguments, streams = calls[form.stack]
+        narrow(block, adapter.stack(form.stack), form, arguments, streams)
+    if not plan.is_depth_only:
+        vars(transformer)["save_pretrained"] = _refuse_to_save
+
+
+def student_blocks(transformer: nn.Module, adapter: Adapter, plan: Plan) -> list[tuple[nn.Module, Form]]:
+    """Pair the blocks of a student with their forms; other numbers of blocks are a `PpclError`."""
+    forms = list(plan.forms())
+    blocks = [(stack.path, block) for stack in adapter.stacks for block in stack.blocks(transformer)]
+    if [path for path, _ in blocks] != [form.stack for form in forms]:
+        raise PpclError(f"the plan leaves {len(forms)} blocks, the transformer has {adapter.depths(transformer)}")
+    return [(block, form) for (_, block), form in zip(blocks, forms, strict=True)]
+
+
+def count_parameters(transformer: nn.Module, adapter: Adapter, plan: Plan, kwargs: Mapping[str, Any]) -> int:
+    """Count the parameters of the student of `plan` without touching the teacher."""
+    calls = example_calls(transformer, adapter, kwargs)
+    student = meta_copy(transformer)
+    drop_blocks(student, adapter, plan)
+    narrow_blocks(student, adapter, plan, calls)
+    return sum(parameter.numel() for parameter in student.parameters())
+
+
+def load_bank(transformer: nn.Module, adapter: Adapter, plan: Plan, bank: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Load every block of a reshaped student that is not the teacher's own from `bank`, by `Form.key`, strictly.
+
+    Raises `PpclError` with the key when weights are missing or are those of another form.
+    """
+    for block, form in student_blocks(transformer, adapter, plan):
+        if form.is_teacher:
+            continue
+        if form.key not in bank:
+            raise PpclError(f"the bank has no weights for {form.key}")
+        try:
+            block.load_state_dict(bank[form.key], strict=True)
+        except RuntimeError as error:
+            raise PpclError(f"the weights of {form.key} in the bank do not fit: {error}") from error
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise PpclError("a width-pruned transformer is saved by ppcl_toolkit.variant.save_variant: no stock class fits it")
+
+
+def _renumbered(stack: Stack, config: Mapping[str, Any], kept: list[int]) -> dict[str, Any]:
+    """Return the config entries of `stack` for the blocks that are `kept`."""
+    entries: dict[str, Any] = {stack.depth_key: len(kept)}
+    for key in stack.index_keys:
+        marked = config[key]
+        entries[key] = type(marked)(index for index, block in enumerate(kept) if block in marked)
+    return entries
+
+
+def _fit(transformer: nn.Module, adapter: Adapter, state: dict[str, Tensor]) -> None:
+    """Load `state` into `transformer` with the blocks that its stock class has for its config.
+
+    A block can depend on its position: SD3's last one returns no text.
+    """
+    with torch.device("meta"):
+        stock = type(transformer).from_config(transformer.config)  # type: ignore[attr-defined]
+    for stack in adapter.stacks:
+        blocks = stack.blocks(transformer)
+        for index, (own, other) in enumerate(zip(blocks, stack.blocks(stock), strict=True)):
+            if _shapes(own) != _shapes(other):
+                blocks[index] = other.train(own.training)
+    if adapter.remap is None and _shapes(transformer) != {name: value.shape for name, value in state.items()}:
+        different = sorted({name for name, _ in set(_shapes(stock).items()) ^ {(n, v.shape) for n, v in state.items()}})
+        raise PpclError(f"{adapter.family} of this depth has other weights and no remap: {', '.join(different[:4])}")
+    if adapter.remap is not None:
+        transformer.load_state_dict(state, strict=True, assign=True)
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in module.state_dict().items()}

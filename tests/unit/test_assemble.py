@@ -1,0 +1,186 @@
+"""Students made of whole transformers: no bit changes without a plan, and every plan gives what its blocks give."""
+
+import copy
+
+import pytest
+import torch
+from families import SD3, TRANSFORMERS, sd3_inputs, sd3_transformer
+from tiny import flux_inputs, flux_transformer, randomize
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from ppcl_toolkit.adapter import load_adapter
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics.assemble import count_parameters, example_calls, load_bank, reshape, student_blocks
+from ppcl_toolkit.mechanics.graph import meta_copy
+from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
+
+STACK = "transformer_blocks"
+OPERATIONS = (
+    Interval(stack=STACK, first=0, last=1),
+    Interval(stack="single_transformer_blocks", first=1, last=2),
+    TextRun(stack=STACK, reference=2, last=4),
+    FfnSwap(stack=STACK, block=2, streams=("image", "text")),
+    FfnSwap(stack=STACK, block=4, streams=("image",)),
+)
+
+
+@pytest.fixture
+def flux():
+    return flux_transformer(6, 3), load_adapter("flux"), flux_inputs()
+
+
+def plan_for(transformer, adapter, *operations):
+    return Plan(family=adapter.family, depths=adapter.depths(transformer), operations=operations)
+
+
+def size(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@torch.no_grad()
+def run(transformer, kwargs):
+    return transformer(**kwargs)[0]
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_empty_plan_changes_no_bit(family):
+    transformer, adapter, kwargs = TRANSFORMERS[family]()
+    before, config, expected = (
+        copy.deepcopy(transformer.state_dict()),
+        dict(transformer.config),
+        run(transformer, kwargs),
+    )
+    blocks = list(transformer.transformer_blocks)
+    reshape(transformer, adapter, plan_for(transformer, adapter), kwargs)
+    assert all(torch.equal(before[name], value) for name, value in transformer.state_dict().items())
+    assert dict(transformer.config) == config
+    assert all(one is other for one, other in zip(blocks, transformer.transformer_blocks, strict=True))
+    assert torch.equal(run(transformer, kwargs), expected)
+
+
+def test_depth_only_student_is_the_stock_model_of_its_config(flux):
+    transformer, adapter, kwargs = flux
+    student = copy.deepcopy(transformer)
+    reshape(student, adapter, plan_for(transformer, adapter, *OPERATIONS[:2]), kwargs)
+    assert (student.config["num_layers"], student.config["num_single_layers"]) == (5, 2)
+    stock = type(transformer).from_config(student.config).eval()
+    stock.load_state_dict(student.state_dict(), strict=True)
+    assert torch.equal(run(stock, kwargs), run(student, kwargs))
+    kept = [0, 2, 3, 4, 5]
+    for index, block in zip(kept, student.transformer_blocks, strict=True):
+        for name, value in block.state_dict().items():
+            assert torch.equal(value, transformer.transformer_blocks[index].state_dict()[name])
+
+
+def test_student_runs_and_counts(flux):
+    transformer, adapter, kwargs = flux
+    plan = plan_for(transformer, adapter, *OPERATIONS)
+    expected = count_parameters(transformer, adapter, plan, kwargs)
+    student, weightless = copy.deepcopy(transformer), meta_copy(transformer)
+    reshape(student, adapter, plan, kwargs)
+    assert size(student) == expected < size(transformer)
+    assert run(student, kwargs).shape == run(transformer, kwargs).shape
+    on_meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
+    reshape(weightless, adapter, plan, on_meta)
+    assert {n: v.shape for n, v in weightless.state_dict().items()} == {
+        n: v.shape for n, v in student.state_dict().items()
+    }
+    with pytest.raises(PpclError, match="save_variant"):
+        student.save_pretrained("never-written")
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(flux):
+    transformer, adapter, kwargs = flux
+    reshape(transformer, adapter, plan_for(transformer, adapter, *OPERATIONS), kwargs)
+    randomize(transformer).train()
+
+    def gradients():
+        transformer.zero_grad()
+        transformer(**kwargs)[0].square().sum().backward()
+        return {name: parameter.grad for name, parameter in transformer.named_parameters()}
+
+    plain = gradients()
+    transformer.enable_gradient_checkpointing()
+    checkpointed = gradients()
+    assert all(torch.equal(value, checkpointed[name]) for name, value in plain.items())
+    assert all(value is not None and value.any() for value in plain.values())
+
+
+def test_narrow_blocks_compile_once_per_form(flux):
+    transformer, adapter, kwargs = flux
+    plan = plan_for(transformer, adapter, TextRun(stack=STACK, reference=0, last=5))
+    reshape(transformer, adapter, plan, kwargs)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in transformer.transformer_blocks:
+        block.compile(backend=counter, fullgraph=True)
+    run(transformer, kwargs)
+    assert counter.frame_count == 3  # tap, inside, end
+
+
+def test_bank_is_loaded_strictly_by_form(flux):
+    transformer, adapter, kwargs = flux
+    plan = plan_for(transformer, adapter, *OPERATIONS)
+    trained, student = copy.deepcopy(transformer), copy.deepcopy(transformer)
+    reshape(trained, adapter, plan, kwargs)
+    randomize(trained, seed=5)
+    bank = {
+        form.key: block.state_dict() for block, form in student_blocks(trained, adapter, plan) if not form.is_teacher
+    }
+    reshape(student, adapter, plan, kwargs)
+    load_bank(student, adapter, plan, bank)
+    for (block, form), (source, _) in zip(
+        student_blocks(student, adapter, plan), student_blocks(trained, adapter, plan), strict=True
+    ):
+        expected = transformer.get_submodule(form.stack)[form.first] if form.is_teacher else source
+        assert all(torch.equal(value, expected.state_dict()[name]) for name, value in block.state_dict().items())
+    key = f"{STACK}.3-3.text_2-2_inside"
+    with pytest.raises(PpclError, match=f"no weights for {key}"):
+        load_bank(student, adapter, plan, {k: v for k, v in bank.items() if k != key})
+    with pytest.raises(PpclError, match="do not fit"):
+        load_bank(student, adapter, plan, {**bank, key: {}})
+
+
+def test_block_lists_in_the_config_are_renumbered():
+    transformer = sd3_transformer(5)
+    reshape(transformer, SD3, plan_for(transformer, SD3, Interval(stack=STACK, first=0, last=1)), sd3_inputs())
+    assert transformer.config["dual_attention_layers"] == (0, 1)
+    stock = type(transformer).from_config(transformer.config).eval()
+    stock.load_state_dict(transformer.state_dict(), strict=True)
+    assert torch.equal(run(stock, sd3_inputs()), run(transformer, sd3_inputs()))
+
+
+def test_position_dependent_block_needs_a_remap():
+    """SD3's last block returns no text: an interval that ends there cannot keep its first block as it is."""
+    transformer = sd3_transformer(4)
+    plan = plan_for(transformer, SD3, Interval(stack=STACK, first=2, last=3))
+    with pytest.raises(PpclError, match="has other weights and no remap"):
+        reshape(copy.deepcopy(transformer), SD3, plan, sd3_inputs())
+
+    def remap(config, state, kept):
+        assert (config["num_layers"], list(kept[STACK])) == (3, [0, 1, 2])
+        last = f"{STACK}.{config['num_layers'] - 1}."
+        for name in [name for name in state if name.startswith((f"{last}ff_context", f"{last}attn.to_add_out"))]:
+            del state[name]
+        for name in (f"{last}norm1_context.linear.weight", f"{last}norm1_context.linear.bias"):
+            shift, scale = state[name].chunk(6)[:2]
+            state[name] = torch.cat([scale, shift])
+
+    adapter = copy.copy(SD3)
+    object.__setattr__(adapter, "remap", remap)
+    kept = transformer.transformer_blocks[2]
+    reshape(transformer, adapter, plan, sd3_inputs())
+    last = transformer.transformer_blocks[2]
+    assert last.context_pre_only
+    assert not any(value.is_meta for value in transformer.state_dict().values())
+    calls = example_calls(transformer, adapter, sd3_inputs())[STACK]
+    with torch.no_grad():
+        streams = dict(zip(("hidden_states", "encoder_hidden_states"), calls[1], strict=True))
+        assert torch.allclose(last(**calls[0], **streams)[1], kept(**calls[0], **streams)[1], atol=1e-6)
+
+
+def test_plan_for_another_teacher_is_refused(flux):
+    transformer, adapter, kwargs = flux
+    plan = Plan(family="flux", depths={STACK: 19, "single_transformer_blocks": 38})
+    with pytest.raises(PpclError, match="'transformer_blocks': 19"):
+        reshape(transformer, adapter, plan, kwargs)
