@@ -37,7 +37,7 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     """Run Algorithm 1 on the recipe's teacher in the folder `out`, or go on where an earlier run stopped.
 
     Returns what `out/summary.json` holds: {"teacher": {...}, "variants": [{"name", "path", "opens", "params", "score",
-    "drop_percent", "rmse", ...}]}. Raises `PpclError` for bad input; finished stages are never lost.
+    "drop_percent", "rmse", ...}], "warnings": [...]}. Raises `PpclError` for bad input; finished stages are never lost.
     """
     device = loop.pick_device(recipe.device)
     run = Workspace(out, progress=progress)
@@ -51,13 +51,22 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     probes = run.stage(
         "probe",
         recipe.probe,
-        lambda desk: fit_probes(runner, noised("probe", recipe.probe.batch), recipe.probe, desk),
+        lambda desk: fit_probes(runner, noised("probe", recipe.probe.batch), recipe.probe, desk.progress).save(
+            desk.folder
+        ),
         Probes.load,
     )
     found = run.stage(
         "intervals",
         _part(recipe, {"intervals": True, "width": {"text_threshold"}}),
-        lambda desk: find_intervals(runner, probes, noised("intervals", recipe.intervals.batch), recipe, desk),
+        lambda desk: find_intervals(
+            runner,
+            noised("intervals", recipe.intervals.batch),
+            recipe.intervals,
+            probes.weights,
+            text_threshold=recipe.width.text_threshold,
+            progress=desk.progress,
+        ).save(desk.folder),
         Candidates.load,
     )
     choice = run.stage(
@@ -104,6 +113,8 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
         partial(_evaluate, teacher, recipe, variants, noised("evaluate", recipe.samples.batch)),
         partial(_summary, variants),
     )
+    summary["warnings"] = run.warnings
+    run.close(recipe.dump())
     if loop.is_main():
         write_json(run.path / "summary.json", summary)
         write_report(run.path)

@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -25,7 +25,7 @@ from ppcl_toolkit.mechanics import loop
 from ppcl_toolkit.mechanics.storage import Desk
 
 Result = TypeVar("Result")
-_MADE_FROM = "made_from.json"
+_MADE_FROM, _WARNINGS = "made_from.json", "warnings.json"
 
 
 class Progress(Protocol):
@@ -49,33 +49,43 @@ class Workspace:
         self.path = Path(path)
         self._progress = progress if loop.is_main() else silent
         self._after = ""
+        self.warnings: list[str] = []
+        """What stages had to say that a user should know, theirs or of the runs before."""
         if self.path.exists() and not self.path.is_dir():
             raise PpclError(f"{self.path} is a file; --out names a folder")
         if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "recipe.yaml").exists():
             raise PpclError(f"{self.path} holds something that is no run of ppcl; choose another --out")
 
     def open(self, recipe: str) -> None:
-        """Make the folder, and note what was asked and on what."""
-        if loop.is_main():
-            with writing(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
-                write_text(self.path / "recipe.yaml", recipe)
-                write_json(self.path / "environment.json", _environment())
+        """Make the folder, and note what was asked and on what; an earlier note stays until `close`."""
+        if loop.is_main() and not (self.path / "recipe.yaml").exists():
+            self._describe(recipe)
         loop.wait()
+
+    def close(self, recipe: str) -> None:
+        """Note what all stages were made from."""
+        if loop.is_main():
+            self._describe(recipe)
+
+    def _describe(self, recipe: str) -> None:
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "environment.json", _environment())
+            write_text(self.path / "recipe.yaml", recipe)
 
     def stage(
         self,
         name: str,
         settings: BaseModel | Mapping[str, Any],
-        make: Callable[[Desk], None],
+        make: Callable[[Desk], Sequence[str] | None],
         load: Callable[[Path], Result],
         *,
         together: bool = False,
     ) -> Result:
         """Return `load(folder)`, after `make(desk)` where this stage is not done yet.
 
-        `make` may find its own earlier files on the desk: what a killed run left of the same settings. Results depend
-        on `settings` and on the stages before, by their digests. Raises `PpclError` with the differing keys when a
+        `make` may find its own earlier files on the desk: what a killed run left of the same settings. What it returns
+        are warnings, which stay with the result. Results depend on `settings` and on the stages before, by their digests. Raises `PpclError` with the differing keys when a
         finished stage was made from other settings. Of several processes one makes, unless they work `together`.
         """
         asked = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
@@ -89,9 +99,12 @@ class Workspace:
             self._prepare(name, made_from, partial)
             if together or loop.is_main():
                 with writing(partial):
-                    make(Desk(partial, lambda done, total, note="": self._progress(name, done, total, note)))
+                    said = make(Desk(partial, lambda done, total, note="": self._progress(name, done, total, note)))
+                    if said:
+                        write_json(partial / _WARNINGS, list(said))
             loop.wait()
             self._finish(name, partial, final, seconds=round(time.monotonic() - started, 3))
+        self.warnings += _read_json(final / _WARNINGS) or []
         self._after = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
         return load(final)
 

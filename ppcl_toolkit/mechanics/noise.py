@@ -6,6 +6,7 @@ tokens only; reference tokens of edit models follow them unchanged.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ class Sample:
     """Tokens behind the noised ones, [1, M, C]."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Batches:
-    """Noised batches by number: the same number always gives the same batch."""
+    """Noised batches by number: the same number always gives the same batch, of samples of one shape."""
 
     samples: Sequence[Sample]
     adapter: Adapter
@@ -57,22 +58,24 @@ class Batches:
         if chosen[0].reference is not None:
             noised = torch.cat([noised, torch.cat([s.reference for s in chosen if s.reference is not None])], dim=1)
         batch = collate([sample.arguments for sample in chosen], self.adapter.shared)
-        batch[self.adapter.latents] = noised
+        batch[self.adapter.latents] = noised.to(self.dtype)
         batch[self.adapter.timestep] = sigma * self.adapter.timestep_scale
-        # Guidance and timestep stay as the pipeline passes them: the transformer casts them itself.
-        keep = {self.adapter.timestep, "guidance"}
-        return {name: value if name in keep else map_tensors(value, self._cast) for name, value in batch.items()} | {
-            "return_dict": False
-        }
+        batch["return_dict"] = False
+        return batch
+
+    @cached_property
+    def _alike(self) -> dict[tuple[Any, ...], list[Sample]]:
+        """Samples by the shapes of their tensors: only those of one shape can share a batch."""
+        groups: dict[tuple[Any, ...], list[Sample]] = {}
+        for sample in self.samples:
+            groups.setdefault(_shape(sample), []).append(sample)
+        return groups
 
     def _choose(self, generator: torch.Generator) -> list[Sample]:
         first = self.samples[int(torch.randint(len(self.samples), (), generator=generator))]
-        alike = [s for s in self.samples if _shape(s) == _shape(first)] if self.size > 1 else [first]
+        alike = self._alike[_shape(first)]
         rest = torch.randint(len(alike), (self.size - 1,), generator=generator)
         return [first, *(alike[i] for i in rest.tolist())]
-
-    def _cast(self, value: Tensor) -> Tensor:
-        return value.to(self.dtype) if value.is_floating_point() else value
 
 
 def collate(calls: Sequence[dict[str, Any]], shared: Sequence[str]) -> dict[str, Any]:

@@ -85,6 +85,8 @@ class Segment(_Reads):
     def place(self, device: torch.device) -> None:
         """Move the student, and the optimizer's moments with it."""
         self.student.to(device)
+        if self.wider is not None:
+            self.wider.to(device)
         self.optimization.to(device)
 
     def _objective(self, reading: Reading) -> Tensor:

@@ -41,30 +41,30 @@ def distill_width(
 
 
 def narrow_block(runner: Runner, form: Form, bank: Mapping[str, dict[str, Tensor]], example: Mapping) -> nn.Module:
-    """Return a block of `form` with the weights of its wider form, and new linear maps at zero."""
+    """Return a block of `form` in fp32, with the weights of its wider form and new linear maps at zero."""
     arguments, streams = example[form.stack]
     stack = runner.adapter.stack(form.stack)
     block = copy.deepcopy(runner.blocks(form.stack)[form.first])
     narrow(block, stack, form, arguments, streams)
-    copy_weights(wider_block(runner, form, bank, example), block)
+    copy_weights(wider_block(runner, form, bank, example), block.float())
     return block
 
 
 def wider_block(runner: Runner, form: Form, bank: Mapping[str, dict[str, Tensor]], example: Mapping) -> nn.Module:
-    """Return the trained block that `form` is narrowed from: the teacher's own, or the bank's."""
+    """Return the block, in fp32, that `form` is narrowed from: the teacher's own, or the bank's."""
     wider = form.previous
     assert wider is not None
     block = copy.deepcopy(runner.blocks(form.stack)[wider.first])
     if not wider.is_teacher:
         narrow(block, runner.adapter.stack(form.stack), wider, *example[form.stack])
-        block.load_state_dict(bank[wider.key], strict=True)
-    return block
+        block.float().load_state_dict(bank[wider.key], strict=True)
+    return block.float()
 
 
 def _segments(runner: Runner, forms: Sequence[Form], bank: Bank, batches: Batches, section: Width) -> list[Segment]:
     example = example_calls(runner.transformer, runner.adapter, batches[0])
-    students = [narrow_block(runner, form, bank, example).float() for form in forms]
-    wider = [wider_block(runner, form, bank, example).float() for form in forms]
+    students = [narrow_block(runner, form, bank, example) for form in forms]
+    wider = [wider_block(runner, form, bank, example) for form in forms]
     stacks = [runner.adapter.stack(form.stack) for form in forms]
     fits = [LinearFit(*each) for each in zip(forms, stacks, students, wider, strict=True)]
     for _ in runner.feed(batches(0, section.batches), fits):
