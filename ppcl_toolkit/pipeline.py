@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib.resources
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from ppcl_toolkit.adapter import Adapter, adapter_for, load_adapter
 from ppcl_toolkit.errors import PpclError
@@ -51,7 +53,7 @@ def load_teacher(recipe: Recipe, device: torch.device) -> Teacher:
     folder = resolve(section.path)
     pipeline = load_pipeline(folder, getattr(torch, section.dtype), section.revision).to(device)
     transformer = pipeline.transformer
-    name = _stock_name(transformer)
+    name = type(transformer).__name__
     adapter = adapter_for(name) if recipe.adapter == "auto" else load_adapter(recipe.adapter)
     if adapter.transformer != name:
         raise PpclError(f"adapter {adapter.family!r} is for {adapter.transformer}, the teacher has a {name}")
@@ -70,11 +72,12 @@ def load_teacher(recipe: Recipe, device: torch.device) -> Teacher:
 def load_pipeline(path: str, dtype: torch.dtype | None = None, revision: str | None = None) -> Any:
     """Open a pipeline: `shapes` (the embedded teacher), a folder, a variant of this toolkit, or a hub id."""
     path = resolve(path)
-    settings: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
-    if (Path(path) / "plan.json").is_file():
-        pipeline = load_compressed(Path(path), **settings)
-    else:
-        pipeline = _from_pretrained(path, revision, settings)
+    settings: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    with quiet():
+        if (Path(path) / "plan.json").is_file():
+            pipeline = load_compressed(Path(path), **settings)
+        else:
+            pipeline = _from_pretrained(path, revision, settings)
     if getattr(pipeline, "transformer", None) is None:
         raise PpclError(f"{path} is a {type(pipeline).__name__} without a transformer: nothing here to compress")
     pipeline.set_progress_bar_config(disable=True)
@@ -90,8 +93,7 @@ def _from_pretrained(path: str, revision: str | None, settings: dict[str, Any]) 
     if Path(path).exists() and not (Path(path) / "model_index.json").is_file():
         raise PpclError(f"{path} is no diffusers pipeline: it has no model_index.json")
     try:
-        with _quiet():
-            return DiffusionPipeline.from_pretrained(path, revision=revision, **settings)
+        return DiffusionPipeline.from_pretrained(path, revision=revision, **settings)
     except Exception as error:  # diffusers raises whatever its parts raise
         raise PpclError(f"{path} cannot be opened as a pipeline: {_first_line(error)}{_advice(path)}") from error
 
@@ -107,19 +109,19 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
+def quiet() -> Iterator[None]:
+    """Silence the notices and bars of diffusers and transformers: this package reports by itself."""
+    libraries = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        diffusers_logging.set_verbosity(verbosity)
-        diffusers_logging.enable_progress_bar()
-
-
-def _stock_name(transformer: nn.Module) -> str:
-    return type(transformer).__name__
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
 
 
 def _identity(path: str, folder: str, revision: str | None) -> str:

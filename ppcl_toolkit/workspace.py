@@ -85,8 +85,9 @@ class Workspace:
         """Return `load(folder)`, after `make(desk)` where this stage is not done yet.
 
         `make` may find its own earlier files on the desk: what a killed run left of the same settings. What it returns
-        are warnings, which stay with the result. Results depend on `settings` and on the stages before, by their digests. Raises `PpclError` with the differing keys when a
-        finished stage was made from other settings. Of several processes one makes, unless they work `together`.
+        are warnings, which stay with the result. Results depend on `settings` and on the stages before, by digest.
+        Raises `PpclError` with the differing keys when a finished stage was made from other settings. Of several
+        processes one makes, unless they work `together`.
         """
         asked = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
         made_from = {"settings": asked, "after": self._after}
