@@ -159,7 +159,7 @@ Ground-truth pictures of the same prompts score {truth:.3f}.
 
 The score after removing any one block, with nothing retrained ({removal_prompts} held-out prompts, one seed; the whole
 teacher scores {whole:.3f} on these). Blocks were left out at random during training (below), as large models are
-redundant too: the median block costs {median:+.3f}, the worst, {worst_name}, {worst:+.3f}.
+redundant too: the median block changes the score by {median:+.3f}, the worst one, {worst_name}, by {worst:+.3f}.
 
 ![score after removing one block](redundancy.png)
 

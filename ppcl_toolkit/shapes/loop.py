@@ -32,7 +32,7 @@ class Settings:
     batch: int = 128
     learning_rate: float = 2e-3  # of AdamW
     matrix_learning_rate: float = 5e-3  # of Muon, in AdamW's units
-    decay: float = 0.25
+    decay: float = 0.5
     average: float = 0.998
     compile: bool = False
     save_minutes: float = 3.0
@@ -49,6 +49,13 @@ def _optimizers(model: TextToLatent, settings: Settings) -> list[torch.optim.Opt
         Muon(matrices, settings.matrix_learning_rate),
         torch.optim.AdamW(others, settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]
+
+
+def compile_blocks(model: TextToLatent) -> None:
+    """Compile each block by itself, so that any may be left out."""
+    for stack in (model.transformer.transformer_blocks, model.transformer.single_transformer_blocks):
+        for block in stack:
+            block.compile()
 
 
 def contact_sheet(images: list[Image], path: Path, columns: int = 10, zoom: int = 3) -> None:
@@ -102,16 +109,11 @@ class Trainer:
     def train(self, pool: Pool, loss: Loss, look: Look) -> None:
         """Train to the end of the phase, with a checkpoint and a look every few minutes."""
         if self.settings.compile:
-            blocks = (
-                self.model.transformer.transformer_blocks,
-                self.model.transformer.single_transformer_blocks,
-            )
-            for block in (block for stack in blocks for block in stack):
-                block.compile()
+            compile_blocks(self.model)
         before, saved, looked = time.monotonic(), self.seconds, self.seconds
         started, first = self.seconds, self.samples
         while self.share() < 1:
-            self._step(pool, loss)
+            self.advance(pool, loss)
             now = time.monotonic()
             self.seconds, before = self.seconds + now - before, now
             if self.seconds - saved > 60 * self.settings.save_minutes:
@@ -126,7 +128,8 @@ class Trainer:
         self.save()
         self._look(look)
 
-    def _step(self, pool: Pool, loss: Loss) -> None:
+    def advance(self, pool: Pool, loss: Loss) -> None:
+        """One step; its randomness depends on the step's number alone, so a continuation repeats it exactly."""
         rng = np.random.default_rng((5, self.step))
         generator = torch.Generator(pool.device).manual_seed(self.step)
         factor = warmup_stable_decay(self.share(), 1, decay=self.settings.decay)

@@ -29,13 +29,12 @@ from ppcl_toolkit.shapes.flow import (
     put_weights,
     tokenize,
 )
-from ppcl_toolkit.shapes.loop import Settings, Trainer
+from ppcl_toolkit.shapes.loop import Settings, Trainer, compile_blocks
 from ppcl_toolkit.shapes.progress import load_if_there, log, read_lines, ready
 from ppcl_toolkit.shapes.scenes import Image, evaluation_prompts
 
 PHASES = ("vae", "decoder", "pool", "flow", "guidance", "export", "card")
 CAPTION_DROPOUT = 0.1
-BLOCK_DROPOUT = 0.1
 GUIDANCE_RANGE = (1.0, 4.0)
 VAE_SAMPLES, DECODER_SAMPLES = 205_000, 200_000
 
@@ -47,12 +46,13 @@ def flow_loss(
     *,
     model: TextToLatent,
     empty: tuple[Tensor, Tensor],
+    block_dropout: float,
 ) -> Tensor:
     """Squared error of the velocity, with captions and blocks left out at random."""
     dropped = torch.from_numpy(rng.random(len(batch.latents)) < CAPTION_DROPOUT).to(batch.latents.device)
     ids = [torch.where(dropped[:, None], none, ids) for none, ids in zip(empty, batch[1:], strict=True)]
     noisy, sigma, target = noised(batch.latents, generator)
-    with dropped_blocks(model.transformer, rng, BLOCK_DROPOUT):
+    with dropped_blocks(model.transformer, rng, block_dropout):
         velocity = model.velocity(noisy, sigma, model.text(*ids), torch.ones_like(sigma))
     return (velocity.float() - target).square().mean()
 
@@ -64,6 +64,7 @@ def guidance_loss(
     *,
     models: tuple[TextToLatent, TextToLatent],
     empty: tuple[Tensor, Tensor],
+    block_dropout: float,
 ) -> Tensor:
     """Squared error of one guided forward against the frozen model's two, at a random guidance scale."""
     student, frozen = models
@@ -78,7 +79,7 @@ def guidance_loss(
         nothing = frozen.text(*(ids.expand(len(sigma), -1) for ids in empty))
         without = frozen.velocity(noisy, sigma, nothing, one)
         target = without + guidance[:, None, None] * (conditional - without)
-    with dropped_blocks(student.transformer, rng, BLOCK_DROPOUT):
+    with dropped_blocks(student.transformer, rng, block_dropout):
         velocity = student.velocity(noisy, sigma, text, guidance)
     return (velocity.float() - target.float()).square().mean()
 
@@ -96,13 +97,15 @@ def _empty(device: torch.device) -> tuple[Tensor, Tensor]:
     return t5_ids.long().to(device), clip_ids.long().to(device)
 
 
-def train_flow(run: Path, device: torch.device, settings: Settings) -> None:
+def train_flow(run: Path, device: torch.device, settings: Settings, block_dropout: float) -> None:
     """The phase `flow`."""
     torch.manual_seed(0)
     model = TextToLatent().to(device)
     trainer = Trainer(run, "flow", model, settings)
     look = partial(_look, autoencoder=vae.load(run, device), embedded=False)
-    trainer.train(Pool(run, device), partial(flow_loss, model=model, empty=_empty(device)), look)
+    trainer.train(
+        Pool(run, device), partial(flow_loss, model=model, empty=_empty(device), block_dropout=block_dropout), look
+    )
 
 
 def averaged_model(run: Path, name: str) -> TextToLatent:
@@ -115,14 +118,16 @@ def averaged_model(run: Path, name: str) -> TextToLatent:
     return model
 
 
-def train_guidance(run: Path, device: torch.device, settings: Settings) -> None:
+def train_guidance(run: Path, device: torch.device, settings: Settings, block_dropout: float) -> None:
     """The phase `guidance`; the text encoders stay as they are."""
     frozen = averaged_model(run, "flow").to(device).requires_grad_(False)
     student = averaged_model(run, "flow").to(device)
     for encoder in (student.clip, student.t5):
         encoder.requires_grad_(False)
+    if settings.compile:
+        compile_blocks(frozen)
     trainer = Trainer(run, "guidance", student, settings)
-    loss = partial(guidance_loss, models=(student, frozen), empty=_empty(device))
+    loss = partial(guidance_loss, models=(student, frozen), empty=_empty(device), block_dropout=block_dropout)
     trainer.train(Pool(run, device), loss, partial(_look, autoencoder=vae.load(run, device), embedded=True))
 
 
@@ -148,6 +153,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--matrix-learning-rate", type=float, default=5e-3)
+    parser.add_argument("--decay", type=float, default=0.5, help="share of the phase flow in which the rate falls")
+    parser.add_argument("--block-dropout", type=float, default=0.05)
     parser.add_argument("--compile", action="store_true", help="compile each block")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--machine", default="one CPU core", help="what the card says it was trained on")
@@ -166,6 +173,7 @@ def main() -> None:
         given.batch,
         given.learning_rate,
         given.matrix_learning_rate,
+        given.decay,
         compile=given.compile,
     )
     guidance = Settings(
@@ -181,11 +189,11 @@ def main() -> None:
         "vae": lambda: vae.train(given.run, device, samples=VAE_SAMPLES),
         "decoder": lambda: vae.refine(given.run, device, samples=DECODER_SAMPLES),
         "pool": lambda: encode_pool(given.run, vae.load(given.run, device), shards=given.pool),
-        "flow": lambda: train_flow(given.run, device, settings),
-        "guidance": lambda: train_guidance(given.run, device, guidance),
+        "flow": lambda: train_flow(given.run, device, settings, given.block_dropout),
+        "guidance": lambda: train_guidance(given.run, device, guidance, given.block_dropout),
         "export": lambda: export(given.run, given.out),
         "card": lambda: card.write(
-            given.out, machine=given.machine, caption_dropout=CAPTION_DROPOUT, block_dropout=BLOCK_DROPOUT
+            given.out, machine=given.machine, caption_dropout=CAPTION_DROPOUT, block_dropout=given.block_dropout
         ),
     }
     for phase in PHASES:
