@@ -1,0 +1,239 @@
+"""Variants on disk: complete diffusers pipeline folders, saved, opened and verified.
+
+A depth-only variant is `stock`: plain diffusers opens it. A width-pruned one is `custom`: it carries a generated
+modelling file for `trust_remote_code=True`, and `load_compressed` rebuilds it from its plan without running any code
+from the folder.
+"""
+
+import copy
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ppcl_toolkit.adapter import Adapter, load_adapter
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics.assemble import Calls, example_calls, narrow_blocks, student_blocks
+from ppcl_toolkit.mechanics.capture import Streams, map_tensors
+from ppcl_toolkit.modelling import write_modelling
+from ppcl_toolkit.plan import Plan
+
+Opens = Literal["stock", "custom"]
+
+
+def save_variant(
+    pipeline: DiffusionPipeline, transformer: nn.Module, plan: Plan, kwargs: Mapping[str, Any], folder: Path
+) -> Opens:
+    """Write `pipeline` with the student `transformer` of `plan` as a complete diffusers folder; return how it opens.
+
+    `kwargs` is an example call of the transformer: the shapes of its block calls are stored. Types are kept. The folder
+    appears by rename, and must not exist before. Raises `PpclError` when the plan does not fit the transformer.
+    """
+    if folder.exists():
+        raise PpclError(f"{folder} exists already; a variant is written to a new folder")
+    adapter = load_adapter(plan.family)
+    blocks = student_blocks(transformer, adapter, plan)
+    stock = getattr(diffusers, adapter.transformer)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    student = copy.copy(transformer)
+    vars(student).pop("save_pretrained", None)
+    shell: Any = copy.copy(pipeline)
+    shell.register_modules(transformer=student)
+    shell.save_pretrained(partial)
+    for config in [partial / "model_index.json", *partial.glob("*/config.json")]:
+        _edit_json(config, {"_name_or_path": None})
+    plan.save(partial / "plan.json")
+    if not plan.is_depth_only:
+        module, source = write_modelling(stock, blocks)
+        (partial / "transformer" / f"{module}.py").write_text(source)
+        name = f"Narrow{stock.__name__}"
+        auto_map = {"AutoModel": f"{module}.{name}"}
+        _edit_json(partial / "transformer" / "config.json", {"_class_name": name, "auto_map": auto_map})
+        _edit_json(partial / "model_index.json", {"transformer": [module, name]})
+        calls = example_calls(transformer, adapter, kwargs)
+        (partial / "block_calls.json").write_text(json.dumps(_to_json(calls), indent=1) + "\n")
+    partial.rename(folder)
+    return "stock" if plan.is_depth_only else "custom"
+
+
+def load_compressed(folder: str | Path, *, adapter: Adapter | None = None, **options: Any) -> DiffusionPipeline:
+    """Open a variant; `options` are those of `DiffusionPipeline.from_pretrained`.
+
+    A custom variant is rebuilt from its plan: no code from the folder runs. `adapter` is needed for families that
+    are not installed by name. Raises `PpclError` for what is no variant, or is broken, and names the file.
+    """
+    folder = Path(folder)
+    index = _read_json(folder / "model_index.json", f"{folder} is no pipeline folder")
+    plan = Plan.load(folder / "plan.json")
+    _check_weights(folder)
+    try:
+        if plan.is_depth_only:
+            return DiffusionPipeline.from_pretrained(folder, **options)
+        transformer = _rebuild(folder, plan, adapter or load_adapter(plan.family), options)
+        return _open_with(folder, index, transformer, options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PpclError(f"{folder} cannot be opened: {error}") from error
+
+
+def verify_variant(folder: Path, opens: Opens, kwargs: Mapping[str, Any], expected: Tensor, tolerance: float) -> float:
+    """Open a variant in a fresh process as its users will, run its transformer, and compare with `expected`.
+
+    Returns the largest absolute difference; beyond `tolerance` it is a `PpclError`. Loaded weights lie elsewhere in
+    memory, so outputs may differ in the last bits. A custom variant is opened twice: while this package cannot be
+    imported, and then by `load_compressed`.
+    """
+    worst = 0.0
+    for way, found in _run_elsewhere(folder, opens, kwargs, expected.dtype).items():
+        if found.shape != expected.shape:
+            raise PpclError(f"{folder}, opened as {way}, returns {list(found.shape)} for {list(expected.shape)}")
+        difference = (found.double() - expected.detach().cpu().double()).abs().max().item()
+        if not difference <= tolerance:
+            raise PpclError(f"{folder}, opened as {way}, differs by {difference:.3g}, more than {tolerance:.3g}")
+        worst = max(worst, difference)
+    return worst
+
+
+def _rebuild(folder: Path, plan: Plan, adapter: Adapter, options: Mapping[str, Any]) -> nn.Module:
+    """Let diffusers load the weights into a class that narrows its blocks when it is made."""
+    stock = getattr(diffusers, adapter.transformer)
+    calls = _from_json(_read_json(folder / "block_calls.json", f"{folder} is no custom variant"))
+    calls = {path: (arguments, Streams(*streams)) for path, (arguments, streams) in calls.items()}
+    chosen = {name: options[name] for name in ("torch_dtype", "low_cpu_mem_usage", "disable_mmap") if name in options}
+    if isinstance(dtypes := chosen.get("torch_dtype"), dict):
+        chosen["torch_dtype"] = dtypes.get("transformer", dtypes.get("default", torch.float32))
+
+    def narrowed(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, *args, **kwargs)
+        self.__class__ = stock
+        narrow_blocks(self, adapter, plan, calls)
+
+    narrowed.__signature__ = inspect.signature(stock.__init__)  # type: ignore[attr-defined]
+    loader: Any = type(stock.__name__, (stock,), {"__init__": narrowed})
+    model, report = loader.from_pretrained(folder / "transformer", output_loading_info=True, **chosen)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            raise PpclError(f"{folder / 'transformer'} does not fit its plan, {problem}: {report[problem][:4]}")
+    assert not any(value.is_meta for value in model.state_dict().values())
+    return model
+
+
+def _open_with(
+    folder: Path, index: dict[str, Any], transformer: nn.Module, options: Mapping[str, Any]
+) -> DiffusionPipeline:
+    """Open the folder with `transformer` in place of its own, whose class diffusers would have to run code for."""
+    with tempfile.TemporaryDirectory() as place:
+        for entry in folder.iterdir():
+            if entry.name not in ("model_index.json", "transformer"):
+                Path(place, entry.name).symlink_to(entry.resolve())
+        index = {**index, "transformer": ["diffusers", type(transformer).__name__]}
+        Path(place, "model_index.json").write_text(json.dumps(index))
+        pipeline = DiffusionPipeline.from_pretrained(place, transformer=transformer, **options)
+    pipeline.register_to_config(_name_or_path=str(folder))
+    return pipeline
+
+
+def _check_weights(folder: Path) -> None:
+    """Find files of weights that are missing or cut off, before a loader trips over them."""
+    files = set(folder.glob("*/*.safetensors"))
+    for index in folder.glob("*/*.safetensors.index.json"):
+        shards = _read_json(index, f"{index} is broken")["weight_map"].values()
+        files |= {index.parent / shard for shard in shards}
+    if not any(file.parent.name == "transformer" for file in files):
+        raise PpclError(f"{folder / 'transformer'} holds no *.safetensors")
+    for file in sorted(files):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise PpclError(f"{file} is missing, cut off or corrupt: {error}") from error
+
+
+_ELSEWHERE = """
+import json, sys
+folder, opens, place, dtype = sys.argv[1:]
+sys.modules["ppcl_toolkit"] = None  # importing it fails from here on
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+tensors = load_file(f"{place}/given.safetensors")
+def restore(value):
+    if isinstance(value, dict):
+        return tensors[value["tensor"]] if "tensor" in value else {k: restore(v) for k, v in value.items()}
+    return [restore(item) for item in value] if isinstance(value, list) else value
+kwargs = {**restore(json.load(open(f"{place}/given.json"))), "return_dict": False}
+@torch.no_grad()
+def run(pipeline):
+    return pipeline.transformer(**kwargs)[0].contiguous()
+options = {"torch_dtype": getattr(torch, dtype)}
+outputs = {opens: run(DiffusionPipeline.from_pretrained(folder, trust_remote_code=opens == "custom", **options))}
+if opens == "custom":
+    del sys.modules["ppcl_toolkit"]
+    from ppcl_toolkit.variant import load_compressed
+    outputs["rebuilt"] = run(load_compressed(folder, **options))
+save_file(outputs, f"{place}/outputs.safetensors")
+"""
+
+
+def _run_elsewhere(folder: Path, opens: Opens, kwargs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    with tempfile.TemporaryDirectory() as place:
+        tensors: dict[str, Tensor] = {}
+
+        def keep(tensor: Tensor) -> dict[str, Any]:
+            tensors[f"{len(tensors)}"] = tensor.detach().cpu().contiguous().clone()
+            return {"tensor": f"{len(tensors) - 1}"}
+
+        Path(place, "given.json").write_text(json.dumps(map_tensors(dict(kwargs), keep)))
+        save_file(tensors, f"{place}/given.safetensors")
+        command = [sys.executable, "-c", _ELSEWHERE, str(folder.resolve()), opens, place, str(dtype).split(".")[-1]]
+        # diffusers copies modelling files there before it runs them.
+        environment = {**os.environ, "HF_MODULES_CACHE": f"{place}/modules"}
+        done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            reason = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise PpclError(f"{folder} does not open as {opens} in a fresh process: {reason}")
+        return load_file(f"{place}/outputs.safetensors")
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise PpclError(f"{what}: {error}") from error
+
+
+def _edit_json(path: Path, changes: Mapping[str, Any]) -> None:
+    """Set entries of a JSON file; None removes one."""
+    content = {**json.loads(path.read_text()), **changes}
+    kept = {key: value for key, value in content.items() if key not in changes or value is not None}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+
+
+def _to_json(calls: Calls) -> dict[str, Any]:
+    """Describe calls by the shapes and types of their tensors."""
+
+    def describe(tensor: Tensor) -> dict[str, Any]:
+        return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).split(".")[-1]}
+
+    return {path: map_tensors([arguments, tuple(streams)], describe) for path, (arguments, streams) in calls.items()}
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_from_json(item) for item in value)
+    if isinstance(value, dict) and value.keys() == {"shape", "dtype"}:
+        return torch.empty(value["shape"], dtype=getattr(torch, value["dtype"]), device="meta")
+    return {key: _from_json(item) for key, item in value.items()} if isinstance(value, dict) else value
