@@ -73,6 +73,7 @@ def load_pipeline(path: str, dtype: torch.dtype | None = None, revision: str | N
     """Open a pipeline: `shapes` (the embedded teacher), a folder, a variant of this toolkit, or a hub id."""
     path = resolve(path)
     settings: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    pipeline: Any
     with quiet():
         if (Path(path) / "plan.json").is_file():
             pipeline = load_compressed(Path(path), **settings)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ppcl_toolkit.adapter import Adapter, Stack
+from ppcl_toolkit.adapter import Adapter, Stack, Stream
 
 Arguments = dict[str, Any]
 """Forward arguments of one block by name, without its streams."""
@@ -22,7 +22,7 @@ class Streams(NamedTuple):
     image: Tensor
     text: Tensor | None = None
 
-    def of(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+    def of(self, names: tuple[Stream, ...]) -> dict[Stream, Tensor]:
         """Return the named streams that are present."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 

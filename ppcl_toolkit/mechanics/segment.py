@@ -80,7 +80,8 @@ class Segment(_Reads):
         """Return what the student makes of a reading, in the teacher's dtype."""
         with precision(reading):
             output = run_block(self.student, self.stack, reading.arguments, block_inputs(self.form, reading))
-        return Streams(*(v if v is None else v.to(reading.inputs.image.dtype) for v in output))
+        dtype = reading.inputs.image.dtype
+        return Streams(output.image.to(dtype), None if output.text is None else output.text.to(dtype))
 
     def place(self, device: torch.device) -> None:
         """Move the student, and the optimizer's moments with it."""
