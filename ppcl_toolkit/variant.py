@@ -112,9 +112,10 @@ def _rebuild(folder: Path, plan: Plan, adapter: Adapter, options: Mapping[str, A
     stock = getattr(diffusers, adapter.transformer)
     calls = _from_json(_read_json(folder / "block_calls.json", f"{folder} is no custom variant"))
     calls = {path: (arguments, Streams(*streams)) for path, (arguments, streams) in calls.items()}
-    chosen = {name: options[name] for name in ("torch_dtype", "low_cpu_mem_usage", "disable_mmap") if name in options}
-    if isinstance(dtypes := chosen.get("torch_dtype"), dict):
-        chosen["torch_dtype"] = dtypes.get("transformer", dtypes.get("default", torch.float32))
+    chosen = {name: options[name] for name in ("low_cpu_mem_usage", "disable_mmap") if name in options}
+    dtype = options.get("dtype", options.get("torch_dtype"))
+    if isinstance(dtype, dict):
+        dtype = dtype.get("transformer", dtype.get("default"))
 
     def narrowed(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, *args, **kwargs)
@@ -123,7 +124,7 @@ def _rebuild(folder: Path, plan: Plan, adapter: Adapter, options: Mapping[str, A
 
     narrowed.__signature__ = inspect.signature(stock.__init__)  # type: ignore[attr-defined]
     loader: Any = type(stock.__name__, (stock,), {"__init__": narrowed})
-    model, report = loader.from_pretrained(folder / "transformer", output_loading_info=True, **chosen)
+    model, report = loader.from_pretrained(folder / "transformer", output_loading_info=True, dtype=dtype, **chosen)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             raise PpclError(f"{folder / 'transformer'} does not fit its plan, {problem}: {report[problem][:4]}")
@@ -178,7 +179,7 @@ kwargs = {**restore(json.load(open(f"{place}/given.json"))), "return_dict": Fals
 @torch.no_grad()
 def run(pipeline):
     return pipeline.transformer(**kwargs)[0].contiguous()
-options = {"torch_dtype": getattr(torch, dtype)}
+options = {"dtype": getattr(torch, dtype)}
 outputs = {opens: run(DiffusionPipeline.from_pretrained(folder, trust_remote_code=opens == "custom", **options))}
 if opens == "custom":
     del sys.modules["ppcl_toolkit"]

@@ -18,6 +18,7 @@ Calls = dict[str, tuple[Arguments, Streams]]
 """An example call of a block of each stack, by the stack's path."""
 
 
+@torch.no_grad()
 def example_calls(transformer: nn.Module, adapter: Adapter, kwargs: Mapping[str, Any]) -> Calls:
     """Record how `transformer(**kwargs)` calls the first block of each stack; no block is run."""
     calls: Calls = {}

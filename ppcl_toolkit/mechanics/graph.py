@@ -115,6 +115,8 @@ class _Tracer(GraphAppendingTracer):
         value = node.meta["value"]
         if isinstance(value, Tensor):
             raise PpclError("its path depends on the data in a tensor")
+        if _is_size(node):
+            raise PpclError("its path depends on the size of a tensor")
         self.guards.append((node, question(value)))
         return question(value)
 
@@ -279,6 +281,7 @@ def _record(block: nn.Module, values: Mapping[str, Any], leaves: Collection[str]
     tracer.graph.output(tracer.create_arg(output))
     _sweep(tracer.graph)
     baked = {name: value for name, value in values.items() if name not in symbolic}
+    baked |= {str(node.target): answer for node, answer in tracer.guards if node.op == "placeholder"}
     return Trace(meta_copy(block), tracer.graph, tracer.guards, baked)
 
 
@@ -342,6 +345,13 @@ def _is_wasteful(trace: Trace, node: Node) -> bool:
         return False
     cuts_features = node.meta["value"][0].shape[:-1] == source.meta["value"].shape[:-1]
     return cuts_features and {user.args[1] for user in node.users} != set(range(cast(int, node.args[1])))
+
+
+def _is_size(node: Node) -> bool:
+    """Whether a number or an answer comes from the length of a dimension: ranks and types are fixed, sizes are not."""
+    if node.target == "size" or isinstance(node.meta["value"], torch.Size):
+        return True
+    return any(not isinstance(n.meta["value"], Tensor) and _is_size(n) for n in node.all_input_nodes)
 
 
 def _ancestors(node: Node) -> set[Node]:

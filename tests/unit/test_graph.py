@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers.models.transformers.auraflow_transformer_2d import AuraFlowJointTransformerBlock
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from diffusers.models.transformers.transformer_cogview4 import CogView4TransformerBlock
 from families import FAMILIES, block_call
 from tiny import randomize
@@ -67,8 +68,11 @@ class Routed(nn.Module):
         return self.linear(hidden_states) if self.question(hidden_states) else hidden_states
 
 
-@pytest.mark.parametrize("question", [lambda x: x.sum() > 0, lambda x: x.max().item() > 0, lambda x: bool(x.any())])
-def test_path_that_depends_on_data_is_refused(question):
+@pytest.mark.parametrize(
+    "question",
+    [lambda x: x.sum() > 0, lambda x: x.max().item() > 0, lambda x: bool(x.any()), lambda x: x.shape[1] + 1 > 2],
+)
+def test_path_that_depends_on_data_or_size_is_refused(question):
     with pytest.raises(PpclError, match="Routed cannot be traced"):
         graph.trace(Routed(question), {"hidden_states": torch.randn(2, 3, 4)}, ())
 
@@ -79,6 +83,11 @@ def test_tracing_does_not_touch_the_block():
     graph.trace(block, block_call(stack, arguments, streams), stack.ffn.values())
     assert all(torch.equal(before[name], value) for name, value in block.state_dict().items())
     assert not any("forward" in vars(module) for module in block.modules())
+
+
+def test_path_that_depends_on_rank_is_fixed():
+    trace = graph.trace(Routed(lambda x: x.ndim == 3), {"hidden_states": torch.randn(2, 3, 4)}, ())
+    assert trace.used() == {"linear"}
 
 
 def test_parallel_ffn_is_refused():
@@ -101,3 +110,11 @@ def test_shared_ffn_is_refused():
     }
     with pytest.raises(PpclError, match="called 2 times"):
         graph.replace_ffn(graph.trace(block, call, ("ff",)), "ff", "linear_ffn_image")
+
+
+def test_ffn_over_joined_streams_is_refused():
+    block = randomize(CogVideoXBlock(32, 2, 16, 8))
+    call = {name: torch.randn(2, length, 32) for name, length in (("hidden_states", 9), ("encoder_hidden_states", 5))}
+    trace = graph.trace(block, {**call, "temb": torch.randn(2, 8)}, ("ff",))
+    with pytest.raises(PpclError, match="no residual|also serves another stream"):
+        graph.replace_ffn(trace, "ff", "linear_ffn_image")

@@ -166,7 +166,7 @@ def test_difference_beyond_the_tolerance(stock, monkeypatch):
 
 def test_types_are_kept(tmp_path):
     saved = Saved(tmp_path / "half", WIDTH, torch.bfloat16)
-    opened = load_compressed(saved.folder, torch_dtype=torch.bfloat16)
+    opened = load_compressed(saved.folder, dtype=torch.bfloat16)
     assert_same_weights(opened.transformer, saved.student)
     assert {p.dtype for p in load_compressed(saved.folder).transformer.parameters()} == {torch.float32}
 
