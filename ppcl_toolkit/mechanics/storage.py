@@ -27,7 +27,7 @@ def save_tree(path: Path, tree: Any) -> None:
     tensors: dict[str, Tensor] = {}
     outline = _outline(tree, tensors, "")
     partial = path.with_name(f".{path.name}.partial")
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     save_file(stored, partial, metadata={"tree": json.dumps(outline)})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
@@ -63,6 +63,17 @@ class Bank(Mapping[str, dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory with an earlier one, as tied weights do: the format refuses them."""
+    ends: dict[int, int] = {}
+    apart = {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        storage, start = tensor.untyped_storage().data_ptr(), tensor.data_ptr()
+        apart[name] = tensor.clone() if start < ends.get(storage, 0) else tensor
+        ends[storage] = max(ends.get(storage, 0), start + tensor.nbytes)
+    return apart
 
 
 def _outline(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
