@@ -149,5 +149,5 @@ def _import(reference: str) -> object:
     module, _, name = reference.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: no module, or a relative one
         raise PpclError(f"adapter {reference!r} cannot be imported: {error}") from error

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, TextRun
@@ -301,14 +302,19 @@ def _explain(error: ValidationError, path: Path, tree: yaml.Node | None) -> str:
     return "\n".join(messages)
 
 
+_NO_KIND = FieldInfo()
+
+
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    model: Any = Recipe
+    models: list[type[BaseModel]] = [Recipe]
     for part in location:
-        fields = getattr(model, "model_fields", {})
+        fields = models[0].model_fields if models else {}
         if part in fields:
-            model = fields[part].annotation
-            model = next((m for m in _models(model)), model)
-    return list(getattr(model, "model_fields", {}))
+            models = list(_models(fields[part].annotation))
+        else:
+            # Of several kinds, the location has the one that was meant.
+            models = [m for m in models if m.model_fields.get("kind", _NO_KIND).default == part] or models
+    return list(models[0].model_fields) if models else []
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
