@@ -1,0 +1,160 @@
+"""A recipe is strict: what it does not know it names, with the line and the nearest key."""
+
+import re
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.recipe import PRESETS, Recipe, shipped_recipes
+
+SMALLEST = "teacher: {path: shapes}\ntargets:\n  - {name: a, params: 70%}\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text, *overrides):
+        path = tmp_path / "job.yaml"
+        path.write_text(text)
+        return Recipe.load(path, overrides)
+
+    return load
+
+
+def refusal(load, text, *overrides):
+    with pytest.raises(PpclError) as caught:
+        load(text, *overrides)
+    return str(caught.value)
+
+
+def test_a_teacher_and_a_target_are_enough(load):
+    recipe = load(SMALLEST)
+    assert (recipe.depth.steps, recipe.depth.init, recipe.targets[0].width) == (6000, "first", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dept: {steps: 3}\n", "job.yaml line 4: dept: unknown key, did you mean 'depth'?"),
+        ("depth:\n  steps: 3\n  learning_rat: 1\n", "line 6: depth.learning_rat: unknown key, did you mean 'learning_"),
+        ("depth:\n  xyzzy: 1\n", "line 5: depth.xyzzy: unknown key; known: steps, batch, learning_rate"),
+        ("width: {given: [{kind: text_run, stack: a, reference: 0, lst: 3}]}\n", "did you mean 'last'?"),
+        ("width: {given: [{kind: ffn_swap, stack: a, blok: 0}]}\n", "blok: unknown key, did you mean 'block'?"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_line_and_the_nearest(load, text, message):
+    assert message in refusal(load, SMALLEST + text)
+
+
+def test_an_unknown_key_of_a_target_is_found_in_the_list(load):
+    text = "teacher: {path: shapes}\ntargets:\n  - {name: a, params: 70%}\n  - name: b\n    parms: 50%\n"
+    found = refusal(load, text)
+    assert "job.yaml line 5: targets.1.parms: unknown key, did you mean 'params'?" in found
+    assert "targets.1.params: Field required" in found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("depth:\n  steps: many\n", r"line 5: depth\.steps: .*valid integer.*, not 'many'"),
+        ("depth: {steps: -1}\n", r"line 4: depth\.steps: .*greater than or equal to 0, not -1"),
+        ("depth: {learning_rate: 0}\n", r"depth\.learning_rate: .*greater than 0, not 0"),
+        ("depth: {init: last}\n", r"depth\.init: Input should be 'first', 'best' or 'average', not 'last'"),
+        ("depth: 5\n", r"line 4: depth: .*, not 5"),
+        ("width: {text_threshold: 1.5}\n", r"width\.text_threshold: .*less than or equal to 1, not 1\.5"),
+        ("preset: papr\n", r"preset: Input should be 'default' or 'paper', not 'papr'"),
+        ("evaluate: {seeds: 3}\n", r"evaluate\.seeds: .*, not 3"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_line_and_its_rule(load, text, message):
+    assert re.search(message, refusal(load, SMALLEST + text))
+
+
+def test_what_is_missing_is_named(load):
+    assert "teacher: Field required" in refusal(load, "targets: [{name: a, params: 70%}]\n")
+    assert "targets: Field required" in refusal(load, "teacher: {path: shapes}\n")
+    assert "targets" in refusal(load, "teacher: {path: shapes}\ntargets: []\n")
+    assert "line 1: teacher.path: Field required" in refusal(load, "teacher: {dtype: float32}\n")
+    assert "Field required" in refusal(load, "")
+
+
+def test_every_mistake_is_told_at_once(load):
+    assert len(refusal(load, SMALLEST + "dept: 1\ndepth: {steps: -1}\nseed: x\n").splitlines()) == 3
+
+
+def test_text_that_is_no_recipe_is_refused(load, tmp_path):
+    assert "is not YAML" in refusal(load, "depth: {steps: 3\n")
+    assert "holds no mapping" in refusal(load, "- depth\n")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PpclError, match="is not YAML"):
+        Recipe.load(tmp_path / "binary.yaml")
+    with pytest.raises(PpclError, match=r"no recipe 'tinny': give a YAML file or one of .*tiny"):
+        Recipe.load("tinny")
+
+
+def test_targets_differ_in_name_and_names_are_folders(load):
+    twice = "teacher: {path: shapes}\ntargets: [{name: a, params: 70%}, {name: a, params: 50%}]\n"
+    assert "targets share a name: ['a', 'a']" in refusal(load, twice)
+    assert "targets.0.name" in refusal(load, "teacher: {path: x}\ntargets: [{name: ../a, params: 70%}]\n")
+
+
+def test_overrides_go_over_the_file(load):
+    recipe = load(SMALLEST, "depth.steps=7", "depth.betas=[0.5, 0.6]", "seed=3", "teacher.call.height=8")
+    assert (recipe.depth.steps, recipe.depth.betas, recipe.seed) == (7, (0.5, 0.6), 3)
+    assert recipe.teacher.call == {"height": 8}
+    assert load(SMALLEST + "depth: {steps: 5, batch: 3}\n", "depth.steps=7").depth.batch == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("depth.steps", r"--set 'depth.steps': expected section.key=value"),
+        ("=3", "expected section.key=value"),
+        ("seed.x=3", "'seed' has no keys of its own"),
+        ("depth.steps={", "the value is not YAML"),
+        ("depth.stepz=3", "depth.stepz: unknown key, did you mean 'steps'?"),
+        ("depth.steps=many", "depth.steps: .*, not 'many'"),
+    ],
+)
+def test_a_wrong_override_is_refused(load, override, message):
+    text = refusal(load, SMALLEST + "seed: 1\n", override)
+    assert re.search(message.replace("?", r"\?"), text)
+
+
+def test_the_preset_paper_has_the_papers_values_and_can_be_overridden(load):
+    recipe = load(SMALLEST + "preset: paper\ndepth: {steps: 9}\n", "width.batch=4")
+    assert recipe.probe.steps == PRESETS["paper"]["probe"]["steps"] == 2000
+    assert (recipe.depth.steps, recipe.depth.batch) == (9, 2)
+    assert (recipe.width.steps, recipe.width.batch) == (2000, 4)
+    assert load(SMALLEST, "preset=paper").probe.steps == 2000
+    assert load(SMALLEST).probe.steps == 0
+
+
+def test_a_dumped_recipe_loads_as_itself(load):
+    recipe = load(
+        SMALLEST
+        + "preset: paper\ndepth: {steps: 9, clip: null, betas: [0.1, 0.2]}\nintervals: {given: "
+        + "[{stack: a, first: 0, last: 3}]}\nwidth: {given: [{kind: ffn_swap, stack: a, block: 3, streams: [image]}]}\n"
+    )
+    assert load(recipe.dump()) == recipe
+    assert yaml.safe_load(recipe.dump())["depth"]["learning_rate"] == recipe.depth.learning_rate
+
+
+def test_a_recipe_never_changes(load):
+    recipe = load(SMALLEST)
+    with pytest.raises(ValidationError):
+        recipe.depth.steps = 3
+
+
+def test_shipped_recipes_load_by_name():
+    assert "tiny" in shipped_recipes()
+    for name in shipped_recipes():
+        assert Recipe.load(name) == Recipe.load(f"{name}.yaml")
+
+
+def test_the_schema_describes_every_section():
+    schema = Recipe.model_json_schema()
+    assert schema["properties"].keys() == Recipe.model_fields.keys()
+    assert schema["additionalProperties"] is False
+    assert schema["$defs"]["Depth"]["properties"]["init"]["enum"] == ["first", "best", "average"]
