@@ -30,7 +30,7 @@ class Settings:
     minutes: float
     samples: int | None = None
     batch: int = 128
-    learning_rate: float = 2e-3  # of AdamW
+    learning_rate: float = 1e-3  # of AdamW; text encoders take four tenths of it
     matrix_learning_rate: float = 5e-3  # of Muon, in AdamW's units
     decay: float = 0.5
     average: float = 0.998
@@ -40,14 +40,19 @@ class Settings:
 
 
 def _optimizers(model: TextToLatent, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the transformer's blocks, AdamW for everything else that trains."""
+    """Muon for the matrices of the transformer's blocks, AdamW for everything else that trains.
+
+    Text encoders learn slowly: at the rate of the rest they forget which word a token is.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if p.ndim == 2 and "transformer_blocks." in name]
-    chosen = {id(p) for p in matrices}
+    encoders = [p for name, p in named if not name.startswith("transformer.")]
+    chosen = {id(p) for p in (*matrices, *encoders)}
     others = [p for _, p in named if id(p) not in chosen]
+    groups = [(others, settings.learning_rate), (encoders, 0.4 * settings.learning_rate)]
     return [
         Muon(matrices, settings.matrix_learning_rate),
-        torch.optim.AdamW(others, settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01),
+        *(torch.optim.AdamW(group, rate, betas=(0.9, 0.98), weight_decay=0.01) for group, rate in groups if group),
     ]
 
 
@@ -75,7 +80,7 @@ class Trainer:
         self.run, self.name, self.model, self.settings = run, name, model, settings
         self.path = run / f"{name}.pt"
         self.optimizers = _optimizers(model, settings)
-        self.rates = (settings.matrix_learning_rate, settings.learning_rate)
+        self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         self.average = {key: value.detach().clone() for key, value in model.named_parameters()}
         self.step, self.samples, self.seconds = 0, 0, 0.0
         self.losses: list[float] = []
