@@ -68,7 +68,8 @@ def drop_blocks(transformer: nn.Module, adapter: Adapter, plan: Plan) -> None:
     if not plan.intervals:
         return
     model: Any = transformer
-    config = dict(model.config)
+    # diffusers passes over the entries it believes to be defaults, whatever they are.
+    config = {**model.config, "_use_default_values": []}
     kept = plan.kept()
     for stack in adapter.stacks:
         blocks = stack.blocks(transformer)

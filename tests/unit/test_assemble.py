@@ -4,13 +4,21 @@ import copy
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from families import SD3, TRANSFORMERS, sd3_inputs, sd3_transformer
 from tiny import flux_inputs, flux_transformer, randomize
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.assemble import count_parameters, example_calls, load_bank, reshape, student_blocks
+from ppcl_toolkit.mechanics.assemble import (
+    count_parameters,
+    drop_blocks,
+    example_calls,
+    load_bank,
+    reshape,
+    student_blocks,
+)
 from ppcl_toolkit.mechanics.graph import meta_copy
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
 
@@ -70,6 +78,14 @@ def test_depth_only_student_is_the_stock_model_of_its_config(flux):
     for index, block in zip(kept, student.transformer_blocks, strict=True):
         for name, value in block.state_dict().items():
             assert torch.equal(value, transformer.transformer_blocks[index].state_dict()[name])
+
+
+def test_default_depth_in_the_config_is_replaced():
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(attention_head_dim=16, num_attention_heads=2, axes_dims_rope=(4, 4, 8))
+    adapter = load_adapter("flux")
+    drop_blocks(transformer, adapter, plan_for(transformer, adapter, Interval(stack=STACK, first=4, last=9)))
+    assert len(type(transformer).from_config(transformer.config).transformer_blocks) == 14
 
 
 def test_student_runs_and_counts(flux):
