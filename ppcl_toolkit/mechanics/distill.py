@@ -1,6 +1,7 @@
 """Train segments side by side, with checkpoints, and bank what they become."""
 
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -35,9 +36,10 @@ def train_segments(
     A state on the desk is continued. From step `follow_from` on, inputs come from the students' own path.
     """
     rank, ranks = loop.world()
-    own, stride = (segments[rank::ranks], 1) if settings.split == "segments" else (segments, ranks)
+    own, stride, writer = (segments[rank::ranks], 1, rank) if settings.split == "segments" else (segments, ranks, 0)
     parts = {s.form.key: (s.student, s.optimization) for s in own}
-    state = desk.folder / f"state-{rank}.safetensors.tmp"
+    # Of these segments: a stage that trains in waves may be killed between two of them.
+    state = desk.folder / f"state-{writer}-{zlib.crc32(' '.join(parts).encode()):08x}.safetensors.tmp"
     done = loop.load_state(state, parts)
     turn = settings.steps if follow_from is None else follow_from
     for end, follow in ((turn, False), (settings.steps, True)):
@@ -46,31 +48,37 @@ def train_segments(
         start = done
         for count in runner.feed(wanted, own, follow=follow) if own else ():
             before, done = done, start + count
-            if done // settings.checkpoint_every > before // settings.checkpoint_every:
+            if rank == writer and done // settings.checkpoint_every > before // settings.checkpoint_every:
                 loop.save_state(state, done, parts)
             desk.progress(done, settings.steps, _note(own))
-    _bank(own, desk.folder, rank)
-    state.unlink(missing_ok=True)
+    if rank == writer:
+        _bank(own, desk.folder, rank)
+        state.unlink(missing_ok=True)
+    loop.wait()
     return [s.optimization.stopped for s in own if s.optimization.stopped]
 
 
-def merge_losses(folder: Path) -> None:
-    """Join the curves of all processes, {segment key: [[step, loss], ...]}, in `losses.json`."""
-    curves = {}
-    for path in sorted(folder.glob("losses-*.json")):
-        curves.update(json.loads(path.read_text()))
-    (folder / "losses.json").write_text(json.dumps(curves))
+def finish(folder: Path) -> None:
+    """Join the curves of all processes, {segment key: [[step, loss], ...]}, in `losses.json`; forget all states."""
+    if loop.is_main():
+        curves = {}
+        for path in sorted(folder.glob("losses-*.json")):
+            curves.update(json.loads(path.read_text()))
+        (folder / "losses.json").write_text(json.dumps(curves))
+        for state in folder.glob("state-*.tmp"):
+            state.unlink()
 
 
 def _bank(segments: Sequence[Segment], folder: Path, rank: int) -> None:
-    writes = rank == 0 or not all(s.optimization.exchanges for s in segments)
-    if writes:
-        for segment in segments:
-            save_tree(folder / f"{segment.form.key}.safetensors", dict(segment.student.state_dict()))
-        curves = {s.form.key: s.optimization.losses for s in segments}
-        path = folder / f"losses-{rank}.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(known | curves))
+    # Curves first: what is in the bank has its curve.
+    path = folder / f"losses-{rank}.json"
+    curves = json.loads(path.read_text()) if path.exists() else {}
+    curves.update({s.form.key: s.optimization.losses for s in segments})
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(curves))
+    partial.replace(path)
+    for segment in segments:
+        save_tree(folder / f"{segment.form.key}.safetensors", dict(segment.student.state_dict()))
 
 
 def _note(segments: Sequence[Segment]) -> str:

@@ -56,7 +56,8 @@ class Optimization:
 
     def step(self, loss: Tensor) -> None:
         """Backpropagate `loss` and update, or stop."""
-        value = float(loss.detach())
+        # All processes stop together: one that waits for the gradients of another would wait for ever.
+        value = average(loss.detach()) if self.exchanges else float(loss.detach())
         if not math.isfinite(value):
             self.stop(f"the loss is {value}")
             return
@@ -164,6 +165,15 @@ def world() -> tuple[int, int]:
 def wait() -> None:
     """Wait for the other processes."""
     PartialState().wait_for_everyone()
+
+
+def average(value: Tensor) -> float:
+    """Average a scalar over the processes."""
+    _, count = world()
+    if count > 1:
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+    return float(value) / count
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:

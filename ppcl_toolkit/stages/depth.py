@@ -14,7 +14,7 @@ from torch import nn
 
 from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.mechanics.capture import run_block
-from ppcl_toolkit.mechanics.distill import merge_losses, train_segments
+from ppcl_toolkit.mechanics.distill import finish, train_segments
 from ppcl_toolkit.mechanics.loop import Optimization
 from ppcl_toolkit.mechanics.losses import LOSSES
 from ppcl_toolkit.mechanics.moments import Moments
@@ -40,7 +40,7 @@ def distill_depth(runner: Runner, plans: Sequence[Plan], batches: Batches, secti
         segments.append(Segment(form, stack, student, optimization, LOSSES[section.loss]))
     follow_from = {"teacher": None, "student": 0, "mixed": section.steps // 2}[section.inputs]
     stopped = train_segments(runner, segments, batches, section, desk, follow_from=follow_from)
-    merge_losses(desk.folder)
+    finish(desk.folder)
     return stopped
 
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from ppcl_toolkit.mechanics import loop
 from ppcl_toolkit.mechanics.assemble import example_calls
-from ppcl_toolkit.mechanics.distill import merge_losses, train_segments
+from ppcl_toolkit.mechanics.distill import finish, train_segments
 from ppcl_toolkit.mechanics.loop import Optimization
 from ppcl_toolkit.mechanics.losses import LOSSES
 from ppcl_toolkit.mechanics.noise import Batches
@@ -32,11 +33,11 @@ def distill_width(
     # A block that loses its text and its FFN learns the first before the second: that form is in the bank, too.
     for wave in ([f for f in forms if not (f.narrow_text and f.ffn)], [f for f in forms if f.narrow_text and f.ffn]):
         known = Bank(*bank.folders, desk.folder)
-        missing = [form for form in wave if form.key not in known]
-        if missing:
-            segments = _segments(runner, missing, known, batches, section)
+        loop.wait()  # nobody banks before all have looked
+        if any(form.key not in known for form in wave):
+            segments = _segments(runner, wave, known, batches, section)
             stopped += train_segments(runner, segments, batches, section, desk)
-    merge_losses(desk.folder)
+    finish(desk.folder)
     return stopped
 
 
