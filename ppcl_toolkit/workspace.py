@@ -26,6 +26,8 @@ from ppcl_toolkit.mechanics.storage import Desk
 
 Result = TypeVar("Result")
 _MADE_FROM, _WARNINGS = "made_from.json", "warnings.json"
+_FIRST = {"environment.json", ".environment.json.partial", ".recipe.yaml.partial"}
+"""What a run that is killed in its first moment leaves, or another process of the same run has just written."""
 
 
 class Progress(Protocol):
@@ -53,7 +55,7 @@ class Workspace:
         """What stages had to say that a user should know, theirs or of the runs before."""
         if self.path.exists() and not self.path.is_dir():
             raise PpclError(f"{self.path} is a file; --out names a folder")
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / "recipe.yaml").exists():
+        if self.path.is_dir() and not (self.path / "recipe.yaml").exists() and _names(self.path) - _FIRST:
             raise PpclError(f"{self.path} holds something that is no run of ppcl; choose another --out")
 
     def open(self, recipe: str) -> None:
@@ -180,6 +182,10 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that appears whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def _read_json(path: Path) -> Any:
