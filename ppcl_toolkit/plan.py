@@ -210,8 +210,9 @@ class Plan(_Record):
         firsts = {(f.stack, f.first): f for f in self._depth_forms()}
         for run in self.text_runs:
             _rule((run.stack, run.reference) in firsts, f"{run}: its reference is inside a removed interval")
-            ends = {f.last for f in firsts.values() if f.stack == run.stack}
+            ends = {f.last: f.first for f in firsts.values() if f.stack == run.stack}
             _rule(run.last in ends, f"{run}: its end is inside an interval that reaches further")
+            _rule(ends[run.last] > run.reference, f"{run}: intervals leave no block after its reference")
         seen = set()
         for swap in self.ffn_swaps:
             _rule((swap.stack, swap.block) in firsts, f"{swap}: the block is removed by an interval")

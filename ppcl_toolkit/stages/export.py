@@ -17,6 +17,7 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.mechanics.capture import map_tensors
 from ppcl_toolkit.mechanics.schedule import Batch
 from ppcl_toolkit.mechanics.storage import Desk
+from ppcl_toolkit.pipeline import quiet
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.variant import save_variant, verify_variant
 
@@ -43,6 +44,11 @@ class Variant:
 
 def export(pipeline: Any, student: nn.Module, variant: Variant, example: Batch, desk: Desk) -> None:
     """Write a variant's pipeline folder, and open it again in fresh processes to compare what it computes."""
+    with quiet():
+        _export(pipeline, student, variant, example, desk)
+
+
+def _export(pipeline: Any, student: nn.Module, variant: Variant, example: Batch, desk: Desk) -> None:
     shutil.rmtree(variant.folder, ignore_errors=True)
     variant.folder.parent.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, variant.dtype)

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -66,8 +66,8 @@ def select(
     for each in measure(runner, plan, operations, batches, recipe.select.batches):
         measured.append(each)
         desk.progress(len(measured), len(operations), f"{each.operation}: {each.error:.3f}")
-    total = _size(runner.transformer)
-    choice = choose(plan, measured, recipe.targets, total, recipe.width)
+    example = example_calls(runner.transformer, runner.adapter, batches[0])
+    choice = choose(plan, measured, recipe.targets, Sizes(runner, example), recipe.width)
     choice.save(desk.folder, measured)
 
 
@@ -104,31 +104,62 @@ def ffn_candidates(runner: Runner, width: Width) -> list[FfnSwap]:
     return found
 
 
-def choose(plan: Plan, measured: Sequence[Measured], targets: Sequence[Target], total: int, width: Width) -> "Choice":
-    """Take candidates until every target is met; `total` is the teacher's parameter count.
+def choose(
+    plan: Plan, measured: Sequence[Measured], targets: Sequence[Target], size: Callable[[Plan], int], width: Width
+) -> "Choice":
+    """Take candidates until every target is met; `size` counts the parameters of a plan's student.
 
     Raises `PpclError` with the nearest size where a target is out of reach.
     """
+    total = size(plan)
     order: list[Measured] = []
     plans: dict[str, Plan] = {}
     for target in sorted(targets, key=lambda t: -parse_size(t.params, total)):
         goal = parse_size(target.params, total)
-        left = total - sum(m.saves for m in order)
-        rest = sorted((m for m in measured if m not in order), key=lambda m: m.price)
-        for candidate in rest:
+        taken, left = plan.with_operations(m.operation for m in order), total
+        for candidate in sorted((m for m in measured if m not in order), key=lambda m: m.price):
+            left = size(taken)
             if left <= goal:
                 break
             allowed = target.width or isinstance(candidate.operation, Interval)
-            if allowed and _fits(plan, [*order, candidate], width):
+            wider = _extended(taken, candidate.operation, width) if allowed else None
+            # A candidate may save nothing beside those that are taken already.
+            if wider is not None and size(wider) < left:
                 order.append(candidate)
-                left -= candidate.saves
+                taken = wider
+        left = size(taken)
         if left > goal:
             raise PpclError(
                 f"target {target.name!r}: {target.params} is {goal:,} parameters, the candidates reach {left:,} "
                 f"({left / total:.1%} of the teacher); allow more intervals or width, or ask for that"
             )
-        plans[target.name] = plan.with_operations(m.operation for m in order)
+        plans[target.name] = taken
     return Choice(plans=plans, order=tuple(m.operation for m in order))
+
+
+@final
+class Sizes:
+    """Parameters of a plan's student, block by block, without building it."""
+
+    def __init__(self, runner: Runner, example: Mapping[str, Any]) -> None:
+        self._runner, self._example = runner, example
+        self._narrow: dict[tuple[Any, ...], int] = {}
+        self._rest = _size(runner.transformer) - sum(
+            _size(block) for stack in runner.adapter.stacks for block in runner.blocks(stack.path)
+        )
+
+    def __call__(self, plan: Plan) -> int:
+        return self._rest + sum(self._block(form) for form in plan.forms())
+
+    def _block(self, form: Form) -> int:
+        block = self._runner.blocks(form.stack)[form.first]
+        if form.is_stock:
+            return _size(block)
+        key = (form.stack, form.first, form.text, form.ffn)
+        if key not in self._narrow:
+            stack = self._runner.adapter.stack(form.stack)
+            self._narrow[key] = _size(_thin(block, stack, form, self._example[form.stack]))
+        return self._narrow[key]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,14 +205,15 @@ def parse_size(text: str, total: int) -> int:
     return size
 
 
-def _fits(plan: Plan, chosen: Sequence[Measured], width: Width) -> bool:
-    operations = [m.operation for m in chosen]
+def _extended(plan: Plan, operation: Candidate, width: Width) -> Plan | None:
+    """Return `plan` with one more operation, or None where rules or the recipe's limits forbid it."""
     try:
-        taken = plan.with_operations(operations)
+        wider = plan.with_operations([*plan.operations, operation])
     except ValueError:
-        return False
-    narrow_texts = sum(form.narrow_text for form in taken.forms())
-    return narrow_texts <= width.text_blocks and len(taken.ffn_swaps) <= width.ffn_blocks
+        return None
+    narrow_texts = sum(form.narrow_text for form in wider.forms())
+    within = narrow_texts <= width.text_blocks and len(wider.ffn_swaps) <= width.ffn_blocks
+    return wider if within or width.given else None
 
 
 @dataclass(slots=True)

@@ -63,6 +63,7 @@ def test_a_bank_holds_every_wider_form_first():
         ([TextRun(stack="a", reference=0, last=3), TextRun(stack="a", reference=3, last=5)], "overlap"),
         ([Interval(stack="a", first=2, last=4), TextRun(stack="a", reference=3, last=6)], "reference is inside"),
         ([Interval(stack="a", first=2, last=4), TextRun(stack="a", reference=1, last=3)], "reaches further"),
+        ([Interval(stack="a", first=2, last=4), TextRun(stack="a", reference=2, last=4)], "leave no block"),
         ([Interval(stack="a", first=2, last=4), FfnSwap(stack="a", block=3, streams=("image",))], "removed"),
         ([FfnSwap(stack="a", block=3, streams=("image",))] * 2, "twice"),
         ([FfnSwap(stack="a", block=3, streams=())], "no stream"),
@@ -75,7 +76,9 @@ def test_a_broken_rule_is_named(operations, rule):
 
 
 def test_json_gives_back_the_same_plan(tmp_path):
-    plan = EMPTY.with_operations([Interval(stack="a", first=0, last=1), FfnSwap(stack="b", block=2, streams=("image",))])
+    plan = EMPTY.with_operations(
+        [Interval(stack="a", first=0, last=1), FfnSwap(stack="b", block=2, streams=("image",))]
+    )
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
 
