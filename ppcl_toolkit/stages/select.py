@@ -149,6 +149,7 @@ class Sizes:
         )
 
     def __call__(self, plan: Plan) -> int:
+        """Return the number of parameters of the student of `plan`."""
         return self._rest + sum(self._block(form) for form in plan.forms())
 
     def _block(self, form: Form) -> int:
