@@ -133,4 +133,4 @@ def _describe(forms: list[Form]) -> str:
     }
     parts = [texts[forms[0].text], f"linear {' and '.join(forms[0].ffn)} FFN" if forms[0].ffn else ""]
     blocks = ", ".join(f"{form.first}" if form.first == form.last else f"{form.first}-{form.last}" for form in forms)
-    return f"Blocks {blocks} of the teacher's {forms[0].stack}: {', '.join(part for part in parts if part)}"
+    return f"{forms[0].stack} {blocks} of the teacher: {', '.join(part for part in parts if part)}"

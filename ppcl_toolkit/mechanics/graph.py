@@ -90,6 +90,8 @@ class _Proxy(fx.Proxy):
         return self.tracer.answer(self.node, operator.index)  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
+        if isinstance(self.node.meta["value"], Tensor):
+            raise PpclError("its path depends on the size of a tensor")
         return len(self.node.meta["value"])
 
     def __iter__(self) -> Any:
@@ -339,9 +341,9 @@ def _is_wasteful(trace: Trace, node: Node) -> bool:
     if node.target not in ("chunk", torch.chunk) or not isinstance(node.args[0], Node):
         return False
     source = node.args[0]
-    if not isinstance(trace.module(source), nn.Linear) or len(source.users) > 1:
+    if not isinstance(trace.module(source), nn.Linear) or len(trace.calls(str(source.target))) > 1:
         return False
-    if any(user.target is not operator.getitem for user in node.users):
+    if len(source.users) > 1 or any(user.target is not operator.getitem for user in node.users):
         return False
     cuts_features = node.meta["value"][0].shape[:-1] == source.meta["value"].shape[:-1]
     return cuts_features and {user.args[1] for user in node.users} != set(range(cast(int, node.args[1])))
@@ -349,7 +351,7 @@ def _is_wasteful(trace: Trace, node: Node) -> bool:
 
 def _is_size(node: Node) -> bool:
     """Whether a number or an answer comes from the length of a dimension: ranks and types are fixed, sizes are not."""
-    if node.target == "size" or isinstance(node.meta["value"], torch.Size):
+    if node.target in ("size", "numel") or isinstance(node.meta["value"], torch.Size):
         return True
     return any(not isinstance(n.meta["value"], Tensor) and _is_size(n) for n in node.all_input_nodes)
 

@@ -70,7 +70,13 @@ class Routed(nn.Module):
 
 @pytest.mark.parametrize(
     "question",
-    [lambda x: x.sum() > 0, lambda x: x.max().item() > 0, lambda x: bool(x.any()), lambda x: x.shape[1] + 1 > 2],
+    [
+        lambda x: x.sum() > 0,
+        lambda x: x.max().item() > 0,
+        lambda x: bool(x.any()),
+        lambda x: x.shape[1] + 1 > 2,
+        lambda x: len(x) > 1,
+    ],
 )
 def test_path_that_depends_on_data_or_size_is_refused(question):
     with pytest.raises(PpclError, match="Routed cannot be traced"):
@@ -83,6 +89,27 @@ def test_tracing_does_not_touch_the_block():
     graph.trace(block, block_call(stack, arguments, streams), stack.ffn.values())
     assert all(torch.equal(before[name], value) for name, value in block.state_dict().items())
     assert not any("forward" in vars(module) for module in block.modules())
+
+
+class Modulated(nn.Module):
+    def __init__(self, calls):
+        super().__init__()
+        self.linear = nn.Linear(4, 12)
+        self.calls = calls
+
+    def forward(self, hidden_states, temb):
+        _, scale, shift = self.linear(temb).chunk(3, dim=-1)
+        if self.calls > 1:
+            hidden_states = hidden_states * self.linear(temb + 1).chunk(3, dim=-1)[0]
+        return hidden_states * scale + shift
+
+
+@pytest.mark.parametrize(("calls", "shrunk"), [(1, {"linear": ((1, 2), 3)}), (2, {})])
+def test_rows_that_nobody_reads_go_unless_the_layer_is_shared(calls, shrunk):
+    call = {"hidden_states": torch.randn(2, 3, 4), "temb": torch.randn(2, 1, 4)}
+    trace = graph.trace(Modulated(calls), call, ())
+    graph.shrink(trace)
+    assert trace.shrunk == shrunk
 
 
 def test_path_that_depends_on_rank_is_fixed():

@@ -238,7 +238,7 @@ def test_copies_pickles_and_shared_code():
 
 
 @pytest.mark.parametrize("fields", [{"text": "tap", "ffn": ("image",)}, {"text": "end", "reference": (0, 0)}])
-def test_compiles_whole_and_checkpoints(fields):
+def test_checkpointing_gives_the_same_gradients(fields):
     stack, block, arguments, streams = dual_blocks("flux")[1]
     narrow_block = narrowed(block, stack, form_of(stack, **fields), arguments, streams)
     given = streams if fields["text"] == "tap" else joined(streams, torch.randn(streams.text.shape))
@@ -253,8 +253,6 @@ def test_compiles_whole_and_checkpoints(fields):
     plain = gradients(lambda: narrow_block(**call))
     again = gradients(lambda: torch.utils.checkpoint.checkpoint(narrow_block, *positions, use_reentrant=False))
     assert all(map(torch.equal, plain, again))
-    compiled = torch.compile(narrow_block, backend="aot_eager", fullgraph=True)
-    assert all(map(torch.allclose, compiled(**call), narrow_block(**call)))
 
 
 @torch.no_grad()
