@@ -27,6 +27,8 @@ class Teacher:
 
     pipeline: Any
     adapter: Adapter
+    family: str
+    """Name by which `load_adapter` finds the adapter again."""
     source: str
     """Hub id and revision, or path and fingerprint."""
     history: tuple[dict[str, Any], ...] = ()
@@ -41,7 +43,7 @@ class Teacher:
     def plan(self) -> Plan:
         """Return the plan that removes nothing."""
         depths = self.adapter.depths(self.transformer)
-        return Plan(family=self.adapter.family, teacher=self.source, depths=depths, history=self.history)
+        return Plan(family=self.family, teacher=self.source, depths=depths, history=self.history)
 
 
 def load_teacher(recipe: Recipe, device: torch.device) -> Teacher:
@@ -66,7 +68,8 @@ def load_teacher(recipe: Recipe, device: torch.device) -> Teacher:
         if not earlier.is_depth_only:
             raise PpclError(f"{section.path}: its blocks are already narrow; give a depth-only variant as the teacher")
         history = (*earlier.history, earlier.model_dump(mode="json", exclude={"history"}))
-    return Teacher(pipeline, adapter, _identity(section.path, folder, section.revision), history)
+    family = adapter.family if recipe.adapter == "auto" else recipe.adapter
+    return Teacher(pipeline, adapter, family, _identity(section.path, folder, section.revision), history)
 
 
 def load_pipeline(path: str, dtype: torch.dtype | None = None, revision: str | None = None) -> Any:

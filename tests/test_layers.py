@@ -13,13 +13,21 @@ PLACES = {
     "yaml": ("ppcl_toolkit/recipe.py",),
     "accelerate": ("ppcl_toolkit/mechanics/loop.py", "ppcl_toolkit/shapes/"),
     "torch.fx": ("ppcl_toolkit/mechanics/graph.py", "ppcl_toolkit/mechanics/source.py"),
-    "diffusers": ("ppcl_toolkit/pipeline.py", "ppcl_toolkit/variant.py", "ppcl_toolkit/modelling.py", "ppcl_toolkit/shapes/"),
-    "transformers": ("ppcl_toolkit/shapes/",),
+    "diffusers": (
+        "ppcl_toolkit/pipeline.py",
+        "ppcl_toolkit/variant.py",
+        "ppcl_toolkit/modelling.py",
+        "ppcl_toolkit/shapes/",
+    ),
+    "transformers": ("ppcl_toolkit/pipeline.py", "ppcl_toolkit/shapes/"),
     "matplotlib": ("ppcl_toolkit/stages/figures.py", "ppcl_toolkit/shapes/"),
     "jinja2": ("ppcl_toolkit/stages/report.py", "ppcl_toolkit/modelling.py"),
 }
 LAYERS = [
-    ("ppcl_toolkit/mechanics/", ("ppcl_toolkit.stages", "ppcl_toolkit.recipe", "ppcl_toolkit.compress", "ppcl_toolkit.cli")),
+    (
+        "ppcl_toolkit/mechanics/",
+        ("ppcl_toolkit.stages", "ppcl_toolkit.recipe", "ppcl_toolkit.compress", "ppcl_toolkit.cli"),
+    ),
     ("ppcl_toolkit/plan.py", ("ppcl_toolkit.stages", "ppcl_toolkit.mechanics", "ppcl_toolkit.recipe")),
     ("ppcl_toolkit/adapter.py", ("ppcl_toolkit.stages", "ppcl_toolkit.mechanics", "ppcl_toolkit.plan")),
     ("ppcl_toolkit/shapes/", ("ppcl_toolkit.stages", "ppcl_toolkit.mechanics", "ppcl_toolkit.compress")),
