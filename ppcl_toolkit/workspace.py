@@ -109,7 +109,10 @@ class Workspace:
             self._finish(name, partial, final, seconds=round(time.monotonic() - started, 3))
         self.warnings += _read_json(final / _WARNINGS) or []
         self._after = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-        return load(final)
+        try:
+            return load(final)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise PpclError(f"{final} is damaged ({error}); delete it to make it again") from error
 
     def _prepare(self, name: str, made_from: Mapping[str, Any], partial: Path) -> None:
         if loop.is_main():
