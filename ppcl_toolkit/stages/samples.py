@@ -8,8 +8,9 @@ family needs no data code.
 """
 
 import contextlib
+import difflib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ def record_samples(teacher: Teacher, recipe: Recipe, desk: Desk) -> None:
     """Write one file per call of the pipeline; files that are there already are kept."""
     pipeline, adapter = teacher.pipeline, teacher.adapter
     section, call, seed = recipe.samples, recipe.teacher.call, recipe.seed
+    known = inspect.signature(type(pipeline).__call__).parameters
+    if unknown := sorted(call.keys() - known.keys()):
+        raise PpclError(
+            f"teacher.call: {type(pipeline).__name__} takes no {', '.join(unknown)}; {_nearest(unknown, known)}"
+        )
     items = _pairs(Path(section.images)) if section.images else [(p, None) for p in prompts(section, seed)]
     items = items[: section.count]
     for start in range(0, len(items), section.batch):
@@ -63,8 +69,9 @@ def prompts(section: Samples, seed: int) -> list[str]:
         return [scenes.sample(rng)[0] for _ in range(section.count)]
     try:
         lines = Path(section.prompts).read_text().splitlines()
-    except OSError as error:
-        raise PpclError(f"samples.prompts: cannot read {section.prompts!r}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise PpclError(f"samples.prompts: cannot read {section.prompts!r}: {reason}") from error
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise PpclError(f"samples.prompts: {section.prompts!r} has no prompt")
@@ -73,17 +80,22 @@ def prompts(section: Samples, seed: int) -> list[str]:
 
 def _denoised(pipeline: Any, adapter: Adapter, texts: list[str], call: dict[str, Any], seed: int) -> list[Sample]:
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
+    # Pipelines do not repeat a negative prompt by themselves.
+    each = {n: [v] * len(texts) for n, v in call.items() if n.startswith("negative_prompt") and isinstance(v, str)}
     with _recording(pipeline.transformer, adapter) as calls:
-        latents = pipeline(texts, generator=generators, **{**call, "output_type": "latent"}).images
+        latents = pipeline(texts, generator=generators, **{**call, **each, "output_type": "latent"}).images
     return [sample for arguments in calls for sample in _split(adapter, arguments, latents.cpu(), len(texts))]
 
 
 def _encoded(pipeline: Any, adapter: Adapter, text: str, image: Path, call: dict[str, Any]) -> Sample:
     height, width = call.get("height"), call.get("width")
-    with Image.open(image) as opened:
-        picture = opened.convert("RGB")
-        if height and width:
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    try:
+        with Image.open(image) as opened:
+            picture = opened.convert("RGB")
+    except OSError as error:
+        raise PpclError(f"samples.images: {image} is no image that can be read") from error
+    if height and width:
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     call = {**call, "height": picture.height, "width": picture.width}
     pixels = pipeline.image_processor.preprocess(picture).to(pipeline.vae.device, pipeline.vae.dtype)
     with torch.no_grad():
@@ -105,6 +117,9 @@ def _split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor, count: 
     tokens = arguments.pop(adapter.latents)
     arguments.pop(adapter.timestep)
     arguments.pop("return_dict", None)
+    for name, value in arguments.items():
+        if name not in adapter.shared and isinstance(value, Tensor | list) and len(value) != count:
+            raise PpclError(f"the pipeline passes {len(value)} of {name} for {count} prompts; use samples.batch: 1")
     reference = tokens[:, latents.shape[1] :] if tokens.shape[1] > latents.shape[1] else None
     return [
         Sample(
@@ -114,6 +129,11 @@ def _split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor, count: 
         )
         for i in range(count)
     ]
+
+
+def _nearest(unknown: list[str], known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(unknown[0], list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else f"it takes: {', '.join(known)}"
 
 
 def _one(value: Any, index: int, shared: bool) -> Any:
