@@ -104,7 +104,7 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
         )
         student = student_of(runner.transformer, runner.adapter, plan, bank, batches[0])
         student.load_state_dict(tuned)
-        variant = Variant(name=name, folder=run.path / "variants" / name, plan=plan, dtype=recipe.export.dtype)
+        variant = _variant(recipe, run.path, name, plan)
         make = partial(export, teacher.pipeline, student, variant, batches[0])
         variants.append(run.stage(f"export/{name}", recipe.export, make, variant.read))
     summary = run.stage(
@@ -138,7 +138,7 @@ def export_target(out: str | Path, params: str, name: str | None = None) -> dict
     example = _noised(recipe, teacher, load_samples(path / "samples"), "finetune", recipe.finetune.batch)[0]
     plan, count = _first_that_fits(runner, Choice.load(path / "select"), bank, params, example)
     name = name or params.strip().removesuffix("%")
-    variant = Variant(name=name, folder=path / "variants" / name, plan=plan, dtype=recipe.export.dtype)
+    variant = _variant(recipe, path, name, plan)
     if variant.folder.exists():
         raise PpclError(f"{variant.folder} exists already; choose another --name")
     student = student_of(runner.transformer, runner.adapter, plan, bank, example)
@@ -168,6 +168,12 @@ def _noised(recipe: Recipe, teacher: Teacher, samples: Sequence[Sample], stage: 
         sigma_mean=recipe.samples.sigma_mean,
         sigma_std=recipe.samples.sigma_std,
         dtype=getattr(torch, recipe.teacher.dtype),
+    )
+
+
+def _variant(recipe: Recipe, run: Path, name: str, plan: Plan) -> Variant:
+    return Variant(
+        name=name, folder=run / "variants" / name, plan=plan, dtype=recipe.export.dtype, call=recipe.teacher.call
     )
 
 

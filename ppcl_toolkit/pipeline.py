@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib.resources
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.variant import load_compressed
+
+CALL = "call.json"
+"""File of a variant's folder: the arguments of the pipeline that it was compressed for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,23 @@ def load_pipeline(path: str, dtype: torch.dtype | None = None, revision: str | N
 def resolve(path: str) -> str:
     """Return the folder of the embedded teacher for `shapes`, anything else as it is."""
     return str(importlib.resources.files("ppcl_toolkit.shapes") / "teacher") if path == "shapes" else path
+
+
+def default_call(path: str) -> dict[str, Any]:
+    """Return the arguments that a pipeline of this package was made for; none for others."""
+    if path == "shapes":
+        from ppcl_toolkit.shapes import scenes, teacher
+
+        return {
+            "height": scenes.SIZE,
+            "width": scenes.SIZE,
+            "num_inference_steps": teacher.STEPS,
+            "guidance_scale": teacher.GUIDANCE,
+            "max_sequence_length": teacher.TEXT_TOKENS,
+        }
+    stored = Path(path) / CALL
+    call: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {}
+    return call
 
 
 def _from_pretrained(path: str, revision: str | None, settings: dict[str, Any]) -> Any:

@@ -216,7 +216,7 @@ class Recipe(Section):
 
         Raises `PpclError` that names the line and the nearest known key.
         """
-        path = _find(source)
+        path = find_recipe(source)
         try:
             tree = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
             data = yaml.safe_load(path.read_text()) or {}
@@ -254,7 +254,8 @@ def shipped_recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def _find(source: str | Path) -> Path:
+def find_recipe(source: str | Path) -> Path:
+    """Return the file of a recipe: a path, or the name of a shipped one."""
     if Path(source).is_file():
         return Path(source)
     name = Path(source).name.removesuffix(".yaml")

@@ -6,6 +6,7 @@ export: {dtype: bfloat16}
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.mechanics.capture import map_tensors
 from ppcl_toolkit.mechanics.schedule import Batch
 from ppcl_toolkit.mechanics.storage import Desk
-from ppcl_toolkit.pipeline import quiet
+from ppcl_toolkit.pipeline import CALL, quiet
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.variant import save_variant, verify_variant
 
@@ -33,6 +34,8 @@ class Variant:
     plan: Plan
     dtype: str
     """Of its weights on disk."""
+    call: Mapping[str, Any]
+    """Arguments of the pipeline that it was compressed for."""
 
     def read(self, record: Path) -> dict[str, Any]:
         """Return {"name", "path", "opens", "difference"} of an exported variant; a missing folder is a `PpclError`."""
@@ -60,6 +63,7 @@ def _export(pipeline: Any, student: nn.Module, variant: Variant, example: Batch,
     with torch.no_grad():
         expected = student(**example)[0]
     opens = save_variant(_cast(pipeline, dtype), student, variant.plan, example, variant.folder)
+    (variant.folder / CALL).write_text(json.dumps(dict(variant.call), indent=2) + "\n")
     desk.progress(1, 2, "written")
     # Loaded weights lie elsewhere in memory, and kernels may round otherwise: half the digits must agree.
     tolerance = torch.finfo(dtype).eps ** 0.5 * float(expected.abs().max())

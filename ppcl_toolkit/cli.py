@@ -1,0 +1,288 @@
+"""Commands: the only file that draws on a terminal. Heavy imports wait until a command needs them."""
+
+import contextlib
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ppcl_toolkit.errors import PpclError
+
+app = typer.Typer(
+    help="Compress Diffusion Transformers: pluggable pruning with contiguous layer distillation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(help="Recipes in the package, and what a recipe may hold.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line, and an interrupted run says how it goes on."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    try:
+        app(standalone_mode=False)
+    except PpclError as error:
+        _stop(f"error: {error}", 1)
+    except KeyboardInterrupt:
+        _stop("interrupted: the same command goes on from here", 130)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except Exception as error:
+        # What typer raises for words that it does not know carries its own exit code and message.
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        _stop(f"error: {getattr(error, 'format_message', lambda: '')()}", code)
+
+
+@app.command()
+def compress(
+    recipe: Annotated[str, typer.Option(help="YAML file, or the name of a shipped recipe.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/<recipe> by default.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, any number of times.")] = None,
+) -> None:
+    """Turn a teacher into smaller models. The same command continues a run that was stopped."""
+    from ppcl_toolkit import Recipe
+    from ppcl_toolkit import compress as run
+
+    asked = Recipe.load(recipe, set_ or [])
+    folder = out or Path("runs") / Path(recipe).stem
+    with _drawn() as progress:
+        summary = run(asked, folder, progress=progress)
+    _print_table(summary)
+    console = Console(soft_wrap=True)
+    for variant in summary["variants"]:
+        console.print(f"{variant['name']}: {variant['path']} ({variant['opens']})", highlight=False)
+    console.print(f"report: {folder / 'report.html'}", highlight=False)
+    for warning in summary["warnings"]:
+        Console(stderr=True).print(f"warning: {warning}", highlight=False, markup=False)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    target: Annotated[str, typer.Option(help="params=60%, params=8B, ...")],
+    name: Annotated[str | None, typer.Option(help="Of the variant; the size by default.")] = None,
+) -> None:
+    """Assemble another size from the bank of a run, without training."""
+    from ppcl_toolkit import export_target
+
+    key, _, size = target.partition("=")
+    if key != "params" or not size:
+        raise PpclError(f"--target {target!r}: expected params=60% or params=8B")
+    made = export_target(run, size, name)
+    Console(soft_wrap=True).print(
+        f"{made['name']}: {made['path']} ({made['opens']}, {made['params']:,} parameters)", highlight=False
+    )
+
+
+@app.command("eval")
+def evaluate(
+    paths: Annotated[
+        list[str], typer.Argument(help="Pipelines: shapes, folders or hub ids; the first is the reference.")
+    ],
+    prompts: Annotated[str, typer.Option(help="shapes, or a file with one prompt a line.")] = "shapes",
+    count: Annotated[int, typer.Option(help="Prompts.")] = 70,
+    seeds: Annotated[str, typer.Option(help="Images per prompt, as 0,1,2.")] = "0,1,2",
+    batch: Annotated[int, typer.Option(help="Images per call.")] = 1,
+    call: Annotated[list[str] | None, typer.Option(help="Argument of the pipeline, name=value.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of images and figures.")] = Path("runs/eval"),
+) -> None:
+    """Draw the same images with several pipelines, and measure them side by side."""
+    from ppcl_toolkit.recipe import Evaluate
+    from ppcl_toolkit.stages.evaluate import evaluate_folders
+
+    try:
+        section = Evaluate(prompts=prompts, count=count, seeds=tuple(map(int, seeds.split(","))), batch=batch)
+    except ValueError as error:
+        raise PpclError(f"--count, --seeds or --batch: {error}") from error
+    with _drawn() as progress:
+        rows = evaluate_folders(paths, section, _arguments(call or []), out, progress)
+    _print_table(
+        {
+            "teacher": rows[0],
+            "variants": [{**row, "name": Path(p).name} for p, row in zip(paths, rows, strict=True)][1:],
+        }
+    )
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write report.html of a run, finished or not."""
+    from ppcl_toolkit.stages.report import write_report
+
+    Console(soft_wrap=True).print(str(write_report(run)), highlight=False)
+
+
+@app.command()
+def generate(
+    path: Annotated[str, typer.Argument(help="shapes, a pipeline folder, a variant or a hub id.")],
+    prompt: Annotated[list[str], typer.Option(help="Any number of times.")],
+    seed: Annotated[int, typer.Option(help="Of the first image; the next takes the next.")] = 0,
+    out: Annotated[Path, typer.Option(help="PNG; several prompts are set side by side.")] = Path("image.png"),
+    call: Annotated[list[str] | None, typer.Option(help="Argument of the pipeline, name=value.")] = None,
+) -> None:
+    """Draw images with any pipeline, for a look."""
+    from ppcl_toolkit.mechanics.images import draw
+    from ppcl_toolkit.pipeline import default_call, load_pipeline
+
+    arguments = {**default_call(path), **_arguments(call or [])}
+    draw(load_pipeline(path), prompt, seed, arguments).save(out)
+    Console(soft_wrap=True).print(str(out), highlight=False)
+
+
+@app.command()
+def adapters() -> None:
+    """List the families that can be compressed."""
+    from ppcl_toolkit.adapter import available_adapters, load_adapter
+
+    table = Table("adapter", "transformer", "stacks", box=None)
+    for name in available_adapters():
+        adapter = load_adapter(name)
+        table.add_row(name, adapter.transformer, ", ".join(stack.path for stack in adapter.stacks))
+    Console().print(table)
+
+
+@recipes_app.command("list")
+def list_recipes() -> None:
+    """List the shipped recipes."""
+    from ppcl_toolkit.recipe import shipped_recipes
+
+    for name in shipped_recipes():
+        typer.echo(name)
+
+
+@recipes_app.command()
+def show(name: Annotated[str, typer.Argument(help="Shipped recipe.")]) -> None:
+    """Print a shipped recipe, comments and all: a start for one of your own."""
+    from ppcl_toolkit.recipe import find_recipe
+
+    typer.echo(find_recipe(name).read_text(), nl=False)
+
+
+@recipes_app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe."""
+    from ppcl_toolkit.recipe import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+class _Bars:
+    """A bar per stage, with rate and remaining time."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total, note="", rate="")
+        task = self._progress.tasks[self._tasks[stage]]
+        rate = f"{task.speed:.1f}/s" if task.speed else ""
+        self._progress.update(self._tasks[stage], completed=done, total=total, note=note, rate=rate)
+
+
+class _Lines:
+    """A line now and then, for logs: stage, units, share, rate, remaining time."""
+
+    def __init__(self) -> None:
+        self._started: dict[str, tuple[float, int]] = {}
+        self._last = 0.0
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        started, first = self._started.setdefault(stage, (now, done))
+        if done < total and now - self._last < 5:
+            return
+        self._last = now
+        rate = (done - first) / (now - started) if now > started else 0.0
+        left = f"{(total - done) / rate:.0f} s left" if rate and done < total else f"{now - started:.0f} s"
+        note = f"  {note}" if note else ""
+        share = done / max(total, 1)
+        typer.echo(f"{stage} {done}/{total} {share:.0%} {rate:.1f}/s {left}{note}", err=True)
+
+
+@contextlib.contextmanager
+def _drawn() -> Iterator[Any]:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines()
+        return
+    columns = (
+        SpinnerColumn(finished_text=" "),
+        TextColumn("{task.description:14}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[rate]:>8}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield _Bars(progress)
+
+
+def _print_table(summary: dict[str, Any]) -> None:
+    heads = ("model", "parameters", "share", "ms/step", "speed-up", "score", "R %", "RMSE", "velocity error")
+    table = Table(*heads, box=None, pad_edge=False)
+    teacher = summary["teacher"]
+    for row in [{**teacher, "name": "teacher"}, *summary["variants"]]:
+        table.add_row(
+            row["name"],
+            f"{row['params']:,}",
+            f"{row['params'] / teacher['params']:.1%}",
+            f"{row['latency_ms']:.1f}",
+            f"{teacher['latency_ms'] / row['latency_ms']:.2f}x",
+            "-" if row["score"] is None else f"{row['score']:.3f} ± {row['score_std']:.3f}",
+            _number(row["drop_percent"], ".1f"),
+            _number(row["rmse"], ".1f"),
+            _number(row["velocity_error"], ".3f"),
+        )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console = Console()
+    console.print(table)
+    if teacher["chance"] is not None:
+        console.print(f"chance: {teacher['chance']:.3f}", highlight=False)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _arguments(pairs: list[str]) -> dict[str, Any]:
+    arguments = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise PpclError(f"--call {pair!r}: expected name=value")
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = value
+    return arguments
+
+
+def _stop(message: str, code: int) -> None:
+    typer.echo(message, err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Images of one pipeline for prompts and seeds, each written whole, with the time of every call of the transformer.
+
+Every image has a generator of its own, so it does not depend on the batch it is made in.
+"""
+
+import hashlib
+import inspect
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ppcl_toolkit.errors import PpclError
+
+CALLS = "calls.jsonl"
+"""File of `{"batch": images, "seconds": [of each call of the transformer], "peak": bytes}` lines."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exam:
+    """What every pipeline is asked: the same prompts, seeds and arguments."""
+
+    prompts: tuple[str, ...]
+    scored: bool
+    """Whether the prompts are captions of the embedded world, which has a scorer."""
+    seeds: tuple[int, ...] = (0,)
+    batch: int = 1
+    call: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the pipeline: steps, guidance, height, width, ..."""
+
+
+def generate_images(pipeline: Any, exam: Exam, folder: Path, progress: Callable[..., None]) -> None:
+    """Write the image of every prompt and seed that is not in `folder` yet; `image_path` says where."""
+    check_call(pipeline, exam.call)
+    pipeline.set_progress_bar_config(disable=True)
+    done, total = 0, len(exam.seeds) * len(exam.prompts)
+    progress(done, total)
+    for seed in exam.seeds:
+        image_path(folder, seed, 0).parent.mkdir(parents=True, exist_ok=True)
+        for start in range(0, len(exam.prompts), exam.batch):
+            chosen = range(start, min(start + exam.batch, len(exam.prompts)))
+            if not all(image_path(folder, seed, i).exists() for i in chosen):
+                _generate_batch(pipeline, exam, folder, seed, chosen)
+            done += len(chosen)
+            progress(done, total, f"seed {seed}")
+
+
+def draw(pipeline: Any, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Image.Image:
+    """Return the images of some prompts side by side, each with a seed of its own: `seed`, the next, ..."""
+    check_call(pipeline, call)
+    generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
+    images = pipeline(list(prompts), generator=generators, **{**call, "output_type": "pil"}).images
+    row = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
+    for i, image in enumerate(images):
+        row.paste(image, (sum(other.width for other in images[:i]), 0))
+    return row
+
+
+def check_call(pipeline: Any, call: Mapping[str, Any]) -> None:
+    """Raise a `PpclError` for an argument that the pipeline does not take."""
+    known = inspect.signature(type(pipeline).__call__).parameters
+    for name in call:
+        if name not in known:
+            choices = ", ".join(n for n in known if n not in ("self", "prompt", "generator"))
+            raise PpclError(f"{type(pipeline).__name__} takes no argument {name!r}; it takes: {choices}")
+
+
+def generator(seed: int, index: int) -> torch.Generator:
+    """Return the generator of one image, by its seed and the position of its prompt."""
+    digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def image_path(folder: Path, seed: int, index: int) -> Path:
+    """Return where `generate_images` keeps the image of a prompt."""
+    return folder / "images" / f"seed-{seed}" / f"{index:04d}.png"
+
+
+def image_rmse(student: Path, reference: Path) -> float:
+    """Return the mean over images of the root mean square difference between two folders of one exam, 0 to 255."""
+    pairs = [(path, reference / path.relative_to(student)) for path in sorted(student.glob("images/seed-*/*.png"))]
+    missing = next((other for _, other in pairs if not other.exists()), None)
+    if missing or not pairs:
+        raise PpclError(f"{student} and {reference} hold images of different prompts: {missing or 'none'} is missing")
+    return statistics.fmean(_rmse(pixels(one), pixels(other)) for one, other in pairs)
+
+
+def pixels(path: Path) -> np.ndarray:
+    """Read an image as uint8 [H, W, 3]."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _generate_batch(pipeline: Any, exam: Exam, folder: Path, seed: int, chosen: range) -> None:
+    texts = [exam.prompts[i] for i in chosen]
+    generators = [generator(seed, i) for i in chosen]
+    with _timed(pipeline.transformer) as seconds:
+        images = pipeline(texts, generator=generators, **{**exam.call, "output_type": "pil"}).images
+    peak = torch.cuda.max_memory_allocated() if next(pipeline.transformer.parameters()).is_cuda else 0
+    # Before the images: whoever finds them finds their times.
+    with (folder / "images" / CALLS).open("a") as file:
+        file.write(json.dumps({"batch": len(texts), "seconds": seconds, "peak": peak}) + "\n")
+    for index, image in zip(chosen, images, strict=True):
+        path = image_path(folder, seed, index)
+        image.convert("RGB").save(path.with_suffix(".partial"), format="png")
+        path.with_suffix(".partial").replace(path)
+
+
+@contextmanager
+def _timed(transformer: torch.nn.Module) -> Iterator[list[float]]:
+    seconds: list[float] = []
+    on_gpu = next(transformer.parameters()).is_cuda
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+
+    def now() -> float:
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    started: list[float] = []
+    handles = [
+        transformer.register_forward_pre_hook(lambda *_: started.append(now())),
+        transformer.register_forward_hook(lambda *_: seconds.append(now() - started[-1])),
+    ]
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rmse(one: np.ndarray, other: np.ndarray) -> float:
+    if one.shape != other.shape:
+        raise PpclError(f"images of {one.shape[1]}x{one.shape[0]} and {other.shape[1]}x{other.shape[0]} do not compare")
+    return float(np.sqrt(np.mean((one.astype(np.float64) - other) ** 2)))

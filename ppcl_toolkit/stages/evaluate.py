@@ -1,0 +1,266 @@
+"""Stage `evaluate`: what a pipeline costs and what its images are worth, beside the teacher's at equal seeds.
+
+Images lie in `<folder>/images/seed-<s>/<prompt>.png`, figures in `<folder>/measurement.json`. What is there and of the
+same exam is kept, so a killed run goes on. Run as a module, this file is the fresh process whose memory is measured.
+
+    evaluate: {prompts: shapes, count: 70, seeds: [0, 1, 2], batch: 35}
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics.capture import map_tensors
+from ppcl_toolkit.mechanics.images import CALLS, Exam, generate_images, image_path, image_rmse, pixels
+from ppcl_toolkit.pipeline import default_call, load_pipeline, resolve
+from ppcl_toolkit.recipe import Evaluate
+from ppcl_toolkit.shapes import scenes, score
+from ppcl_toolkit.workspace import write_json
+
+_EXAM, _MEASUREMENT = "exam.json", "measurement.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One pipeline's results; the last three are set by `compare`."""
+
+    params: int
+    """Of the transformer."""
+    bytes: int
+    """Of those parameters, in the dtype they are loaded in."""
+    latency_ms: float
+    """Median over the calls of the transformer with a whole batch."""
+    latency_batch: int
+    memory_bytes: int | None
+    """Peak of loading the folder and making one batch; None where it cannot be known."""
+    memory_of: str
+    """Whose peak: `cuda allocations` or `resident set growth of a fresh process`."""
+    score: float | None
+    """Share of images that show what their prompt says, mean over seeds; None without a scorer."""
+    score_std: float | None
+    """Standard deviation over seeds."""
+    categories: Mapping[str, Sequence[float]]
+    """Mean and standard deviation over seeds of each category."""
+    chance: float | None
+    """Score of every prompt against the images of other prompts of its category."""
+    rmse: float | None = None
+    """Same-seed root mean square difference to the teacher's images, 0 to 255, mean over images."""
+    velocity_error: float | None = None
+    """||v_s - v_t|| / ||v_t|| over the same inputs."""
+    drop_percent: float | None = None
+    """R of the paper: 100 (1 - score / teacher's score)."""
+
+
+def examine(section: Evaluate, call: Mapping[str, Any]) -> Exam:
+    """Return the exam that a recipe asks for."""
+    scored = section.prompts == "shapes"
+    prompts = _captions(section.count) if scored else _lines(Path(section.prompts))[: section.count]
+    return Exam(prompts=tuple(prompts), scored=scored, seeds=section.seeds, batch=section.batch, call=dict(call))
+
+
+def measure(
+    pipeline: Any, exam: Exam, folder: Path, *, source: str | None = None, progress: Callable[..., None]
+) -> Measurement:
+    """Make the images of `exam` in `folder`, score them, and measure what they cost.
+
+    `source` is where a fresh process finds this pipeline to measure its memory (CPU only). A measurement of the same
+    exam and weights that is already in `folder` is returned as it is; anything else there is made again.
+    """
+    asked = {**json.loads(json.dumps(dataclasses.asdict(exam))), "weights": _fingerprint(pipeline.transformer)}
+    if _read_json(folder / _EXAM) != asked:
+        shutil.rmtree(folder / "images", ignore_errors=True)
+        (folder / _MEASUREMENT).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / _EXAM, asked)
+    if (folder / _MEASUREMENT).exists():
+        return load_measurement(folder)
+    generate_images(pipeline, exam, folder, progress)
+    parameters = list(pipeline.transformer.parameters())
+    measurement = Measurement(
+        params=sum(p.numel() for p in parameters),
+        bytes=sum(p.numel() * p.element_size() for p in parameters),
+        **_cost(folder / "images" / CALLS, exam, source, parameters[0].dtype),
+        **_scores(folder, exam),
+    )
+    save_measurement(measurement, folder)
+    return measurement
+
+
+def evaluate_folders(
+    paths: Sequence[str], section: Evaluate, call: Mapping[str, Any], out: Path, progress: Callable[..., None]
+) -> list[dict[str, Any]]:
+    """Measure pipelines side by side in `out`, the first as the reference; return a row for each."""
+    exam = examine(section, {**default_call(paths[0]), **call})
+    folders = [out / f"{number}-{Path(path).name}" for number, path in enumerate(paths)]
+    for path, folder in zip(paths, folders, strict=True):
+        measure(load_pipeline(path), exam, folder, source=path, progress=functools.partial(progress, path))
+    return [dataclasses.asdict(compare(folder, folders[0])) for folder in folders]
+
+
+def compare(student: Path, reference: Path, *, velocity_error: float | None = None) -> Measurement:
+    """Complete the measurement in the folder `student` by what sets it against the one in `reference`."""
+    own, teacher = load_measurement(student), load_measurement(reference)
+    drop = None
+    if own.score is not None and teacher.score:
+        drop = 100 * (1 - own.score / teacher.score)
+    compared = dataclasses.replace(
+        own, rmse=image_rmse(student, reference), drop_percent=drop, velocity_error=velocity_error
+    )
+    save_measurement(compared, student)
+    return compared
+
+
+def velocities(transformer: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+    """Return what `transformer` predicts for each batch of its keyword arguments, on the CPU in fp32."""
+    device = next(transformer.parameters()).device
+    with torch.no_grad():
+        moved = (map_tensors(dict(batch), lambda tensor: tensor.to(device)) for batch in batches)
+        return [transformer(**{**batch, "return_dict": False})[0].float().cpu() for batch in moved]
+
+
+def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Return ||found - wanted|| / ||wanted|| over all elements of all batches."""
+    error = sum(float((f - w).double().square().sum()) for f, w in zip(found, wanted, strict=True))
+    return (error / sum(float(w.double().square().sum()) for w in wanted)) ** 0.5
+
+
+def load_measurement(folder: Path) -> Measurement:
+    """Read the measurement in `folder`; a missing or foreign one is a `PpclError`."""
+    try:
+        return Measurement(**_read_json(folder / _MEASUREMENT))
+    except TypeError as error:
+        raise PpclError(f"{folder} holds no finished measurement; run the evaluation again") from error
+
+
+def save_measurement(measurement: Measurement, folder: Path) -> None:
+    """Write a measurement into `folder`."""
+    write_json(folder / _MEASUREMENT, dataclasses.asdict(measurement))
+
+
+def load_exam(folder: Path) -> Exam | None:
+    """Read what the images in `folder` were asked to show; None before anything was."""
+    asked = _read_json(folder / _EXAM)
+    return Exam(**{key: value for key, value in asked.items() if key != "weights"}) if asked else None
+
+
+def _cost(times: Path, exam: Exam, source: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    calls = [json.loads(line) for line in times.read_text().splitlines()]
+    whole = max(call["batch"] for call in calls)
+    seconds = [s for call in calls if call["batch"] == whole for s in call["seconds"]]
+    peak, whose = max(call["peak"] for call in calls) or None, "cuda allocations"
+    if peak is None:
+        whose = "resident set growth of a fresh process"
+        peak = _resident_growth(source, exam, dtype) if source else None
+    latency = 1000 * statistics.median(seconds)
+    return {"latency_ms": latency, "latency_batch": whole, "memory_bytes": peak, "memory_of": whose}
+
+
+def _scores(folder: Path, exam: Exam) -> dict[str, Any]:
+    if not exam.scored:
+        return {"score": None, "score_std": None, "categories": {}, "chance": None}
+    images = {seed: [pixels(image_path(folder, seed, i)) for i in range(len(exam.prompts))] for seed in exam.seeds}
+    size = images[exam.seeds[0]][0].shape
+    if size != (scenes.SIZE, scenes.SIZE, 3):
+        raise PpclError(
+            f"the scorer of the shapes prompts reads images of {scenes.SIZE}x{scenes.SIZE}, this pipeline makes "
+            f"{size[1]}x{size[0]}: set height and width in its call, or give a file of prompts"
+        )
+    by_seed = [score.score_by_category(exam.prompts, images[seed]) for seed in exam.seeds]
+    spread = {name: _mean_and_deviation([scores[name] for scores in by_seed]) for name in by_seed[0]}
+    mean, deviation = spread.pop("overall")
+    chance = statistics.fmean(score.chance(exam.prompts, images[seed])["overall"] for seed in exam.seeds)
+    return {"score": mean, "score_std": deviation, "categories": spread, "chance": chance}
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _fingerprint(transformer: torch.nn.Module) -> str:
+    """Tell pipelines apart by a few values of every parameter: hashing all of 20B would take minutes."""
+    digest = hashlib.sha256()
+    for name, parameter in transformer.named_parameters():
+        values = parameter.detach().flatten()[:32].float().cpu().numpy()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + values.tobytes())
+    return digest.hexdigest()
+
+
+def _captions(count: int) -> list[str]:
+    per_category = -(-count // len(scenes.CATEGORIES))
+    prompts = scenes.evaluation_prompts(per_category)
+    # In turns, so that a count that is no multiple of the categories still has all of them.
+    return [prompt for i in range(per_category) for prompt in prompts[i::per_category]][:count]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise PpclError(
+            f"prompts: cannot read {str(path)!r}; give a text file, one prompt a line, or shapes"
+        ) from error
+    if not found:
+        raise PpclError(f"prompts: {str(path)!r} has no prompt")
+    return found
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _resident_growth(source: str, exam: Exam, dtype: torch.dtype) -> int | None:
+    """Return the bytes by which a fresh process grows that opens `source` and makes one batch; None where unknown."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    request = {"source": source, "prompts": exam.prompts[: exam.batch], "dtype": str(dtype).removeprefix("torch.")}
+    command = [sys.executable, "-m", "ppcl_toolkit.stages.evaluate"]
+    done = subprocess.run(
+        command, input=json.dumps({**request, "call": dict(exam.call)}), text=True, capture_output=True, check=False
+    )
+    if done.returncode:
+        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise PpclError(f"{source}: a fresh process could not make one batch to measure its memory: {reason}")
+    return int(done.stdout.splitlines()[-1])
+
+
+def _measure_own_growth() -> None:
+    request = json.load(sys.stdin)
+    index = json.loads((Path(resolve(request["source"])) / "model_index.json").read_text())
+    # Code is no part of the model: import it before the growth is counted.
+    parts = [part for part in index.values() if isinstance(part, list)]
+    for library, name in [*parts, ("diffusers", index["_class_name"])]:
+        if library in ("diffusers", "transformers"):
+            getattr(importlib.import_module(library), name)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    pipeline = load_pipeline(request["source"], getattr(torch, request["dtype"]))
+    # One step is enough: every further one reuses the memory of the first.
+    call = {**{k: v for k, v in request["call"].items() if k != "sigmas"}, "num_inference_steps": 1}
+    pipeline(request["prompts"], **call)
+    sys.stdout.write(f"\n{_status('VmHWM') - before}\n")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+if __name__ == "__main__":
+    _measure_own_growth()

@@ -1,0 +1,288 @@
+"""Stage `report`: one self-contained page of a run, finished or not. It reads files only, and runs no model.
+
+A section appears as soon as what it shows is there.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.plan import Form, Plan
+from ppcl_toolkit.shapes import score
+from ppcl_toolkit.stages import figures
+from ppcl_toolkit.workspace import write_text
+
+_SHOWN_PROMPTS = 14
+_SHOWN_CANDIDATES = 40
+_SMALL, _LARGE = 96, 256
+"""Images with fewer pixels a side are enlarged, those with more are reduced."""
+
+
+def write_report(run: Path) -> Path:
+    """Write `run/report.html` from what the run directory holds, and return its path.
+
+    Raises `PpclError` where there is no run.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise PpclError(f"{run} is no run of ppcl: it has no recipe.yaml")
+    rows = results(run)
+    plans = _plans(run, rows)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ppcl_toolkit", "stages"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(si=_si, bytes=_bytes, clock=_clock)
+    page = environment.get_template("report.html").render(
+        name=run.resolve().name,
+        finished=(run / "summary.json").is_file(),
+        recipe=(run / "recipe.yaml").read_text(),
+        environment=_json(run / "environment.json"),
+        stages=_stages(run),
+        rows=rows,
+        categories=list(dict.fromkeys(c for row in rows for c in row.get("categories") or {})),
+        strips=[_strip(name, plan) for name, plan in plans.items()],
+        grid=_grid(run, rows),
+        figures=_figures(run, rows, plans),
+    )
+    write_text(run / "report.html", page)
+    return run / "report.html"
+
+
+def results(run: Path) -> list[dict[str, Any]]:
+    """Return the rows of the main table, the teacher first: from summary.json, or from what is measured so far."""
+    summary = _json(run / "summary.json")
+    if summary:
+        return [{"name": "teacher", "opens": "stock", **summary["teacher"]}, *summary["variants"]]
+    found = {path.parent.name: _json(path) for path in sorted(run.glob("evaluate/*/measurement.json"))}
+    return [{"name": name, **found[name]} for name in sorted(found, key=lambda name: (name != "teacher", name))]
+
+
+def _plans(run: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Plan]:
+    names = [row["name"] for row in rows] + sorted(path.parent.name for path in run.glob("variants/*/plan.json"))
+    files = {name: run / "variants" / name / "plan.json" for name in names}
+    plans = {name: Plan.load(path) for name, path in files.items() if path.is_file()}
+    for name, plan in (_json(run / "select" / "targets.json") or {}).items():
+        plans.setdefault(name, Plan.model_validate(plan))
+    return plans
+
+
+def _strip(name: str, plan: Plan) -> dict[str, Any]:
+    """Describe one plan block by block: where a form stands, its first block carries the weights."""
+    stacks = {}
+    for path, depth in plan.depths.items():
+        forms = {form.first: form for form in plan.forms() if form.stack == path}
+        cells = []
+        for index in range(depth):
+            form = forms.get(index) or next(f for f in forms.values() if f.first < index <= f.last)
+            cells.append(_cell(form, index))
+        stacks[path] = {"cells": cells, "kept": len(forms), "depth": depth}
+    return {"name": name, "stacks": stacks, "operations": [str(operation) for operation in plan.operations]}
+
+
+def _cell(form: Form, index: int) -> dict[str, Any]:
+    if index > form.first:
+        return {"index": index, "kind": "gone", "marks": [], "title": f"block {index}: block {form.first} stands in"}
+    marks = (["text"] if form.narrow_text else []) + [f"{stream} FFN" for stream in form.ffn]
+    stands = f" stands for {form.first} to {form.last}" if form.last > form.first else " kept"
+    linear = f", linear: {', '.join(marks)}" if marks else ""
+    kind = "student" if form.last > form.first else "kept"
+    return {"index": index, "kind": kind, "marks": marks, "title": f"block {index}{stands}{linear}"}
+
+
+def _figures(run: Path, rows: Sequence[Mapping[str, Any]], plans: Mapping[str, Plan]) -> dict[str, Markup]:
+    drawn = {
+        "tradeoff": _tradeoff(rows),
+        "candidates": _candidates(run),
+        "unexplained": _unexplained(run),
+        "losses": _losses(run),
+        **_similarity(run, plans),
+    }
+    # The one place where text enters the page as it is; labels from files are escaped by matplotlib.
+    return {name: Markup(svg) for name, svg in drawn.items() if svg}
+
+
+def _tradeoff(rows: Sequence[Mapping[str, Any]]) -> str:
+    scored = [row for row in rows if row.get("score") is not None]
+    if len(scored) < 2:
+        return ""
+    whole = scored[0]["params"]
+    return figures.tradeoff([(r["name"], 100 * r["params"] / whole, r["score"], r["score_std"] or 0) for r in scored])
+
+
+def _candidates(run: Path) -> str:
+    names = {"interval": "interval", "text_run": "text stream", "ffn_swap": "FFN"}
+    found = sorted(_json(run / "select" / "measured.json") or [], key=lambda one: one["error"])[:_SHOWN_CANDIDATES]
+    if not found:
+        return ""
+    return figures.candidates(
+        [
+            (
+                one["label"],
+                names[one["operation"]["kind"]],
+                one["error"],
+                f"−{_si(one['saves'])}" + (f"   chosen for {', '.join(one['chosen'])}" if one["chosen"] else ""),
+                bool(one["chosen"]),
+            )
+            for one in found
+        ]
+    )
+
+
+def _unexplained(run: Path) -> str:
+    path = run / "probe" / "probes.safetensors"
+    if not path.is_file():
+        return ""
+    with safe_open(path, framework="pt") as file:
+        found = json.loads((file.metadata() or {}).get("unexplained", "{}"))
+    stacks: dict[str, dict[str, dict[int, float]]] = {}
+    for key, value in found.items():
+        stack, block, stream = key.rsplit(".", 2)
+        stacks.setdefault(stack, {}).setdefault(stream, {})[int(block)] = value
+    return figures.shares(
+        [
+            (stack, {stream: [values[block] for block in sorted(values)] for stream, values in streams.items()})
+            for stack, streams in stacks.items()
+        ]
+    )
+
+
+def _similarity(run: Path, plans: Mapping[str, Plan]) -> dict[str, str]:
+    folder = run / "intervals"
+    if not (folder / "curves.safetensors").is_file():
+        return {}
+    curves: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    for key, tensor in load_file(folder / "curves.safetensors").items():
+        stack, stream, name = key.rsplit(".", 2)
+        curves.setdefault(stack, {}).setdefault(stream, {})[name] = tensor.float().numpy()
+    candidates = _json(folder / "candidates.json") or {"intervals": {}}
+    spans = {s: [(i["first"], i["last"]) for i in found] for s, found in candidates["intervals"].items()}
+    maps, boxes = [], {}
+    for stack in sorted(curves, key=list(candidates["intervals"]).index):
+        for stream in ("image", "text"):
+            if stream in curves[stack]:
+                title = f"{stack} · {stream}"
+                maps.append((title, curves[stack][stream]["heatmap"]))
+                boxes[title] = _removed(plans, stack, stream)
+    decides = _decisive_stream(run)
+    deltas = [(f"{s} · {decides}", curves[s][decides]["delta"], spans.get(s, [])) for s in spans if s in curves]
+    return {"heatmaps": figures.heatmaps(maps, boxes), "differences": figures.differences(deltas)}
+
+
+def _removed(plans: Mapping[str, Plan], stack: str, stream: str) -> list[tuple[int, int]]:
+    """Return the blocks that any variant merges (image) or whose text it makes linear (text)."""
+    if stream == "image":
+        return sorted({(i.first, i.last) for plan in plans.values() for i in plan.intervals if i.stack == stack})
+    return sorted({(r.reference, r.last) for plan in plans.values() for r in plan.text_runs if r.stack == stack})
+
+
+def _decisive_stream(run: Path) -> str:
+    made_from = _json(run / "intervals" / "made_from.json") or {}
+    stream = made_from.get("settings", {}).get("stream", "image")
+    return str(stream)
+
+
+def _losses(run: Path) -> str:
+    panels = [(name, _json(run / name / "losses.json")) for name in ("depth", "width")]
+    tuned = {path.parent.name: _json(path) for path in sorted(run.glob("finetune/*/losses.json"))}
+    panels.append(("fine-tuning", tuned))
+    drawn = [(title, {key: points for key, points in found.items() if points}) for title, found in panels if found]
+    return figures.losses([panel for panel in drawn if panel[1]]) if any(curves for _, curves in drawn) else ""
+
+
+def _grid(run: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    names = [row["name"] for row in rows if (run / "evaluate" / row["name"] / "exam.json").is_file()]
+    if not names:
+        return {}
+    exam = _json(run / "evaluate" / names[0] / "exam.json")
+    prompts, seeds = exam["prompts"][:_SHOWN_PROMPTS], exam["seeds"]
+    lines = [
+        {
+            "prompt": prompt,
+            "images": [
+                [
+                    _picture(run / "evaluate" / name / "images" / f"seed-{seed}" / f"{index:04d}.png", prompt, exam)
+                    for seed in seeds
+                ]
+                for name in names
+            ],
+        }
+        for index, prompt in enumerate(prompts)
+    ]
+    return {"names": names, "seeds": seeds, "lines": lines, "scored": exam["scored"]}
+
+
+def _picture(path: Path, prompt: str, exam: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    right = score.score(prompt, np.asarray(image)) if exam["scored"] else None
+    if max(image.size) < _SMALL:
+        times = _SMALL // max(image.size)
+        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    image.thumbnail((_LARGE, _LARGE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="png", optimize=True)
+    return {"data": base64.b64encode(buffer.getvalue()).decode(), "right": right, "width": image.width}
+
+
+def _stages(run: Path) -> list[dict[str, Any]]:
+    """Return each stage with its seconds; None where it has started and not finished."""
+    events = run / "events.jsonl"
+    stages: dict[str, float | None] = {}
+    for line in events.read_text().splitlines() if events.is_file() else ():
+        event = _parsed(line) or {}
+        if event.get("event") == "started":
+            stages[event["stage"]] = None
+        elif event.get("event") == "finished":
+            stages[event["stage"]] = event["seconds"]
+    total = sum(seconds or 0 for seconds in stages.values()) or 1
+    return [{"name": name, "seconds": s, "share": 100 * (s or 0) / total} for name, s in stages.items()]
+
+
+def _json(path: Path) -> Any:
+    return _parsed(path.read_text()) if path.is_file() else None
+
+
+def _parsed(text: str) -> Any:
+    # A killed run leaves half a line of events, nothing else.
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _si(number: float) -> str:
+    for limit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g} {letter}"
+    return f"{number:.0f}"
+
+
+def _bytes(number: float) -> str:
+    for limit, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= limit:
+            return f"{number / limit:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
