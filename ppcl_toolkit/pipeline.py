@@ -77,9 +77,12 @@ def load_teacher(recipe: Recipe, device: torch.device) -> Teacher:
 
 
 def load_pipeline(path: str, dtype: torch.dtype | None = None, revision: str | None = None) -> Any:
-    """Open a pipeline: `shapes` (the embedded teacher), a folder, a variant of this toolkit, or a hub id."""
+    """Open a pipeline: `shapes` (the embedded teacher), a folder, a variant of this toolkit, or a hub id.
+
+    Without a `dtype` all parts are fp32, or bf16 where there is a GPU.
+    """
     path = resolve(path)
-    settings: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    settings: dict[str, Any] = {"dtype": dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)}
     pipeline: Any
     with quiet():
         if (Path(path) / "plan.json").is_file():
@@ -88,6 +91,8 @@ def load_pipeline(path: str, dtype: torch.dtype | None = None, revision: str | N
             pipeline = _from_pretrained(path, revision, settings)
     if getattr(pipeline, "transformer", None) is None:
         raise PpclError(f"{path} is a {type(pipeline).__name__} without a transformer: nothing here to compress")
+    if missing := [name for name, value in pipeline.transformer.named_parameters() if value.is_meta]:
+        raise PpclError(f"{path}: the transformer's files lack {len(missing)} of its weights: {', '.join(missing[:3])}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

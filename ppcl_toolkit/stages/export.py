@@ -33,7 +33,7 @@ class Variant:
     folder: Path
     plan: Plan
     dtype: str
-    """Of its weights on disk."""
+    """Of the transformer on disk; the other parts stay as the teacher's are."""
     call: Mapping[str, Any]
     """Arguments of the pipeline that it was compressed for."""
 
@@ -62,7 +62,7 @@ def _export(pipeline: Any, student: nn.Module, variant: Variant, example: Batch,
     }
     with torch.no_grad():
         expected = student(**example)[0]
-    opens = save_variant(_cast(pipeline, dtype), student, variant.plan, example, variant.folder)
+    opens = save_variant(pipeline, student, variant.plan, example, variant.folder)
     (variant.folder / CALL).write_text(json.dumps(dict(variant.call), indent=2) + "\n")
     desk.progress(1, 2, "written")
     # Loaded weights lie elsewhere in memory, and kernels may round otherwise: half the digits must agree.
@@ -70,11 +70,3 @@ def _export(pipeline: Any, student: nn.Module, variant: Variant, example: Batch,
     difference = verify_variant(variant.folder, opens, example, expected, tolerance)
     (desk.folder / _RECORD).write_text(json.dumps({"opens": opens, "difference": difference}))
     desk.progress(2, 2, "verified in a fresh process")
-
-
-def _cast(pipeline: Any, dtype: torch.dtype) -> Any:
-    shell = copy.copy(pipeline)
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module) and name != "transformer" and next(part.parameters()).dtype != dtype:
-            shell.register_modules(**{name: copy.deepcopy(part).to(dtype)})
-    return shell
