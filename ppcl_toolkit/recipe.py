@@ -101,8 +101,8 @@ class Select(Section):
 
     batches: PositiveInt = 4
     batch: PositiveInt = 8
-    substitute: Literal["first", "affine"] = "affine"
-    """What stands in while measuring: the interval's first block, or that and a least-squares map behind it."""
+    order: Literal["price", "paper"] = "price"
+    """`price`: the least error per parameter saved first; `paper`: intervals, then deep text runs, then linear FFNs."""
 
 
 class Training(Section):
@@ -241,6 +241,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {
         "probe": {"steps": 2000},
         "intervals": {"strategy": "trend"},
+        "select": {"order": "paper"},
         "depth": {"steps": 6000, "batch": 2, "loss": "direction", "init": "first", "inputs": "teacher"},
         "width": {"steps": 2000, "batch": 2, "loss": "direction", "text_threshold": 0.999, "ffn_blocks": 3},
         "finetune": {"steps": 1000, "batch": 4},

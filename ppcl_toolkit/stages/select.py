@@ -67,7 +67,7 @@ def select(
         measured.append(each)
         desk.progress(len(measured), len(operations), f"{each.operation}: {each.error:.3f}")
     example = example_calls(runner.transformer, runner.adapter, batches[0])
-    choice = choose(plan, measured, recipe.targets, Sizes(runner, example), recipe.width)
+    choice = choose(plan, measured, recipe.targets, Sizes(runner, example), recipe.width, order=recipe.select.order)
     choice.save(desk.folder, measured)
 
 
@@ -105,19 +105,25 @@ def ffn_candidates(runner: Runner, width: Width) -> list[FfnSwap]:
 
 
 def choose(
-    plan: Plan, measured: Sequence[Measured], targets: Sequence[Target], size: Callable[[Plan], int], width: Width
+    plan: Plan,
+    measured: Sequence[Measured],
+    targets: Sequence[Target],
+    size: Callable[[Plan], int],
+    width: Width,
+    *,
+    order: str = "price",
 ) -> "Choice":
-    """Take candidates until every target is met; `size` counts the parameters of a plan's student.
+    """Take candidates as they are `ranked` until every target is met; `size` counts the parameters of a plan's student.
 
     Raises `PpclError` with the nearest size where a target is out of reach.
     """
     total = size(plan)
-    order: list[Measured] = []
+    chosen: list[Measured] = []
     plans: dict[str, Plan] = {}
     for target in sorted(targets, key=lambda t: -parse_size(t.params, total)):
         goal = parse_size(target.params, total)
-        taken, left = plan.with_operations(m.operation for m in order), total
-        for candidate in sorted((m for m in measured if m not in order), key=lambda m: m.price):
+        taken, left = plan.with_operations(m.operation for m in chosen), total
+        for candidate in [m for m in ranked(measured, order) if m not in chosen]:
             left = size(taken)
             if left <= goal:
                 break
@@ -125,7 +131,7 @@ def choose(
             wider = _extended(taken, candidate.operation, width) if allowed else None
             # A candidate may save nothing beside those that are taken already.
             if wider is not None and size(wider) < left:
-                order.append(candidate)
+                chosen.append(candidate)
                 taken = wider
         left = size(taken)
         if left > goal:
@@ -134,7 +140,21 @@ def choose(
                 f"({left / total:.1%} of the teacher); allow more intervals or width, or ask for that"
             )
         plans[target.name] = taken
-    return Choice(plans=plans, order=tuple(m.operation for m in order))
+    return Choice(plans=plans, order=tuple(m.operation for m in chosen))
+
+
+def ranked(measured: Sequence[Measured], order: str) -> list[Measured]:
+    """Return candidates best first: by error per parameter saved, or in the paper's order (appendix 6).
+
+    The paper's: intervals, the cheapest first; then text runs, the deepest first; then FFNs, the most linear first.
+    """
+
+    def paper(m: Measured) -> tuple[int, float]:
+        if isinstance(m.operation, Interval):
+            return 0, m.price
+        return (1, -m.operation.last) if isinstance(m.operation, TextRun) else (2, m.error)
+
+    return sorted(measured, key=paper if order == "paper" else lambda m: m.price)
 
 
 @final
