@@ -57,16 +57,16 @@ def flux_inputs(batch: int = 2, image_tokens: int = 9, text_tokens: int = 5, see
     side = int(image_tokens**0.5)
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
-    return dict(
-        hidden_states=torch.randn(batch, side * side, 4, generator=g),
-        encoder_hidden_states=torch.randn(batch, text_tokens, 32, generator=g),
-        pooled_projections=torch.randn(batch, 32, generator=g),
-        timestep=torch.rand(batch, generator=g),
-        guidance=torch.full((batch,), 3.5),
-        img_ids=ids,
-        txt_ids=torch.zeros(text_tokens, 3),
-        return_dict=False,
-    )
+    return {
+        "hidden_states": torch.randn(batch, side * side, 4, generator=g),
+        "encoder_hidden_states": torch.randn(batch, text_tokens, 32, generator=g),
+        "pooled_projections": torch.randn(batch, 32, generator=g),
+        "timestep": torch.rand(batch, generator=g),
+        "guidance": torch.full((batch,), 3.5),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(text_tokens, 3),
+        "return_dict": False,
+    }
 
 
 def flux_pipeline(dual: int = 4, single: int = 3) -> FluxPipeline:

@@ -1,4 +1,4 @@
-"""The report of a made-up but realistic run: every number and every operation is on the page, and nothing is outside."""
+"""The report of a made-up but realistic run: every number and operation is on the page, nothing is outside."""
 
 import json
 import re
@@ -66,7 +66,13 @@ def loss(steps: int, scale: float, rng: np.random.Generator) -> list:
 
 
 def candidate(operation, error: float, saves: int, chosen: list) -> dict:
-    return dict(operation=operation.model_dump(), label=str(operation), error=error, saves=saves, chosen=chosen)
+    return {
+        "operation": operation.model_dump(),
+        "label": str(operation),
+        "error": error,
+        "saves": saves,
+        "chosen": chosen,
+    }
 
 
 def write_losses(run, rng: np.random.Generator) -> None:
@@ -115,7 +121,15 @@ def write_images(run, seeds=(0, 1, 2)) -> None:
 
 
 def write_events(run) -> None:
-    seconds = dict(samples=41.2, probe=12.5, intervals=6.1, select=18.0, depth=212.4, width=75.3, report=2.0)
+    seconds = {
+        "samples": 41.2,
+        "probe": 12.5,
+        "intervals": 6.1,
+        "select": 18.0,
+        "depth": 212.4,
+        "width": 75.3,
+        "report": 2.0,
+    }
     lines = [
         {"stage": s, "event": e, "seconds": n, "time": "2025-01-01T10:00:00+0000"}
         for s, n in seconds.items()
