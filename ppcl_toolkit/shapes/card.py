@@ -12,6 +12,7 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import nn
 
 from ppcl_toolkit.shapes import teacher
+from ppcl_toolkit.shapes.flow import NOISE_MEAN, NOISE_SPREAD
 from ppcl_toolkit.shapes.progress import log
 from ppcl_toolkit.shapes.scenes import CATEGORIES, CONTENTS, Image, evaluation_prompts, render, scene_of
 from ppcl_toolkit.shapes.score import chance, score_by_category
@@ -182,13 +183,14 @@ evaluation spells words that were never seen.
 
 - Autoencoder: L1 and squared error with a small KL term; latents are shifted and scaled to unit variance. Then the
   decoder alone, from latents with a little noise.
-- Flow: rectified flow for {flow_samples} samples, sigma from a logit-normal (0.3, 1.2), {caption_dropout:.0%} of
-  the captions empty, both text encoders trained along; Muon for the blocks' matrices, AdamW for the rest, bf16
-  autocast, averaged weights (0.998), learning rate constant and then down to 0.
+- Flow: rectified flow for {flow_samples} samples, sigma from a logit-normal ({noise_mean}, {noise_spread}),
+  {caption_dropout:.0%} of the captions empty, both text encoders trained along; Muon for the blocks' matrices,
+  AdamW for the rest, bf16 autocast, averaged weights (0.998), learning rate constant and then down to 0.
 - Stochastic depth (LayerDrop): in each step every block is left out with probability {block_dropout:.0%}.
 - Guidance: {guidance_samples} samples in which classifier-free guidance of scale 1 to 4 is distilled into the guidance
   embedding, so that a step is one forward, as in FLUX.1-dev.
 
+{note}
 ![score during training](curve.png)
 
 ## Limits
@@ -215,7 +217,7 @@ def _last(rows: list[dict[str, Any]], phase: str) -> dict[str, Any]:
     return chosen[-1] if chosen else {"samples": 0, "minutes": 0}
 
 
-def write(folder: Path, *, machine: str, caption_dropout: float, block_dropout: float) -> None:
+def write(folder: Path, *, machine: str, caption_dropout: float, block_dropout: float, note: str = "") -> None:
     """Measure the pipeline in `folder` and put card, figures and figures' numbers beside it."""
     pipeline = teacher.load(folder)
     record = teacher.training_record(folder)
@@ -254,5 +256,8 @@ def write(folder: Path, *, machine: str, caption_dropout: float, block_dropout: 
         guidance_samples=f"{ends[1]['samples']:,}",
         caption_dropout=caption_dropout,
         block_dropout=block_dropout,
+        noise_mean=NOISE_MEAN,
+        noise_spread=NOISE_SPREAD,
+        note=f"{note}\n" if note else "",
     )
     (folder / "README.md").write_text(text)

@@ -29,6 +29,7 @@ from ppcl_toolkit.shapes.teacher import (
 from ppcl_toolkit.shapes.vae import to_images, to_latents, to_pixels, to_tensor
 
 SHARD = 16384  # scenes in one file of the pool
+NOISE_MEAN, NOISE_SPREAD = 1.2, 1.2  # of the logit of sigma: what a caption decides is decided in high noise
 GRID = LATENT_SIZE // 2
 
 
@@ -163,7 +164,7 @@ def noised(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor,
     """Noisy latents, sigma (B,) from a logit-normal, and the velocity to predict."""
     noise = torch.randn(latents.shape, generator=generator, device=latents.device)
     logits = torch.randn(len(latents), generator=generator, device=latents.device)
-    sigma = torch.sigmoid(0.3 + 1.2 * logits)
+    sigma = torch.sigmoid(NOISE_MEAN + NOISE_SPREAD * logits)
     blend = sigma[:, None, None]
     return (1 - blend) * latents + blend * noise, sigma, noise - latents
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -42,13 +41,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def warmup_stable_decay(done: float, total: float, *, warmup: float = 0.01, decay: float = 0.25) -> float:
-    """Learning-rate factor after `done` of `total` samples: linear up, constant, then 1 - sqrt down to 0."""
+    """Learning-rate factor after `done` of `total` samples: linear up, constant, then linear down to 0."""
     share = min(done / total, 1.0)
     if share < warmup:
         return share / warmup
     if share < 1 - decay:
         return 1.0
-    return 1 - math.sqrt((share - 1 + decay) / decay)
+    return (1 - share) / decay
 
 
 def ready(device: str) -> torch.device:

@@ -25,6 +25,7 @@ COLORS = {
     "cyan": (40, 215, 235),
     "pink": (255, 130, 200),
 }
+INK = "blue"  # of what a caption gives no colour
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 COUNTS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = ("left of", "right of", "above", "below")
@@ -35,12 +36,12 @@ ARTICLES = ("a", "one", "a single")
 
 # How often training draws each category: the harder ones more often.
 CATEGORIES = {
-    "single_object": 0.07,
-    "two_object": 0.16,
-    "counting": 0.14,
+    "single_object": 0.04,
+    "two_object": 0.09,
+    "counting": 0.10,
     "colors": 0.08,
-    "position": 0.21,
-    "attribute_binding": 0.21,
+    "position": 0.29,
+    "attribute_binding": 0.27,
     "text": 0.13,
 }
 
@@ -54,8 +55,8 @@ FONT = {
 }  # fmt: skip
 SUPERSAMPLING = 4
 EXTENT = 11  # pixels across a shape
-JITTER = (-2, 2)  # of a centre, half open: two neighbours stay two pixels apart
-WORD_JITTER = (-2, 0, 2)  # of a word: whole cells of its font, which is drawn at twice its size
+JITTER = (-1, 1)  # of a centre, half open: neighbours stay well apart
+WORD_JITTER = (0, 2)  # of a word: whole cells of its font, which is drawn at twice its size
 CELL_CENTERS = (8, 24)
 
 Image = NDArray[np.uint8]
@@ -120,7 +121,7 @@ TEMPLATES = {shape: _shape_template(shape) for shape in SHAPES} | {
 
 
 def render(scene: Scene, rng: np.random.Generator) -> Image:
-    """Draw `scene` as (32, 32, 3) uint8; `rng` jitters each object, or a word as a whole, by up to 2 px."""
+    """Draw `scene` as (32, 32, 3) uint8; `rng` jitters each object by a pixel, or a word by a cell of its font."""
     canvas = np.empty((SIZE, SIZE, 3), dtype=np.float32)
     canvas[:] = BACKGROUNDS[scene.background]
     shifts = rng.integers(*JITTER, size=(len(scene.objects), 2))
@@ -252,18 +253,14 @@ def _cells(expectation: Expectation, rng: np.random.Generator) -> list[tuple[int
 
 
 def scene_of(caption: str, rng: np.random.Generator) -> Scene:
-    """A scene that `caption` describes; what it leaves open is drawn from `rng`."""
+    """A scene that `caption` describes, in blue where it names no colour; the rest is drawn from `rng`."""
     expectation = parse(caption)
     background = expectation.background or str(rng.choice(list(BACKGROUNDS)))
-    colors = rng.choice(list(COLORS), size=len(expectation.objects))
-    if expectation.category == "text":
-        colors[:] = colors[0]
-    places = _cells(expectation, rng)
     return Scene(
         background,
         tuple(
-            Object(shape, color or str(free), x, y)
-            for (shape, color), free, (x, y) in zip(expectation.objects, colors, places, strict=True)
+            Object(shape, color or INK, x, y)
+            for (shape, color), (x, y) in zip(expectation.objects, _cells(expectation, rng), strict=True)
         ),
     )
 

@@ -52,8 +52,11 @@ def flow_loss(
     dropped = torch.from_numpy(rng.random(len(batch.latents)) < CAPTION_DROPOUT).to(batch.latents.device)
     ids = [torch.where(dropped[:, None], none, ids) for none, ids in zip(empty, batch[1:], strict=True)]
     noisy, sigma, target = noised(batch.latents, generator)
+    # Any guidance means none until the phase `guidance` gives it a meaning: the embedding is always valid.
+    low, high = GUIDANCE_RANGE
+    guidance = low + (high - low) * torch.rand(len(sigma), generator=generator, device=sigma.device)
     with dropped_blocks(model.transformer, rng, block_dropout):
-        velocity = model.velocity(noisy, sigma, model.text(*ids), torch.ones_like(sigma))
+        velocity = model.velocity(noisy, sigma, model.text(*ids), guidance)
     return (velocity.float() - target).square().mean()
 
 
@@ -158,6 +161,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile each block")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--machine", default="one CPU core", help="what the card says it was trained on")
+    parser.add_argument("--note", default="", help="a paragraph for the card's section on training")
     parser.add_argument("--out", type=Path, default=teacher.FOLDER, help="where the pipeline is written")
     return parser.parse_args()
 
@@ -193,7 +197,11 @@ def main() -> None:
         "guidance": lambda: train_guidance(given.run, device, guidance, given.block_dropout),
         "export": lambda: export(given.run, given.out),
         "card": lambda: card.write(
-            given.out, machine=given.machine, caption_dropout=CAPTION_DROPOUT, block_dropout=given.block_dropout
+            given.out,
+            machine=given.machine,
+            caption_dropout=CAPTION_DROPOUT,
+            block_dropout=given.block_dropout,
+            note=given.note,
         ),
     }
     for phase in PHASES:
