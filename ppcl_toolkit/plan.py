@@ -178,7 +178,10 @@ class Plan(_Record):
         """Read a plan; a broken one is a `PpclError` that names the field."""
         try:
             return cls.model_validate_json(path.read_text())
-        except (OSError, ValidationError) as error:
+        except ValidationError as error:
+            problems = [".".join(map(str, problem["loc"])) + f": {problem['msg']}" for problem in error.errors()]
+            raise PpclError(f"{path} is not a plan: {'; '.join(problems)}") from error
+        except (OSError, UnicodeDecodeError) as error:
             raise PpclError(f"{path} is not a plan: {error}") from error
 
     def _narrowed(self, form: Form) -> Form:
