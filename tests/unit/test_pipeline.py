@@ -1,0 +1,183 @@
+"""A teacher opens with its adapter and its history, or the reason why not is one line."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from runs import DUAL, FLUX, SINGLE, batches, equal
+
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics.assemble import reshape
+from ppcl_toolkit.pipeline import load_pipeline, load_teacher, resolve
+from ppcl_toolkit.plan import FfnSwap, Interval, Plan
+from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.variant import save_variant
+
+CPU = torch.device("cpu")
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def load(path, **recipe):
+    teacher = {"path": str(path), "dtype": "float32"}
+    return load_teacher(
+        Recipe.model_validate({"teacher": teacher, "targets": [{"name": "a", "params": "50%"}], **recipe}), CPU
+    )
+
+
+def refusal(path, **recipe):
+    with pytest.raises(PpclError) as caught:
+        load(path, **recipe)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def saved_variant(folder, *operations):
+    pipeline = tiny.flux_pipeline(3, 2)
+    plan = Plan(family="flux", depths=FLUX.depths(pipeline.transformer), teacher="the first").with_operations(
+        operations
+    )
+    reshape(pipeline.transformer, FLUX, plan, batches()[0])
+    save_variant(pipeline, pipeline.transformer, plan, batches()[0], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline") / "flux"
+    tiny.flux_pipeline(2, 1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "flux")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_a_teacher_comes_with_its_adapter_and_a_fingerprint(saved, broken):
+    teacher = load(saved)
+    assert teacher.adapter is FLUX
+    assert teacher.source.startswith(f"{saved}#")
+    assert not any(parameter.requires_grad for parameter in teacher.transformer.parameters())
+    assert not teacher.transformer.training
+    plan = teacher.plan()
+    assert (plan.family, plan.depths, plan.history) == ("flux", {DUAL.path: 2, SINGLE.path: 1}, ())
+    assert load(saved).source == teacher.source
+    cut_off = load(broken).source
+    assert cut_off.split("#")[1] == teacher.source.split("#")[1]
+    assert load(saved, adapter="flux").adapter is FLUX
+
+
+def test_the_embedded_teacher_is_named_shapes():
+    assert resolve("shapes").endswith("teacher")
+    assert resolve("black-forest-labs/FLUX.1-dev") == "black-forest-labs/FLUX.1-dev"
+
+
+def test_loading_says_nothing(saved, capsys):
+    load_pipeline(str(saved))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Loading" not in captured.err
+
+
+def test_a_pipeline_without_a_transformer_is_refused(tmp_path):
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(4, 4),
+        norm_num_groups=2,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    assert "is a DDPMPipeline without a transformer: nothing here to compress" in refusal(tmp_path / "ddpm")
+
+
+def test_a_folder_whose_transformer_is_missing_is_refused(broken):
+    shutil.rmtree(broken / "transformer")
+    assert str(broken) in refusal(broken)
+
+
+def test_a_pipeline_that_names_no_transformer_is_refused(broken):
+    index = json.loads((broken / "model_index.json").read_text())
+    index["transformer"] = [None, None]
+    (broken / "model_index.json").write_text(json.dumps(index))
+    assert str(broken) in refusal(broken)
+
+
+@pytest.mark.parametrize("made", ["empty", "file", "transformer alone", "nothing"])
+def test_what_is_no_pipeline_is_refused(saved, tmp_path, made):
+    path = tmp_path / "thing"
+    if made == "empty":
+        path.mkdir()
+    elif made == "file":
+        path.write_text("not a folder")
+    elif made == "transformer alone":
+        shutil.copytree(saved / "transformer", path)
+    message = refusal(path)
+    assert str(path) in message
+    assert "cannot be opened as a pipeline" in message if made == "nothing" else "is no diffusers pipeline" in message
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
+def test_truncated_weights_are_refused(broken, name):
+    cut(broken / name)
+    message = refusal(broken)
+    assert str(broken) in message
+    assert "damaged or truncated" in message
+
+
+def test_corrupt_weights_are_refused(broken):
+    content = (broken / WEIGHTS).read_bytes()
+    (broken / WEIGHTS).write_bytes(b"\xff" * 64 + content[64:])
+    assert "cannot be opened as a pipeline" in refusal(broken)
+
+
+def test_a_config_of_other_weights_is_refused(broken):
+    config = broken / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 4}))
+    assert "the transformer's files lack" in refusal(broken)
+
+
+def test_a_wrong_adapter_is_refused(saved, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "other_family.py").write_text(
+        "from ppcl_toolkit.adapter import Adapter\nOTHER = Adapter(family='other', transformer='Other', stacks=())\n"
+    )
+    message = refusal(saved, adapter="other_family:OTHER")
+    assert message == "adapter 'other' is for Other, the teacher has a FluxTransformer2DModel"
+    assert "unknown adapter 'fluxx'; available: " in refusal(saved, adapter="fluxx")
+
+
+def test_a_quantised_teacher_is_refused(saved, monkeypatch):
+    import ppcl_toolkit.pipeline as module
+
+    pipeline = load_pipeline(str(saved))
+    pipeline.transformer.is_quantized = True
+    monkeypatch.setattr(module, "load_pipeline", lambda *_: pipeline)
+    assert "a quantised teacher cannot be distilled" in refusal(saved)
+
+
+def test_a_depth_only_variant_is_a_teacher_with_a_history(tmp_path):
+    folder = saved_variant(tmp_path / "small", Interval(stack=DUAL.path, first=0, last=1))
+    teacher = load(folder)
+    plan = teacher.plan()
+    assert plan.depths == {DUAL.path: 2, SINGLE.path: 2}
+    assert [entry["teacher"] for entry in plan.history] == ["the first"]
+    assert plan.history[0]["operations"][0]["last"] == 1
+    assert equal(load_pipeline(str(folder)).transformer.state_dict(), teacher.transformer.state_dict())
+    cut(folder / WEIGHTS)
+    assert "diffusion_pytorch_model.safetensors" in refusal(folder)
+    (folder / "plan.json").write_text('{"family": 3}')
+    assert "plan.json is not a plan" in refusal(folder)
+
+
+def test_a_narrow_variant_is_no_teacher(tmp_path):
+    folder = saved_variant(tmp_path / "narrow", FfnSwap(stack=DUAL.path, block=0, streams=("image", "text")))
+    assert "its blocks are already narrow; give a depth-only variant as the teacher" in refusal(folder)
