@@ -1,0 +1,149 @@
+"""Fine-tuning: the student nears the teacher's velocity, and goes on bit by bit where it was killed."""
+
+import json
+
+import pytest
+import torch
+from runs import DUAL, batches, desk, equal, plan_of, runner
+
+from ppcl_toolkit.mechanics import loop
+from ppcl_toolkit.mechanics.assemble import student_of
+from ppcl_toolkit.mechanics.schedule import Schedule
+from ppcl_toolkit.mechanics.storage import Bank
+from ppcl_toolkit.plan import FfnSwap, Interval
+from ppcl_toolkit.recipe import Depth, Finetune, Width
+from ppcl_toolkit.stages.depth import distill_depth
+from ppcl_toolkit.stages.finetune import finetune, load_weights
+from ppcl_toolkit.stages.width import distill_width
+
+OPERATIONS = (
+    Interval(stack=DUAL.path, first=1, last=2),
+    FfnSwap(stack=DUAL.path, block=0, streams=("image", "text")),
+)
+
+
+class Killed(Exception):
+    pass
+
+
+def section(**changes):
+    return Finetune(**{"steps": 5, "batch": 2, "learning_rate": 1e-3, "checkpoint_every": 2, **changes})
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return runner()
+
+
+@pytest.fixture(scope="module")
+def bank(teacher, tmp_path_factory):
+    folder, plans = tmp_path_factory.mktemp("bank"), [plan_of(teacher, *OPERATIONS)]
+    distill_depth(teacher, plans, batches(), Depth(steps=0), desk(folder / "depth"))
+    depth = Bank(folder / "depth")
+    distill_width(teacher, plans, depth, batches(), Width(steps=0, batches=2), desk(folder / "width"))
+    return Bank(folder / "depth", folder / "width")
+
+
+def tuned(teacher, bank, folder, noised=None, operations=OPERATIONS, **changes):
+    plan = plan_of(teacher, *operations)
+    stopped = finetune(teacher, plan, bank, noised or batches(), section(**changes), desk(folder))
+    return load_weights(folder), json.loads((folder / "losses.json").read_text()), stopped
+
+
+def test_the_loss_falls_and_the_student_is_nearer(teacher, bank, tmp_path):
+    one = batches(count=1, size=1)
+    weights, losses, stopped = tuned(teacher, bank, tmp_path, one, steps=20, learning_rate=3e-3)
+    assert not stopped
+    assert [step for step, _ in losses] == list(range(1, 21))
+    assert sum(v for _, v in losses[-5:]) < 0.8 * sum(v for _, v in losses[:5])
+    student = student_of(teacher.transformer, teacher.adapter, plan_of(teacher, *OPERATIONS), bank, one[0])
+    with torch.no_grad():
+        before = (student(**one[100])[0] - teacher.velocity(one[100])).square().mean()
+        student.load_state_dict(weights)
+        after = (student(**one[100])[0] - teacher.velocity(one[100])).square().mean()
+    assert after < before
+
+
+def test_the_loss_is_the_mean_squared_velocity_error(teacher, bank, tmp_path):
+    _, losses, _ = tuned(teacher, bank, tmp_path, steps=1)
+    student = student_of(teacher.transformer, teacher.adapter, plan_of(teacher, *OPERATIONS), bank, batches()[0])
+    with torch.no_grad():
+        error = (student(**batches()[0])[0] - teacher.velocity(batches()[0])).square().mean()
+    assert losses[0][1] == pytest.approx(float(error), rel=1e-5)
+
+
+def test_a_teacher_is_its_own_perfect_student(teacher, bank, tmp_path):
+    weights, losses, _ = tuned(teacher, bank, tmp_path, operations=(), steps=1, learning_rate=1e-12)
+    assert losses[0][1] == 0
+    assert weights.keys() == teacher.transformer.state_dict().keys()
+
+
+def test_the_teacher_stays_as_it_is_and_every_parameter_of_the_student_moves(tmp_path):
+    teacher = runner()
+    before = {name: value.clone() for name, value in teacher.transformer.state_dict().items()}
+    operations = (Interval(stack=DUAL.path, first=1, last=2),)
+    distill_depth(teacher, [plan_of(teacher, *operations)], batches(), Depth(steps=0), desk(tmp_path / "bank"))
+    weights, _, _ = tuned(teacher, Bank(tmp_path / "bank"), tmp_path / "tuned", operations=operations)
+    assert equal(before, teacher.transformer.state_dict())
+    assert not any(parameter.requires_grad for parameter in teacher.transformer.parameters())
+    start = student_of(
+        teacher.transformer, teacher.adapter, plan_of(teacher, *operations), Bank(tmp_path / "bank"), batches()[0]
+    ).state_dict()
+    unmoved = [name for name, value in weights.items() if torch.equal(value, start[name])]
+    assert not unmoved
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_resumed_equals_uninterrupted_bit_by_bit(teacher, bank, tmp_path, at):
+    whole, losses, _ = tuned(teacher, bank, tmp_path / "whole", features=0.1)
+
+    class Dying:
+        dtype = torch.float32
+
+        def __getitem__(self, number):
+            if number == at:
+                raise Killed
+            return batches()[number]
+
+    with pytest.raises(Killed):
+        tuned(teacher, bank, tmp_path / "killed", Dying(), features=0.1)
+    assert (tmp_path / "killed" / "state.safetensors.tmp").exists() == (at == 4)
+    resumed, curve, _ = tuned(teacher, bank, tmp_path / "killed", features=0.1)
+    assert equal(whole, resumed)
+    assert losses == curve
+    assert not list((tmp_path / "killed").glob("*.tmp"))
+
+
+def test_streamed_equals_resident_bit_by_bit(teacher, bank, tmp_path):
+    resident, losses, _ = tuned(teacher, bank, tmp_path / "resident", features=0.1)
+    streamed, curve, _ = tuned(
+        runner(schedule=Schedule(streamed=True, chunk=2)), bank, tmp_path / "streamed", features=0.1
+    )
+    assert equal(resident, streamed)
+    assert losses == curve
+
+
+def test_feature_terms_and_checkpointing_are_options(teacher, bank, tmp_path):
+    plain, losses, _ = tuned(teacher, bank, tmp_path / "plain")
+    _, with_features, _ = tuned(teacher, bank, tmp_path / "features", features=1.0)
+    assert with_features[0][1] > losses[0][1]
+    checkpointed, curve, _ = tuned(teacher, bank, tmp_path / "checkpointed", gradient_checkpointing=True)
+    assert curve == losses
+    assert equal(plain, checkpointed)
+
+
+def test_a_loss_that_breaks_keeps_the_last_good_state(teacher, bank, tmp_path, monkeypatch):
+    class Breaking:
+        dtype = torch.float32
+
+        def __getitem__(self, number):
+            batch = batches()[number]
+            return {**batch, "hidden_states": batch["hidden_states"] * float("nan")} if number == 5 else batch
+
+    # The same schedule of the learning rate, cut off after five good steps.
+    monkeypatch.setattr(loop, "learning_rate", lambda *_: 1e-3)
+    steady, _, _ = tuned(teacher, bank, tmp_path / "steady", steps=5)
+    broken, losses, stopped = tuned(teacher, bank, tmp_path / "broken", Breaking(), steps=9)
+    assert stopped == ["fine-tuning stopped at step 6: the loss is nan; its last good state is kept"]
+    assert len(losses) == 5
+    assert equal(broken, steady)

@@ -1,0 +1,189 @@
+"""Selection: errors are measured in the whole teacher, sizes are exact, and targets are nested."""
+
+import pytest
+import torch
+from runs import DUAL, SINGLE, batches, desk, equal, identity, plan_of, runner
+
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics.assemble import count_parameters, example_calls
+from ppcl_toolkit.mechanics.schedule import Schedule
+from ppcl_toolkit.plan import FfnSwap, Interval, TextRun
+from ppcl_toolkit.recipe import Recipe, Target, Width
+from ppcl_toolkit.stages.select import Choice, Measured, Sizes, choose, ffn_candidates, measure, parse_size, select
+
+PAIR = Interval(stack=DUAL.path, first=0, last=1)
+RUN = Interval(stack=DUAL.path, first=1, last=3)
+TAIL = Interval(stack=SINGLE.path, first=0, last=2)
+TEXT = TextRun(stack=DUAL.path, reference=0, last=3)
+SWAP = FfnSwap(stack=DUAL.path, block=0, streams=("image", "text"))
+WIDE = Width(text_blocks=10, ffn_blocks=10)
+
+
+def recipe(*targets, **sections):
+    named = [{"name": f"t{i}", **target} for i, target in enumerate(targets)]
+    return Recipe.model_validate({"teacher": {"path": "x"}, "targets": named, "select": {"batches": 2}, **sections})
+
+
+def targets(*sizes, width=True):
+    return [Target(name=size.strip("%"), params=size, width=width) for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return runner()
+
+
+@pytest.fixture(scope="module")
+def sizes(teacher):
+    return Sizes(teacher, example_calls(teacher.transformer, teacher.adapter, batches()[0]))
+
+
+@pytest.fixture(scope="module")
+def measured(teacher):
+    found = [PAIR, RUN, TAIL, TEXT, SWAP]
+    return list(measure(teacher, plan_of(teacher), found, batches(size=4), 3))
+
+
+def test_parameters_are_counted_exactly(teacher, sizes):
+    for operations in [
+        (),
+        (RUN, TAIL),
+        (TEXT, FfnSwap(stack=DUAL.path, block=2, streams=("image",))),
+        (PAIR, TEXT, SWAP),
+        (Interval(stack=DUAL.path, first=1, last=2), TEXT, FfnSwap(stack=DUAL.path, block=3, streams=("image",))),
+    ]:
+        plan = plan_of(teacher, *operations)
+        assert sizes(plan) == count_parameters(teacher.transformer, teacher.adapter, plan, batches()[0]), operations
+
+
+def test_what_a_candidate_saves_is_what_its_plan_saves(teacher, sizes, measured):
+    total = sizes(plan_of(teacher))
+    assert total == sum(parameter.numel() for parameter in teacher.transformer.parameters())
+    for each in measured:
+        assert each.saves == total - sizes(plan_of(teacher, each.operation))
+        assert each.error > 0
+
+
+def test_measuring_leaves_the_teacher_as_it_was():
+    teacher = runner()
+    before, expected = (
+        {n: v.clone() for n, v in teacher.transformer.state_dict().items()},
+        teacher.velocity(batches()[0]),
+    )
+    list(measure(teacher, plan_of(teacher), [PAIR, TEXT, SWAP], batches(), 1))
+    assert equal(before, teacher.transformer.state_dict())
+    assert torch.equal(teacher.velocity(batches()[0]), expected)
+    assert not any("forward" in vars(module) for module in teacher.transformer.modules())
+
+
+def test_a_streamed_teacher_measures_the_same(measured):
+    teacher = runner(schedule=Schedule(streamed=True, chunk=2))
+    found = [each.operation for each in measured]
+    again = list(measure(teacher, plan_of(teacher), found, batches(size=4), 3))
+    assert [each.error for each in again] == [each.error for each in measured]
+
+
+def test_an_interval_of_identities_costs_nothing():
+    teacher = runner()
+    for index in (2, 3):
+        identity(teacher.transformer.transformer_blocks[index])
+    run, other = measure(teacher, plan_of(teacher), [RUN, PAIR], batches(size=4), 2)
+    assert run.error < 1e-4
+    assert other.error > 100 * run.error
+
+
+def test_every_block_with_an_ffn_is_a_candidate(teacher):
+    found = ffn_candidates(teacher, WIDE)
+    assert [(swap.stack, swap.block, swap.streams) for swap in found] == [
+        (DUAL.path, i, ("image", "text")) for i in range(4)
+    ]
+    assert ffn_candidates(teacher, Width(ffn_blocks=0)) == []
+
+
+def test_sizes_are_shares_or_numbers():
+    assert parse_size("70%", 1000) == 700
+    assert parse_size(" 12.5 % ", 1000) == 125
+    assert parse_size("8B", 12 * 10**9) == 8 * 10**9
+    assert parse_size("650m", 12 * 10**9) == 650_000_000
+    assert parse_size("1.5K", 2000) == 1500
+    assert parse_size("12000", 12001) == 12000
+    for wrong in ("", "70 percent", "-5%", "0%", "8T", "%", "nan"):
+        with pytest.raises(PpclError, match="expected a share such as 70%, or a number such as 8B, 650M or 12000"):
+            parse_size(wrong, 1000)
+    for large in ("100%", "2B", "1000"):
+        with pytest.raises(PpclError, match="is not smaller than the teacher's 1,000 parameters"):
+            parse_size(large, 1000)
+
+
+def cheap(operation, error, saves=1):
+    return Measured(operation=operation, error=error, saves=saves)
+
+
+def test_candidates_are_taken_by_error_per_parameter(teacher, sizes):
+    plan, total = plan_of(teacher), sizes(plan_of(teacher))
+    saved = {operation: total - sizes(plan_of(teacher, operation)) for operation in (PAIR, RUN, TAIL)}
+    known = [cheap(PAIR, 0.1, saved[PAIR]), cheap(RUN, 0.3, saved[RUN]), cheap(TAIL, 0.05, saved[TAIL])]
+    order = sorted(known, key=lambda m: m.error / m.saves)
+    choice = choose(plan, known, targets("95%"), sizes, Width())
+    assert choice.order == (order[0].operation,)
+    # PAIR and RUN overlap: the cheaper one keeps the other out.
+    assert not {PAIR, RUN} <= set(choose(plan, known, targets("75%"), sizes, Width()).order)
+
+
+def test_smaller_targets_go_on_from_larger_ones(teacher, sizes, measured):
+    plan = plan_of(teacher)
+    asked = [Target(name="small", params="50%"), Target(name="large", params="80%", width=False)]
+    choice = choose(plan, measured, asked, sizes, WIDE)
+    assert list(choice.plans) == ["large", "small"]
+    assert set(choice.plans["large"].operations) < set(choice.plans["small"].operations)
+    assert choice.plans["large"].is_depth_only
+    assert not choice.plans["small"].is_depth_only
+    total = sizes(plan)
+    for target in asked:
+        count = count_parameters(teacher.transformer, teacher.adapter, choice.plans[target.name], batches()[0])
+        assert count <= parse_size(target.params, total)
+    # Any beginning of the order is a plan: other sizes are exported from it.
+    for count in range(len(choice.order) + 1):
+        plan.with_operations(choice.order[:count])
+
+
+def test_limits_of_the_recipe_are_kept(teacher, sizes, measured):
+    plan = plan_of(teacher)
+    with pytest.raises(PpclError):
+        choose(plan, [m for m in measured if m.operation in (TEXT, SWAP)], targets("90%"), sizes, Width(ffn_blocks=0))
+    choice = choose(plan, [m for m in measured if m.operation in (TEXT, SWAP)], targets("92%"), sizes, WIDE)
+    assert set(choice.order) <= {TEXT, SWAP}
+
+
+@pytest.mark.parametrize("width", [True, False])
+def test_a_target_out_of_reach_names_the_nearest(teacher, sizes, measured, width):
+    plan = plan_of(teacher)
+    with pytest.raises(PpclError) as caught:
+        choose(plan, measured, targets("90%", "3%", width=width), sizes, WIDE)
+    message = str(caught.value)
+    assert message.startswith(f"target '3': 3% is {int(0.03 * sizes(plan)):,} parameters, the candidates reach ")
+    nearest = int(message.split("reach ")[1].split(" (")[0].replace(",", ""))
+    assert 0.03 * sizes(plan) < nearest < 0.9 * sizes(plan)
+    assert choose(plan, measured, targets(str(nearest), width=width), sizes, WIDE)
+    assert "\n" not in message
+
+
+def test_the_stage_writes_its_choice_and_every_figure(teacher, tmp_path):
+    asked = recipe({"params": "80%", "width": False}, {"params": "60%"}, width={"text_blocks": 4, "ffn_blocks": 2})
+    seen = []
+    select(teacher, plan_of(teacher), [PAIR, RUN, TAIL, TEXT], batches(), asked, desk(tmp_path, seen))
+    choice = Choice.load(tmp_path)
+    assert list(choice.plans) == ["t0", "t1"]
+    assert set(choice.plans["t1"].operations) == set(choice.order)
+    assert len(seen) == 4 + 4  # and every FFN
+    again = tmp_path / "again"
+    again.mkdir()
+    choice.save(again, [])
+    assert Choice.load(again) == choice
+
+
+def test_what_the_recipe_gives_replaces_the_search(teacher, tmp_path):
+    given = [{"kind": "ffn_swap", "stack": DUAL.path, "block": 0, "streams": ["image"]}]
+    asked = recipe({"params": "97%"}, width={"given": given, "ffn_blocks": 0})
+    select(teacher, plan_of(teacher), [TEXT], batches(), asked, desk(tmp_path))
+    assert [str(operation) for operation in Choice.load(tmp_path).order] == ["transformer_blocks[0] ffn image"]
