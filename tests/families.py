@@ -22,20 +22,7 @@ SD3 = Adapter(
         ),
     ),
 )
-QWEN_IMAGE = Adapter(
-    family="qwenimage",
-    transformer="QwenImageTransformer2DModel",
-    stacks=(
-        Stack(
-            path="transformer_blocks",
-            depth_key="num_layers",
-            ffn={"image": "img_mlp", "text": "txt_mlp"},
-            joint_attention="attn",
-            text_query=("attn.add_q_proj", "attn.norm_added_q"),
-            text_out=("attn.to_add_out",),
-        ),
-    ),
-)
+QWEN_IMAGE = load_adapter("qwen_image")
 
 
 def sd3_transformer(layers: int = 4) -> SD3Transformer2DModel:
