@@ -64,6 +64,10 @@ def compress(
     folder = out or Path("runs") / Path(recipe).stem
     with _drawn() as progress:
         summary = run(asked, folder, progress=progress)
+    from ppcl_toolkit.mechanics import loop
+
+    if not loop.is_main():
+        return
     _print_table(summary)
     console = Console(soft_wrap=True)
     for variant in summary["variants"]:

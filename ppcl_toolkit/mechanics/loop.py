@@ -6,6 +6,7 @@ The only file that imports accelerate. Weights in training are fp32; under bf16 
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -141,9 +142,17 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the process's device: `auto` is its GPU where there is one."""
-    state = PartialState(cpu=name == "cpu" or not torch.cuda.is_available())
-    return state.device if name in ("auto", "cpu", "cuda") else torch.device(name)
+    """Return the process's device: `auto` is its GPU where there is one. `PpclError` for one that is not there."""
+    try:
+        wanted = None if name == "auto" else torch.device(name)
+    except RuntimeError as error:
+        raise PpclError(f"device: {name!r} is none; use auto, cpu, cuda or cuda:1") from error
+    if wanted is not None and wanted.type == "cuda" and not torch.cuda.is_available():
+        raise PpclError(f"device: {name!r} is asked for, and torch finds no GPU; use auto or cpu")
+    # While one process records samples or evaluates, the others wait: hours are no failure.
+    state = PartialState(cpu=name == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=7))
+    # Of several processes each has a GPU of its own, whatever number is asked for.
+    return state.device if wanted is None or wanted.index is None or state.num_processes > 1 else wanted
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

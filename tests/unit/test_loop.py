@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.loop import Optimization, autocast, learning_rate, load_state, save_state
+from ppcl_toolkit.mechanics.loop import Optimization, autocast, learning_rate, load_state, pick_device, save_state
 from ppcl_toolkit.recipe import Depth
 
 SECTION = Depth(steps=20, learning_rate=0.01, warmup=4, clip=0.1, weight_decay=0.1)
@@ -174,3 +174,10 @@ def test_precision_is_mixed_where_the_teacher_is_in_half():
         assert (x @ x).dtype == torch.bfloat16
     with autocast(torch.device("cpu"), torch.float32):
         assert (x @ x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda" if not torch.cuda.is_available() else "tpu"])
+def test_a_device_that_is_not_there_is_one_sentence(name):
+    with pytest.raises(PpclError, match="device: "):
+        pick_device(name)
+    assert pick_device("cpu").type == "cpu"
