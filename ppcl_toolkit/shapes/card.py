@@ -19,7 +19,7 @@ from ppcl_toolkit.shapes.score import chance, score_by_category
 
 SEEDS = (0, 1, 2)
 PER_CATEGORY = 72
-REMOVAL_PER_CATEGORY = 20
+REMOVAL_PER_CATEGORY = 10
 BATCH = 72
 STACKS = ("transformer_blocks", "single_transformer_blocks")
 
@@ -185,7 +185,7 @@ evaluation spells words that were never seen.
   decoder alone, from latents with a little noise.
 - Flow: rectified flow for {flow_samples} samples, sigma from a logit-normal ({noise_mean}, {noise_spread}),
   {caption_dropout:.0%} of the captions empty, both text encoders trained along; Muon for the blocks' matrices,
-  AdamW for the rest, bf16 autocast, averaged weights (0.998), learning rate constant and then down to 0.
+  AdamW for the rest, bf16 autocast, averaged weights (0.995), learning rate constant and then down to 0.
 - Stochastic depth (LayerDrop): in each step every block is left out with probability {block_dropout:.0%}.
 - Guidance: {guidance_samples} samples in which classifier-free guidance of scale 1 to 4 is distilled into the guidance
   embedding, so that a step is one forward, as in FLUX.1-dev.

@@ -63,7 +63,7 @@ def encode_pool(run: Path, vae: AutoencoderKL, *, shards: int) -> None:
         path = run / "pool" / f"{index:04d}.pt"
         if path.exists():
             continue
-        rng = np.random.default_rng((4, index))
+        rng = np.random.default_rng((7, index))
         captions, latents = [], []
         for _ in range(SHARD // 256):
             pairs = [sample(rng) for _ in range(256)]

@@ -33,7 +33,7 @@ class Settings:
     learning_rate: float = 1e-3  # of AdamW; text encoders take four tenths of it
     matrix_learning_rate: float = 5e-3  # of Muon, in AdamW's units
     decay: float = 0.5
-    average: float = 0.998
+    average: float = 0.995
     compile: bool = False
     save_minutes: float = 3.0
     look_minutes: float = 12.0
