@@ -139,7 +139,7 @@ def export_target(out: str | Path, params: str, name: str | None = None) -> dict
     plan, count = _first_that_fits(runner, Choice.load(path / "select"), bank, params, example)
     name = name or params.strip().removesuffix("%")
     variant = _variant(recipe, path, name, plan)
-    if variant.folder.exists():
+    if (path / "export" / name).exists():
         raise PpclError(f"{variant.folder} exists already; choose another --name")
     student = student_of(runner.transformer, runner.adapter, plan, bank, example)
     run = Workspace(path)

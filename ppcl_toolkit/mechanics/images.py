@@ -53,11 +53,20 @@ def generate_images(pipeline: Any, exam: Exam, folder: Path, progress: Callable[
             progress(done, total, f"seed {seed}")
 
 
+def run_pipeline(
+    pipeline: Any, texts: Sequence[str], generators: list[torch.Generator], call: Mapping[str, Any], kind: str
+) -> Any:
+    """Return the images (`kind` pil) or final latents (`kind` latent) of a batch of prompts."""
+    # Pipelines do not repeat a negative prompt by themselves.
+    each = {n: [v] * len(texts) for n, v in call.items() if n.startswith("negative_prompt") and isinstance(v, str)}
+    return pipeline(list(texts), generator=generators, **{**call, **each, "output_type": kind}).images
+
+
 def draw(pipeline: Any, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Image.Image:
     """Return the images of some prompts side by side, each with a seed of its own: `seed`, the next, ..."""
     check_call(pipeline, call)
     generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
-    images = pipeline(list(prompts), generator=generators, **{**call, "output_type": "pil"}).images
+    images = run_pipeline(pipeline, prompts, generators, call, "pil")
     row = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
     for i, image in enumerate(images):
         row.paste(image, (sum(other.width for other in images[:i]), 0))
@@ -103,7 +112,7 @@ def _generate_batch(pipeline: Any, exam: Exam, folder: Path, seed: int, chosen: 
     texts = [exam.prompts[i] for i in chosen]
     generators = [generator(seed, i) for i in chosen]
     with _timed(pipeline.transformer) as seconds:
-        images = pipeline(texts, generator=generators, **{**exam.call, "output_type": "pil"}).images
+        images = run_pipeline(pipeline, texts, generators, exam.call, "pil")
     peak = torch.cuda.max_memory_allocated() if next(pipeline.transformer.parameters()).is_cuda else 0
     # Before the images: whoever finds them finds their times.
     with (folder / "images" / CALLS).open("a") as file:

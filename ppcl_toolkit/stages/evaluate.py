@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.mechanics.capture import map_tensors
-from ppcl_toolkit.mechanics.images import CALLS, Exam, generate_images, image_path, image_rmse, pixels
+from ppcl_toolkit.mechanics.images import CALLS, Exam, generate_images, image_path, image_rmse, pixels, run_pipeline
 from ppcl_toolkit.pipeline import default_call, load_pipeline, resolve
 from ppcl_toolkit.recipe import Evaluate
 from ppcl_toolkit.shapes import scenes, score
@@ -253,7 +253,8 @@ def _measure_own_growth() -> None:
     pipeline = load_pipeline(request["source"], getattr(torch, request["dtype"]))
     # One step is enough: every further one reuses the memory of the first.
     call = {**{k: v for k, v in request["call"].items() if k != "sigmas"}, "num_inference_steps": 1}
-    pipeline(request["prompts"], **call)
+    texts = request["prompts"]
+    run_pipeline(pipeline, texts, [torch.Generator().manual_seed(i) for i in range(len(texts))], call, "pil")
     sys.stdout.write(f"\n{_status('VmHWM') - before}\n")
 
 

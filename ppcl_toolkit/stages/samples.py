@@ -22,6 +22,7 @@ from torch import Tensor
 from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.mechanics.capture import map_tensors
+from ppcl_toolkit.mechanics.images import run_pipeline
 from ppcl_toolkit.mechanics.noise import Sample
 from ppcl_toolkit.mechanics.storage import Desk, load_tree, save_tree
 from ppcl_toolkit.pipeline import Teacher
@@ -80,10 +81,8 @@ def prompts(section: Samples, seed: int) -> list[str]:
 
 def _denoised(pipeline: Any, adapter: Adapter, texts: list[str], call: dict[str, Any], seed: int) -> list[Sample]:
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
-    # Pipelines do not repeat a negative prompt by themselves.
-    each = {n: [v] * len(texts) for n, v in call.items() if n.startswith("negative_prompt") and isinstance(v, str)}
     with _recording(pipeline.transformer, adapter) as calls:
-        latents = pipeline(texts, generator=generators, **{**call, **each, "output_type": "latent"}).images
+        latents = run_pipeline(pipeline, texts, generators, call, "latent")
     return [sample for arguments in calls for sample in _split(adapter, arguments, latents.cpu(), len(texts))]
 
 
