@@ -187,8 +187,7 @@ evaluation spells words that were never seen.
   {caption_dropout:.0%} of the captions empty, both text encoders trained along; Muon for the blocks' matrices,
   AdamW for the rest, bf16 autocast, averaged weights (0.995), learning rate constant and then down to 0.
 - Stochastic depth (LayerDrop): in each step every block is left out with probability {block_dropout:.0%}.
-- Guidance: {guidance_samples} samples in which classifier-free guidance of scale 1 to 4 is distilled into the guidance
-  embedding, so that a step is one forward, as in FLUX.1-dev.
+- {guidance_line}
 
 {note}
 ![score during training](curve.png)
@@ -210,6 +209,15 @@ def _parts(pipeline: FluxPipeline) -> str:
     }
     counts = {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in notes}
     return "\n".join(f"| `{name}` | {counts[name]:,} | {note} |" for name, note in notes.items())
+
+
+def _guidance_line(samples: int) -> str:
+    if not samples:
+        return "Guidance: not distilled. The embedding was given values from 1 to 4 at random, which changed no target."
+    return (
+        f"Guidance: {samples:,} samples in which classifier-free guidance of scale 1 to 4 is distilled into the\n"
+        "  guidance embedding, so that a step is one forward, as in FLUX.1-dev."
+    )
 
 
 def _last(rows: list[dict[str, Any]], phase: str) -> dict[str, Any]:
@@ -253,7 +261,7 @@ def write(folder: Path, *, machine: str, caption_dropout: float, block_dropout: 
         minutes=sum(end["minutes"] for end in ends),
         machine=machine,
         flow_samples=f"{ends[0]['samples']:,}",
-        guidance_samples=f"{ends[1]['samples']:,}",
+        guidance_line=_guidance_line(ends[1]["samples"]),
         caption_dropout=caption_dropout,
         block_dropout=block_dropout,
         noise_mean=NOISE_MEAN,

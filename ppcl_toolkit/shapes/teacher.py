@@ -110,7 +110,7 @@ def _look_at_neighbours(encoder: T5EncoderModel) -> None:
 
     FLUX gives text tokens no position, so only these distances tell "a red circle and a blue square" from its like.
     """
-    bias = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    bias = encoder.get_parameter("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
     after = encoder.config.relative_attention_num_buckets // 2
     bias.zero_()
     for head, bucket in enumerate((1, 2, after + 1)):
