@@ -2,9 +2,10 @@
 
 Phases, in order: vae, decoder (the same, refined), pool (encoded scenes), flow (rectified flow), guidance
 (classifier-free guidance distilled into the guidance embedding), export, card. Each continues where it was
-stopped, also by a kill. On a CPU, set OMP_NUM_THREADS=1 where other work shares the machine, and
-MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456: without them a
-large part of the time goes into page faults.
+stopped, also by a kill; `--start FOLDER` begins with the weights of an exported pipeline. On a CPU, set
+OMP_NUM_THREADS=1 where other work shares the machine, and MALLOC_TRIM_THRESHOLD_=4294967296
+MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456: without them a large part of the time goes into page
+faults.
 """
 
 import argparse
@@ -30,11 +31,15 @@ from ppcl_toolkit.shapes.flow import (
     tokenize,
 )
 from ppcl_toolkit.shapes.loop import Settings, Trainer, compile_blocks
-from ppcl_toolkit.shapes.progress import load_if_there, log, read_lines, ready
+from ppcl_toolkit.shapes.progress import load_if_there, log, read_lines, ready, save_atomically
 from ppcl_toolkit.shapes.scenes import Image, evaluation_prompts
 
 PHASES = ("vae", "decoder", "pool", "flow", "guidance", "export", "card")
+START = "start.pt"
 CAPTION_DROPOUT = 0.1
+# CLIP's vector alone can say which words a caption has: where it always does, attention to T5's tokens, and with it
+# who stands where and which colour is whose, is hardly learned.
+POOLED_DROPOUT = 0.8
 GUIDANCE_RANGE = (1.0, 4.0)
 VAE_SAMPLES, DECODER_SAMPLES = 205_000, 200_000
 
@@ -50,7 +55,10 @@ def flow_loss(
 ) -> Tensor:
     """Squared error of the velocity, with captions and blocks left out at random."""
     dropped = torch.from_numpy(rng.random(len(batch.latents)) < CAPTION_DROPOUT).to(batch.latents.device)
-    ids = [torch.where(dropped[:, None], none, ids) for none, ids in zip(empty, batch[1:], strict=True)]
+    silent = dropped | torch.from_numpy(rng.random(len(dropped)) < POOLED_DROPOUT).to(dropped.device)
+    ids = [
+        torch.where(out[:, None], none, ids) for out, none, ids in zip((dropped, silent), empty, batch[1:], strict=True)
+    ]
     noisy, sigma, target = noised(batch.latents, generator)
     # Any guidance means none until the phase `guidance` gives it a meaning: the embedding is always valid.
     low, high = GUIDANCE_RANGE
@@ -100,10 +108,28 @@ def _empty(device: torch.device) -> tuple[Tensor, Tensor]:
     return t5_ids.long().to(device), clip_ids.long().to(device)
 
 
+def start_from(run: Path, folder: Path) -> None:
+    """Put an exported pipeline where the phases look for what came before: its autoencoder and its weights."""
+    if not (run / START).exists():
+        pipeline = teacher.load(folder)
+        config = pipeline.vae.config
+        model = TextToLatent()
+        parts = ((model.clip, pipeline.text_encoder), (model.t5, pipeline.text_encoder_2))
+        for part, trained in (*parts, (model.transformer, pipeline.transformer)):
+            part.load_state_dict(trained.state_dict())
+        autoencoder = {"model": pipeline.vae.state_dict(), "shift": config.shift_factor, "scale": config.scaling_factor}
+        run.mkdir(parents=True, exist_ok=True)
+        save_atomically({**autoencoder, "finished": True}, run / "vae.pt")
+        save_atomically(model.state_dict(), run / START)
+
+
 def train_flow(run: Path, device: torch.device, settings: Settings, block_dropout: float) -> None:
     """The phase `flow`."""
     torch.manual_seed(0)
-    model = TextToLatent().to(device)
+    model = TextToLatent()
+    if started := load_if_there(run / START):
+        model.load_state_dict(started)
+    model.to(device)
     trainer = Trainer(run, "flow", model, settings)
     look = partial(_look, autoencoder=vae.load(run, device), embedded=False)
     trainer.train(
@@ -147,6 +173,7 @@ def export(run: Path, folder: Path) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="folder for checkpoints and logs")
+    parser.add_argument("--start", type=Path, help="train on from this pipeline; then skip the phases vae and decoder")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--minutes", type=float, default=90, help="length of the phase flow")
     parser.add_argument("--guidance-minutes", type=float, default=15, help="length of the phase guidance")
@@ -171,6 +198,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     given = _arguments()
     device = ready(given.device)
+    if given.start:
+        start_from(given.run, given.start)
     settings = Settings(
         given.minutes,
         given.samples,
