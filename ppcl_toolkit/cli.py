@@ -215,11 +215,11 @@ class _Lines:
         if done < total and now - self._last < 5:
             return
         self._last = now
-        rate = (done - first) / (now - started) if now > started else 0.0
-        left = f"{(total - done) / rate:.0f} s left" if rate and done < total else f"{now - started:.0f} s"
-        note = f"  {note}" if note else ""
-        share = done / max(total, 1)
-        typer.echo(f"{stage} {done}/{total} {share:.0%} {rate:.1f}/s {left}{note}", err=True)
+        line = f"{stage} {done}/{total} {done / max(total, 1):.0%}"
+        if done > first:
+            rate = (done - first) / (now - started)
+            line += f" {rate:.1f}/s" + (f" {(total - done) / rate:.0f} s left" if done < total else "")
+        typer.echo(f"{line}  {note}".rstrip(), err=True)
 
 
 @contextlib.contextmanager
