@@ -19,7 +19,6 @@ $(VENV)/installed: pyproject.toml
 
 demo: $(VENV)/installed ## compress the embedded teacher: a table, a report and two smaller models in runs/tiny
 	$(BIN)/ppcl compress --recipe tiny --out $(DEMO)
-	@echo "report: $(DEMO)/report.html"
 
 check: $(VENV)/installed ## style and types
 	$(BIN)/ruff check .

@@ -243,8 +243,7 @@ def _drawn() -> Iterator[Any]:
 
 
 def _print_table(summary: dict[str, Any]) -> None:
-    heads = ("model", "parameters", "share", "ms/step", "speed-up", "score", "R %", "RMSE", "velocity error")
-    table = Table(*heads, box=None, pad_edge=False)
+    table = Table("model", "parameters", "share", "ms/step", "faster", "score", "R %", "RMSE", "v error", box=None)
     teacher = summary["teacher"]
     for row in [{**teacher, "name": "teacher"}, *summary["variants"]]:
         table.add_row(
@@ -253,14 +252,16 @@ def _print_table(summary: dict[str, Any]) -> None:
             f"{row['params'] / teacher['params']:.1%}",
             f"{row['latency_ms']:.1f}",
             f"{teacher['latency_ms'] / row['latency_ms']:.2f}x",
-            "-" if row["score"] is None else f"{row['score']:.3f} ± {row['score_std']:.3f}",
+            "-" if row["score"] is None else f"{row['score']:.3f}±{row['score_std']:.3f}",
             _number(row["drop_percent"], ".1f"),
             _number(row["rmse"], ".1f"),
             _number(row["velocity_error"], ".3f"),
         )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    console = Console()
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "left" if column.header == "model" else "right"
+    # In a file, the table is as wide as it wants.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
     if teacher["chance"] is not None:
         console.print(f"chance: {teacher['chance']:.3f}", highlight=False)
