@@ -4,14 +4,14 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating[Any]]
@@ -22,6 +22,8 @@ INK = "#010203"
 # Okabe and Ito's palette, told apart by every kind of colour vision.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+KINDS = ("interval", "text stream", "FFN")
+"""What may be removed, each with a colour and a marker of its own."""
 _STYLE: Any = MappingProxyType(
     {
         "svg.fonttype": "none",
@@ -65,41 +67,41 @@ def tradeoff(points: Sequence[tuple[str, float, float, float]]) -> str:
         return _svg(figure)
 
 
-def heatmaps(
-    maps: Sequence[tuple[str, Array]], boxes: Mapping[str, Sequence[Span]], label: str = "CKA of block outputs"
-) -> str:
+def heatmaps(maps: Sequence[tuple[str, Array]], boxes: Mapping[str, Sequence[Span]]) -> str:
     """Draw similarity matrices [M, M] side by side on one scale; `boxes` outlines blocks `first` to `last` by title."""
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
-        width = _WIDTH / max(len(maps), 3)
-        figure, panels = _panels(len(maps), height=width + 0.35, width=width * len(maps) + 0.3)
+        side = _WIDTH / max(len(maps), 3)
+        figure, panels = _panels(len(maps), height=side + 0.35, width=side * len(maps) + 0.3)
         low = max(0.0, min(float(np.nanmin(values)) for _, values in maps))
         image = None
         for axes, (title, values) in zip(panels, maps, strict=True):
             image = axes.imshow(values, vmin=low, vmax=1, cmap="cividis", interpolation="nearest")
             for first, last in boxes.get(title, ()):
-                side = last - first + 1
-                axes.add_patch(Rectangle((first - 0.5, first - 0.5), side, side, fill=False, ec="#ffffff", lw=1.6))
-                axes.add_patch(Rectangle((first - 0.5, first - 0.5), side, side, fill=False, ec="#d55e00", lw=0.9))
+                extent = last - first + 1
+                for color, width in (("#ffffff", 2.4), ("#d55e00", 1.2)):
+                    corner = (first - 0.5, first - 0.5)
+                    axes.add_patch(Rectangle(corner, extent, extent, fill=False, ec=color, lw=width, clip_on=False))
             axes.set_title(title)
             axes.set_xlabel("block")
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         assert image is not None
-        figure.colorbar(image, ax=panels, shrink=0.72, pad=0.012, aspect=22, label=label)
+        figure.colorbar(image, ax=panels, shrink=0.72, pad=0.012, aspect=22, label="CKA of block outputs")
         return _svg(figure)
 
 
-def differences(curves: Sequence[tuple[str, Array, Sequence[Span]]]) -> str:
-    """Draw delta(u, k) over k, a line for each interval start u with its end marked: (title, delta, spans)."""
+def differences(curves: Sequence[tuple[str, Array, Sequence[tuple[int, int, bool]]]]) -> str:
+    """Draw delta(u, k) over k, a line for each interval's start u: (title, delta, (first, last, chosen) of each)."""
     with matplotlib.rc_context(_STYLE):
         figure, panels = _panels(len(curves), height=2.6)
         for axes, (title, delta, spans) in zip(panels, curves, strict=True):
-            for index, (first, last) in enumerate(spans):
+            for index, (first, last, chosen) in enumerate(spans):
                 color, stop = COLORS[index % len(COLORS)], min(last + 2, len(delta))
                 k = np.arange(first + 1, len(delta))
                 axes.plot(k, delta[first, first + 1 :], color=color, lw=0.7, alpha=0.35)
                 axes.plot(np.arange(first + 1, stop), delta[first, first + 1 : stop], color=color)
-                axes.plot(last, delta[first, last], MARKERS[index % len(MARKERS)], color=color, ms=5)
+                face = color if chosen else "none"
+                axes.plot(last, delta[first, last], "o", color=color, markerfacecolor=face, ms=5)
                 axes.annotate(
                     f"{first}–{last}", (last, delta[first, last]), xytext=(0, 6), textcoords="offset points",
                     ha="center", fontsize=7, color=INK,
@@ -121,7 +123,7 @@ def shares(panels_of: Sequence[tuple[str, Mapping[str, Sequence[float]]]]) -> st
                 axes.plot(values, marker=MARKERS[index], color=COLORS[index], ms=3.5, lw=0.9, label=stream)
             axes.set_title(title)
             axes.set_xlabel("block")
-            axes.set_yscale("log")
+            _logarithmic(axes, "y")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         panels[0].set_ylabel("unexplained share")
         panels[-1].legend(loc="best")
@@ -130,28 +132,29 @@ def shares(panels_of: Sequence[tuple[str, Mapping[str, Sequence[float]]]]) -> st
 
 def candidates(rows: Sequence[tuple[str, str, float, str, bool]]) -> str:
     """Draw the error of each operation when it alone is made: (label, kind, error, note, chosen), best first."""
-    kinds = list(dict.fromkeys(kind for _, kind, *_ in rows))
     with matplotlib.rc_context(_STYLE):
         figure, (axes,) = _panels(1, height=0.75 + 0.17 * len(rows), width=8.6)
         for y, (_, kind, error, note, chosen) in enumerate(rows):
-            which = kinds.index(kind)
+            which = KINDS.index(kind)
             color, face = COLORS[which], COLORS[which] if chosen else "none"
             axes.plot(error, y, MARKERS[which], color=color, markerfacecolor=face, ms=5)
             axes.annotate(note, (1, y), xycoords=("axes fraction", "data"), xytext=(8, 0),
                           textcoords="offset points", va="center", fontsize=7.5)  # fmt: skip
-        for which, kind in enumerate(kinds):
+        for which, kind in enumerate(KINDS):
             axes.plot([], [], MARKERS[which], color=COLORS[which], ms=5, label=kind)
         axes.plot([], [], "o", color=INK, markerfacecolor="none", ms=5, label="not chosen (open)")
         axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
-        axes.set(xscale="log", xlabel="relative velocity error when this alone is done", ylim=(len(rows) - 0.4, -0.6))
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=len(kinds) + 1)
+        axes.set(xlabel="relative velocity error when this alone is done", ylim=(len(rows) - 0.4, -0.6))
+        _logarithmic(axes, "x")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=len(KINDS) + 1)
         return _svg(figure)
 
 
 def losses(panels_of: Sequence[tuple[str, Mapping[str, Sequence[Sequence[float]]]]]) -> str:
     """Draw training losses on a log scale, a line for each segment: (title, [step, loss] pairs by key)."""
     with matplotlib.rc_context(_STYLE):
-        figure, panels = _panels(len(panels_of), height=2.9)
+        rows = max(len(curves) for _, curves in panels_of)
+        figure, panels = _panels(len(panels_of), height=2.3 + 0.13 * rows)
         for axes, (title, curves) in zip(panels, panels_of, strict=True):
             for index, (key, points) in enumerate(curves.items()):
                 steps, values = np.array([p for p in points if p[1] > 0], dtype=float).reshape(-1, 2).T
@@ -159,16 +162,28 @@ def losses(panels_of: Sequence[tuple[str, Mapping[str, Sequence[Sequence[float]]
                 line = ("-", "--", ":", "-.")[index // len(COLORS) % 4]
                 axes.plot(steps, values, color=color, lw=0.5, alpha=0.3)
                 axes.plot(steps, _smooth(values), line, color=color, label=key)
-            axes.set(title=title, xlabel="step", yscale="log")
-            if len(curves) > 1:
-                axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, handlelength=1.6, fontsize=6.5)
-        panels[0].set_ylabel("loss (thin: as logged, bold: mean of neighbours)", fontsize=7)
+            axes.set(title=title, xlabel="step")
+            _logarithmic(axes, "y")
+            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.25), borderaxespad=0, handlelength=1.6, fontsize=7)
+        panels[0].set_ylabel("loss")
         return _svg(figure)
 
 
 def _panels(count: int, *, height: float, width: float = _WIDTH) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
+    """Scale one axis by its logarithm, and write its numbers out."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = axis.get_view_interval()
+    # Two decades have room for numbers between the powers of ten.
+    marks = (1, 2, 5) if high / low < 100 else (1,)
+    axis.set_major_locator(LogLocator(subs=marks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _smooth(values: Array) -> Array:

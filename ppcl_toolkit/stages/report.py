@@ -24,7 +24,8 @@ from ppcl_toolkit.stages import figures
 from ppcl_toolkit.workspace import write_text
 
 _SHOWN_PROMPTS = 14
-_SHOWN_CANDIDATES = 40
+_SHOWN_CANDIDATES = 30
+"""The best of those that were not chosen; all chosen ones are shown."""
 _SMALL, _LARGE = 96, 256
 """Images with fewer pixels a side are enlarged, those with more are reduced."""
 
@@ -52,6 +53,7 @@ def write_report(run: Path) -> Path:
         recipe=(run / "recipe.yaml").read_text(),
         environment=_json(run / "environment.json"),
         stages=_stages(run),
+        warnings=(_json(run / "summary.json") or {}).get("warnings", []),
         rows=rows,
         categories=list(dict.fromkeys(c for row in rows for c in row.get("categories") or {})),
         strips=[_strip(name, plan) for name, plan in plans.items()],
@@ -124,17 +126,19 @@ def _tradeoff(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _candidates(run: Path) -> str:
-    names = {"interval": "interval", "text_run": "text stream", "ffn_swap": "FFN"}
-    found = sorted(_json(run / "select" / "measured.json") or [], key=lambda one: one["error"])[:_SHOWN_CANDIDATES]
-    if not found:
+    kinds = dict(zip(("interval", "text_run", "ffn_swap"), figures.KINDS, strict=True))
+    measured = sorted(_json(run / "select" / "measured.json") or [], key=lambda one: one["error"])
+    if not measured:
         return ""
+    others = [one for one in measured if not one["chosen"]][:_SHOWN_CANDIDATES]
+    found = [one for one in measured if one["chosen"] or one in others]
     return figures.candidates(
         [
             (
                 one["label"],
-                names[one["operation"]["kind"]],
+                kinds[one["operation"]["kind"]],
                 one["error"],
-                f"−{_si(one['saves'])}" + (f"   chosen for {', '.join(one['chosen'])}" if one["chosen"] else ""),
+                f"−{_si(one['saves'])}" + (f" · chosen for {', '.join(one['chosen'])}" if one["chosen"] else ""),
                 bool(one["chosen"]),
             )
             for one in found
@@ -178,7 +182,14 @@ def _similarity(run: Path, plans: Mapping[str, Plan]) -> dict[str, str]:
                 maps.append((title, curves[stack][stream]["heatmap"]))
                 boxes[title] = _removed(plans, stack, stream)
     decides = _decisive_stream(run)
-    deltas = [(f"{s} · {decides}", curves[s][decides]["delta"], spans.get(s, [])) for s in spans if s in curves]
+    deltas = [
+        (
+            f"{stack} · {decides}",
+            curves[stack][decides]["delta"],
+            [(*span, span in _removed(plans, stack, "image")) for span in found],
+        )
+        for stack, found in spans.items()
+    ]
     return {"heatmaps": figures.heatmaps(maps, boxes), "differences": figures.differences(deltas)}
 
 
@@ -191,8 +202,8 @@ def _removed(plans: Mapping[str, Plan], stack: str, stream: str) -> list[tuple[i
 
 def _decisive_stream(run: Path) -> str:
     made_from = _json(run / "intervals" / "made_from.json") or {}
-    stream = made_from.get("settings", {}).get("stream", "image")
-    return str(stream)
+    settings = made_from.get("settings", {})
+    return str(settings.get("intervals", settings).get("stream", "image"))
 
 
 def _losses(run: Path) -> str:

@@ -145,7 +145,7 @@ def synthetic_run(run, *, seed: int = 0):
     versions = {"torch": "2.13.0", "diffusers": "0.42.1"}
     environment = {"python": "3.11.9", "packages": versions, "threads": 2, "gpus": []}
     (run / "environment.json").write_text(json.dumps(environment))
-    (run / "summary.json").write_text(json.dumps(SUMMARY))
+    (run / "summary.json").write_text(json.dumps({**SUMMARY, "warnings": ["the score of <70> is uncertain"]}))
     write_findings(run, rng)
     write_losses(run, rng)
     write_images(run)
@@ -204,7 +204,7 @@ def test_images_are_marked_by_the_scorer(page):
 
 
 def test_recipe_is_escaped_and_stages_are_timed(page):
-    assert "&lt;script&gt;" in page
+    assert "&lt;script&gt;" in page and "the score of &lt;70&gt; is uncertain" in page
     assert "3 min 32 s" in page and ">depth<" in page
 
 
@@ -219,11 +219,36 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     assert "not finished" in page and "<figure>" not in page
 
 
-@pytest.mark.parametrize("absent", ["summary.json", "intervals", "select", "depth", "evaluate", "variants", "probe"])
-def test_absent_parts_are_left_out(tmp_path, absent):
+def test_absent_parts_are_left_out(tmp_path):
     run = synthetic_run(tmp_path / "run")
-    (run / absent).rename(tmp_path / "elsewhere")
-    assert "</html>" in write_report(run).read_text()
+    (tmp_path / "elsewhere").mkdir()
+    lost = ["intervals", "depth", "width", "finetune", "select", "summary.json", "probe", "variants", "evaluate"]
+    counts = []
+    for part in lost:
+        (run / part).rename(tmp_path / "elsewhere" / part)
+        counts.append(write_report(run).read_text().count("<figure>"))
+    assert counts == [4, 4, 4, 3, 2, 1, 0, 0, 0]
+
+
+def test_the_stream_that_decided_is_drawn(tmp_path):
+    run = tmp_path / "run"
+    synthetic_run(run)
+    for part in ("evaluate", "select", "depth", "width", "probe"):
+        (run / part).rename(tmp_path / part)
+    settings = {"intervals": {"stream": "text"}, "width": {}}
+    (run / "intervals" / "made_from.json").write_text(json.dumps({"settings": settings}))
+    # Once as a heatmap's title, once as the differences'.
+    assert write_report(run).read_text().count(">transformer_blocks · text</text>") == 2
+
+
+def test_what_was_chosen_is_shown_however_many_were_measured(tmp_path):
+    (tmp_path / "select").mkdir()
+    (tmp_path / "recipe.yaml").write_text("{}")
+    swaps = [FfnSwap(stack="blocks", block=n, streams=("image",)) for n in range(80)]
+    rows = [candidate(swap, 0.001 * (n + 1), 1000, ["50"] if n == 79 else []) for n, swap in enumerate(swaps)]
+    (tmp_path / "select" / "measured.json").write_text(json.dumps(rows))
+    page = write_report(tmp_path).read_text()
+    assert "blocks[79] ffn image" in page and "blocks[0] ffn image" in page and "blocks[60] ffn image" not in page
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
