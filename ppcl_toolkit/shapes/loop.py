@@ -1,4 +1,4 @@
-"""The one training loop of the phases flow and guidance: time-boxed, resumable, averaged."""
+"""The training loop of the phases flow and guidance: time-boxed, resumable, averaged, on one process or several."""
 
 import contextlib
 import time
@@ -9,6 +9,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image as PillowImage
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -71,6 +72,36 @@ def contact_sheet(images: list[Image], path: Path, columns: int = 10, zoom: int 
     PillowImage.fromarray(sheet.repeat(zoom, 0).repeat(zoom, 1)).save(path)
 
 
+def world() -> tuple[int, int]:
+    """Rank and number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_main() -> bool:
+    """Whether this process writes files."""
+    return world()[0] == 0
+
+
+def share_gradients(model: nn.Module) -> None:
+    """Replace every gradient by its mean over the processes; where a block was left out, it counts as zero."""
+    if not dist.is_initialized():
+        return
+    trained = [p for p in model.parameters() if p.requires_grad]
+    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for parameter, gradient in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+
+
+def _agreed(seconds: float) -> float:
+    """The main process's clock: all end a phase at the same step."""
+    clock = torch.tensor(seconds, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.broadcast(clock, 0)
+    return clock.item()
+
+
 @final
 class Trainer:
     """Trains `model` by `loss`; everything that a continuation needs is in `run`/`name`.pt."""
@@ -120,23 +151,30 @@ class Trainer:
         while self.share() < 1:
             self.advance(pool, loss)
             now = time.monotonic()
-            self.seconds, before = self.seconds + now - before, now
+            self.seconds, before = _agreed(self.seconds + now - before), now
             if self.seconds - saved > 60 * self.settings.save_minutes:
                 saved = self.seconds
                 pool.refresh()
-                self.save()
-                self._report((self.samples - first) / (self.seconds - started))
+                if is_main():
+                    self.save()
+                    self._report((self.samples - first) / (self.seconds - started))
             if self.seconds - looked > 60 * self.settings.look_minutes:
                 looked = self.seconds
-                self._look(look)
+                if is_main():
+                    self._look(look)
                 before = time.monotonic()
-        self.save()
-        self._look(look)
+        if is_main():
+            self.save()
+            self._look(look)
+        if dist.is_initialized():
+            dist.barrier()
 
     def advance(self, pool: Pool, loss: Loss) -> None:
         """One step; its randomness depends on the step's number alone, so a continuation repeats it exactly."""
-        rng = np.random.default_rng((5, self.step))
-        generator = torch.Generator(pool.device).manual_seed(self.step)
+        rank, ranks = world()
+        number = self.step * ranks + rank
+        rng = np.random.default_rng((5, number))
+        generator = torch.Generator(pool.device).manual_seed(number)
         factor = warmup_stable_decay(self.share(), 1, decay=self.settings.decay)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             optimizer.zero_grad()
@@ -150,6 +188,7 @@ class Trainer:
             value.backward()
         if not torch.isfinite(value):
             raise FloatingPointError(f"{self.name}: loss {value.item()} at step {self.step}")
+        share_gradients(self.model)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -157,7 +196,7 @@ class Trainer:
         parameters = [p.detach() for p in self.model.parameters()]
         torch._foreach_lerp_(list(self.average.values()), parameters, 1 - decay)
         self.losses.append(value.item())
-        self.step, self.samples = self.step + 1, self.samples + self.settings.batch
+        self.step, self.samples = self.step + 1, self.samples + self.settings.batch * ranks
 
     def _report(self, rate: float) -> None:
         row = {"phase": self.name, "samples": self.samples, "minutes": round(self.seconds / 60, 1)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 log = logging.getLogger("ppcl.shapes")
 
@@ -51,6 +52,10 @@ def warmup_stable_decay(done: float, total: float, *, warmup: float = 0.01, deca
 
 
 def ready(device: str) -> torch.device:
-    """The device to train on; "auto" is CUDA where there is one."""
+    """The device to train on; "auto" is CUDA where there is one. Under torchrun, join the other processes."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
+        if name == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(name)

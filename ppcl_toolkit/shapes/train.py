@@ -2,8 +2,9 @@
 
 Phases, in order: vae, decoder (the same, refined), pool (encoded scenes), flow (rectified flow), guidance
 (classifier-free guidance distilled into the guidance embedding), export, card. Each continues where it was
-stopped, also by a kill; `--start FOLDER` begins with the weights of an exported pipeline. On a CPU, set
-OMP_NUM_THREADS=1 where other work shares the machine, and MALLOC_TRIM_THRESHOLD_=4294967296
+stopped, also by a kill; `--start FOLDER` begins with the weights of an exported pipeline. Several processes
+(`torchrun --nproc-per-node 2 -m ppcl_toolkit.shapes.train ...`) share the batches of flow and guidance. On a CPU, set
+OMP_NUM_THREADS=1 with one process a core, and MALLOC_TRIM_THRESHOLD_=4294967296
 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456: without them a large part of the time goes into page
 faults.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ppcl_toolkit.shapes import card, teacher, vae
@@ -30,11 +32,12 @@ from ppcl_toolkit.shapes.flow import (
     put_weights,
     tokenize,
 )
-from ppcl_toolkit.shapes.loop import Settings, Trainer, compile_blocks
+from ppcl_toolkit.shapes.loop import Settings, Trainer, compile_blocks, is_main
 from ppcl_toolkit.shapes.progress import load_if_there, log, read_lines, ready, save_atomically
 from ppcl_toolkit.shapes.scenes import Image, evaluation_prompts
 
 PHASES = ("vae", "decoder", "pool", "flow", "guidance", "export", "card")
+SHARED_PHASES = ("flow", "guidance")  # which several processes do together
 START = "start.pt"
 CAPTION_DROPOUT = 0.1
 # CLIP's vector alone can say which words a caption has: where it always does, attention to T5's tokens, and with it
@@ -198,7 +201,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     given = _arguments()
     device = ready(given.device)
-    if given.start:
+    if given.start and is_main():
         start_from(given.run, given.start)
     settings = Settings(
         given.minutes,
@@ -234,8 +237,12 @@ def main() -> None:
         ),
     }
     for phase in PHASES:
-        if phase in given.phases:
+        if phase in given.phases and (is_main() or phase in SHARED_PHASES):
             actions[phase]()
+        if dist.is_initialized():
+            dist.barrier()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

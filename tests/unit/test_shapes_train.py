@@ -3,9 +3,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import multiprocessing
 
 from ppcl_toolkit.shapes.flow import Pool, TextToLatent, put_weights, tokenize
-from ppcl_toolkit.shapes.loop import Settings, Trainer
+from ppcl_toolkit.shapes.loop import Settings, Trainer, share_gradients, world
 from ppcl_toolkit.shapes.progress import save_atomically
 from ppcl_toolkit.shapes.scenes import evaluation_prompts
 from ppcl_toolkit.shapes.train import averaged_model, flow_loss, guidance_loss
@@ -77,3 +79,19 @@ def test_a_missing_checkpoint_or_pool_says_which_phase_makes_it(tmp_path):
 def test_weights_of_another_model_are_refused():
     with pytest.raises(AssertionError):
         put_weights(TextToLatent(), {"something.else": torch.zeros(1)})
+
+
+def one_of_two(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 1, bias=False), torch.nn.Linear(1, 1, bias=False))
+    # One process leaves the second layer out, as a dropped block is.
+    model[rank].weight.grad = torch.full_like(model[rank].weight, 4.0)
+    share_gradients(model)
+    assert world() == (rank, 2)
+    assert all((p.grad == 2).all() for p in model.parameters())
+    dist.destroy_process_group()
+
+
+def test_processes_share_their_gradients(tmp_path):
+    multiprocessing.spawn(one_of_two, args=(tmp_path / "store",), nprocs=2)
+    assert world() == (0, 1)
