@@ -17,6 +17,8 @@ from ppcl_toolkit.errors import PpclError
 
 Stream = Literal["image", "text"]
 Remap = Callable[[dict[str, Any], dict[str, Tensor], Mapping[str, Sequence[int]]], None]
+Example = Callable[[Mapping[str, Any], Mapping[str, Any], int], dict[str, Any]]
+Noised = Callable[[Mapping[str, Any]], int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +86,15 @@ class Adapter:
     """Whether the pipeline packs latents into tokens, by its `_pack_latents`."""
     shared: tuple[str, ...] = ()
     """Arguments that have no batch dimension."""
+    noised: Noised | None = None
+    """`noised(call)` counts the noised tokens of a call; None where reference tokens never follow them."""
     remap: Remap | None = None
     """`remap(config, state_dict, kept)`, in place, for families whose other weights depend on block numbers."""
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Hub ids, and where their config differs from the class's defaults: `ppcl plan` needs no download for these."""
+    example: Example | None = None
+    """`example(config, call, references)`: the arguments of one call of the transformer for a recipe's `teacher.call`
+    and so many reference images, shapes in place of tensors; for `ppcl plan`."""
 
     def stack(self, path: str) -> Stack:
         """Return the stack at `path`; unknown paths are a `PpclError` that lists the known ones."""
@@ -131,12 +140,17 @@ def load_adapter(name: str) -> Adapter:
     return found
 
 
-def adapter_for(transformer_class: str) -> Adapter:
-    """Pick the adapter by the transformer's class name (`adapter: auto`)."""
-    adapters = [load_adapter(name) for name in available_adapters()]
+def adapter_for(transformer_class: str, wanted: str = "auto") -> Adapter:
+    """Return the adapter `wanted` for a transformer class; `auto` is the one that names the class.
+
+    Raises `PpclError` where it is for another class, or where there is none.
+    """
+    adapters = [load_adapter(name) for name in (available_adapters() if wanted == "auto" else [wanted])]
     for adapter in adapters:
         if adapter.transformer == transformer_class:
             return adapter
+    if wanted != "auto":
+        raise PpclError(f"adapter {wanted!r} is for {adapters[0].transformer}, the teacher has a {transformer_class}")
     known = ", ".join(f"{a.family} ({a.transformer})" for a in adapters)
     raise PpclError(f"no adapter for {transformer_class}; available: {known}")
 

@@ -78,6 +78,43 @@ def compress(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Option(help="YAML file, or the name of a shipped recipe.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, any number of times.")] = None,
+    tflops: Annotated[float, typer.Option(min=1e-6, help="What one device sustains, for the time estimate.")] = 400.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Plain data instead of tables.")] = False,
+) -> None:
+    """Say what a recipe would remove, need and take, in seconds and without weights."""
+    from ppcl_toolkit import Recipe
+    from ppcl_toolkit.dry_run import dry_run
+    from ppcl_toolkit.pipeline import quiet
+
+    with quiet():
+        found = dry_run(Recipe.load(recipe, set_ or []), tflops)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+        return
+    sizes = Table("model", "parameters", "share", "weights", "step", "blocks", box=None)
+    for size in (found.teacher, *found.variants):
+        share, step = f"{size.params / found.teacher.params:.1%}", _scaled(size.teraflops * 1e12, "FLOP")
+        blocks = " + ".join(map(str, size.blocks.values())) or "the run decides"
+        sizes.add_row(size.name, f"{size.params:,}", share, _scaled(size.bytes, "B"), step, blocks)
+    needs = Table("schedule", "stage", "memory of a device", box=None)
+    for schedule, stages in found.memory.items():
+        for stage, needed in stages.items():
+            needs.add_row(schedule, stage, _scaled(needed, "B"))
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(sizes, needs, sep="\n\n")
+    hours = ", ".join(f"{stage} {_duration(value)}" for stage, value in found.hours.items() if value)
+    typer.echo(f"\ntime: {hours}\ndisk for samples: {_scaled(found.disk, 'B')}")
+    for variant in found.variants:
+        if variant.operations:
+            typer.echo(f"{variant.name}: {'; '.join(variant.operations)}")
+    for line in found.basis:
+        typer.echo(f"({line})")
+
+
+@app.command()
 def export(
     run: RunFolder,
     target: Annotated[str, typer.Option(help="params=60%, params=8B, ...")],
@@ -95,26 +132,51 @@ def export(
     )
 
 
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Option("--from", help="Published checkpoint: a pipeline folder or a transformer's.")],
+    out: Annotated[Path, typer.Option(help="Folder of the variant; it must not exist.")],
+    pipeline: Annotated[str | None, typer.Option(help="Folder or hub id that gives the other parts.")] = None,
+) -> None:
+    """Make a variant of a published Qwen-Image checkpoint of the paper's authors."""
+    from ppcl_toolkit.published import import_published
+
+    made, opens = import_published(source, out, pipeline=pipeline)
+    typer.echo(f"{'; '.join(map(str, made.operations)) or 'no narrow blocks'}\n{out} ({opens})")
+
+
 @app.command("eval")
-def evaluate(
+def evaluate(  # noqa: PLR0913 - options
     paths: Annotated[
-        list[str], typer.Argument(help="Pipelines: shapes, folders or hub ids; the first is the reference.")
+        list[str],
+        typer.Argument(help="Pipelines: shapes, folders or hub ids; the first is the reference. With --scores, files."),
     ],
-    prompts: Annotated[str, typer.Option(help="shapes, or a file with one prompt a line.")] = "shapes",
-    count: Annotated[int, typer.Option(help="Prompts.")] = 70,
-    seeds: Annotated[str, typer.Option(help="Images per prompt, as 0,1,2.")] = "0,1,2",
-    batch: Annotated[int, typer.Option(help="Images per call.")] = 1,
+    prompts: Annotated[str, typer.Option(help="shapes, a file with one prompt a line, or a suite's own.")] = "shapes",
+    count: Annotated[int | None, typer.Option(min=1, help="Prompts: 70, or all of a suite's.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Images per prompt: 0,1,2; of a suite, the first one's: 42.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
     call: Annotated[list[str] | None, typer.Option(help="Argument of the pipeline, name=value.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of images and figures.")] = Path("runs/eval"),
+    suite: Annotated[str | None, typer.Option(help="Draw for geneval, dpg, longtext, oneig or t2i-compbench.")] = None,
+    scores: Annotated[bool, typer.Option("--scores", help="Table of scorers' files: FILE or MODEL=FILE.")] = False,
 ) -> None:
     """Draw the same images with several pipelines, and measure them side by side."""
     from ppcl_toolkit.recipe import Evaluate
     from ppcl_toolkit.stages.evaluate import evaluate_folders
 
+    if scores:
+        _print_scores(paths)
+        return
+    numbers = seeds or ("42" if suite else "0,1,2")
     try:
-        section = Evaluate(prompts=prompts, count=count, seeds=tuple(map(int, seeds.split(","))), batch=batch)
+        section = Evaluate(prompts=prompts, count=count or 70, seeds=tuple(map(int, numbers.split(","))), batch=batch)
     except ValueError as error:
         raise PpclError(f"--count, --seeds or --batch: {error}") from error
+    if suite:
+        _draw_suite(paths, suite, section, count, {"out": out, "call": _arguments(call or [])})
+        return
     with _drawn() as progress:
         rows = evaluate_folders(paths, section, _arguments(call or []), out, progress)
     _print_table(
@@ -265,6 +327,50 @@ def _print_table(summary: dict[str, Any]) -> None:
     console.print(table)
     if teacher["chance"] is not None:
         console.print(f"chance: {teacher['chance']:.3f}", highlight=False)
+
+
+def _draw_suite(paths: list[str], name: str, section: Any, count: int | None, options: dict[str, Any]) -> None:
+    from ppcl_toolkit.benchmarks.drawing import Drawing, draw_suite
+    from ppcl_toolkit.benchmarks.suites import find_suite
+    from ppcl_toolkit.mechanics import loop
+
+    if len(section.seeds) > 1:
+        raise PpclError(f"--seeds: --suite {name} takes one, that of the first image of a prompt")
+    asked = {"prompts": Path(section.prompts), "count": count, "seed": section.seeds[0], "batch": section.batch}
+    with _drawn() as progress:
+        folders = draw_suite(paths, Drawing(suite=find_suite(name), **asked, **options), progress)
+    if loop.is_main():
+        for folder in folders:
+            typer.echo(f"for the scorer of {name}: {folder}")
+
+
+def _print_scores(files: list[str]) -> None:
+    from ppcl_toolkit.benchmarks.scores import lay_out, tabulate
+    from ppcl_toolkit.benchmarks.suites import read_scores
+
+    rows, notes = tabulate(read_scores(files))
+    header, *lines = lay_out(rows)
+    table = Table(*header, box=None)
+    for line in lines:
+        table.add_row(*line)
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(table)
+    typer.echo("(in brackets: R in percent, the drop against the first model)")
+    for note in notes:
+        typer.echo(f"warning: {note}", err=True)
+
+
+def _scaled(value: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}{unit}"
+        value /= 1000
+    return f"{value:.3g} T{unit}"
+
+
+def _duration(hours: float) -> str:
+    seconds = 3600 * hours
+    return f"{seconds:.2g} s" if seconds < 60 else f"{seconds / 60:.0f} min" if hours < 1 else f"{hours:.1f} h"
 
 
 def _number(value: float | None, form: str) -> str:

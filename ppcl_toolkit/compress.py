@@ -104,7 +104,7 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
         )
         student = student_of(runner.transformer, runner.adapter, plan, bank, batches[0])
         student.load_state_dict(tuned)
-        variant = _variant(recipe, run.path, name, plan)
+        variant = _variant(recipe, run.path, name, teacher.whole(plan))
         make = partial(export, teacher.pipeline, student, variant, batches[0])
         variants.append(run.stage(f"export/{name}", recipe.export, make, variant.read))
     summary = run.stage(
@@ -138,7 +138,7 @@ def export_target(out: str | Path, params: str, name: str | None = None) -> dict
     example = _noised(recipe, teacher, load_samples(path / "samples"), "finetune", recipe.finetune.batch)[0]
     plan, count = _first_that_fits(runner, Choice.load(path / "select"), bank, params, example)
     name = name or params.strip().removesuffix("%")
-    variant = _variant(recipe, path, name, plan)
+    variant = _variant(recipe, path, name, teacher.whole(plan))
     if (path / "export" / name).exists():
         raise PpclError(f"{variant.folder} exists already; choose another --name")
     student = student_of(runner.transformer, runner.adapter, plan, bank, example)
@@ -182,13 +182,13 @@ def _evaluate(
 ) -> None:
     exam = examine(recipe.evaluate, recipe.teacher.call)
     held_out = list(batches(0, recipe.evaluate.velocity_batches))
-    wanted = velocities(teacher.transformer, held_out)
+    wanted = velocities(teacher.transformer, teacher.adapter, held_out)
     rounds = [("teacher", recipe.teacher.path, teacher.pipeline), *((v["name"], v["path"], None) for v in variants)]
     for number, (name, path, pipeline) in enumerate(rounds):
         pipeline = pipeline or load_pipeline(path, getattr(torch, recipe.teacher.dtype)).to(teacher.pipeline.device)
         progress = partial(_part_of, desk.progress, number, len(rounds), name)
         measure(pipeline, exam, desk.folder / name, source=path, progress=progress)
-        error = relative_error(velocities(pipeline.transformer, held_out), wanted)
+        error = relative_error(velocities(pipeline.transformer, teacher.adapter, held_out), wanted)
         compare(desk.folder / name, desk.folder / "teacher", velocity_error=error)
 
 

@@ -5,22 +5,29 @@ import hashlib
 import importlib.resources
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from ppcl_toolkit.adapter import Adapter, adapter_for, load_adapter
+from ppcl_toolkit.adapter import Adapter, adapter_for
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.variant import load_compressed
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_QUANTISED = "a quantised teacher cannot be distilled; give the unquantised weights"
+_ADAPTED = (
+    "a teacher with LoRA adapters beside its weights cannot be distilled; fuse them (pipeline.fuse_lora(), then "
+    "pipeline.unload_lora_weights()), save the pipeline and give that folder"
+)
 CALL = "call.json"
 """File of a variant's folder: the arguments of the pipeline that it was compressed for."""
 
@@ -35,8 +42,8 @@ class Teacher:
     """Name by which `load_adapter` finds the adapter again."""
     source: str
     """Hub id and revision, or path and fingerprint."""
-    history: tuple[dict[str, Any], ...] = ()
-    """Plans by which this teacher was made."""
+    earlier: Plan | None = None
+    """By which this teacher itself was made, where it is a variant."""
 
     @property
     def transformer(self) -> nn.Module:
@@ -47,33 +54,34 @@ class Teacher:
     def plan(self) -> Plan:
         """Return the plan that removes nothing."""
         depths = self.adapter.depths(self.transformer)
-        return Plan(family=self.family, teacher=self.source, depths=depths, history=self.history)
+        return Plan(family=self.family, teacher=self.source, depths=depths)
+
+    def whole(self, plan: Plan) -> Plan:
+        """Return what `plan` and all that was done before it come to, in the first teacher's block numbers."""
+        return self.earlier.compose(plan) if self.earlier else plan
 
 
 def load_teacher(recipe: Recipe, device: torch.device) -> Teacher:
     """Open the recipe's teacher on `device`, with its adapter.
 
-    Raises `PpclError` for a pipeline that cannot be opened, has no transformer, or does not fit the adapter.
+    Raises `PpclError` for a pipeline that cannot be opened, has no transformer, does not fit the adapter, or whose
+    weights are quantised or not fused with their LoRA adapters.
     """
     section = recipe.teacher
     folder = resolve(section.path)
+    _check_files(section.path, Path(folder) / "transformer")
     pipeline = load_pipeline(folder, getattr(torch, section.dtype), section.revision).to(device)
     transformer = pipeline.transformer
-    name = type(transformer).__name__
-    adapter = adapter_for(name) if recipe.adapter == "auto" else load_adapter(recipe.adapter)
-    if adapter.transformer != name:
-        raise PpclError(f"adapter {adapter.family!r} is for {adapter.transformer}, the teacher has a {name}")
-    if getattr(pipeline, "hf_quantizer", None) or getattr(transformer, "is_quantized", False):
-        raise PpclError(f"{section.path}: a quantised teacher cannot be distilled; give the unquantised weights")
+    adapter = adapter_for(type(transformer).__name__, recipe.adapter)
+    _check_weights(section.path, transformer)
     transformer.requires_grad_(False).eval()
-    history: tuple[dict[str, Any], ...] = ()
-    if (Path(folder) / "plan.json").is_file():
-        earlier = Plan.load(Path(folder) / "plan.json")
-        if not earlier.is_depth_only:
-            raise PpclError(f"{section.path}: its blocks are already narrow; give a depth-only variant as the teacher")
-        history = (*earlier.history, earlier.model_dump(mode="json", exclude={"history"}))
+    earlier = Plan.load(Path(folder) / "plan.json") if (Path(folder) / "plan.json").is_file() else None
+    if earlier and not earlier.is_depth_only:
+        # Blocks are narrowed once: what is left to this teacher is depth.
+        stacks = tuple(replace(stack, ffn={}, joint_attention=None) for stack in adapter.stacks)
+        adapter = replace(adapter, stacks=stacks)
     family = adapter.family if recipe.adapter == "auto" else recipe.adapter
-    return Teacher(pipeline, adapter, family, _identity(section.path, folder, section.revision), history)
+    return Teacher(pipeline, adapter, family, _identity(section.path, folder, section.revision), earlier)
 
 
 def load_pipeline(path: str, dtype: torch.dtype | None = None, revision: str | None = None) -> Any:
@@ -117,6 +125,28 @@ def default_call(path: str) -> dict[str, Any]:
     stored = Path(path) / CALL
     call: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {}
     return call
+
+
+def _check_files(path: str, folder: Path) -> None:
+    """Refuse weights of which loading would make something else, or nothing at all."""
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    if method := config.get("quantization_config", {}).get("quant_method"):
+        raise PpclError(f"{path}: {_QUANTISED} (its transformer's config says {method})")
+    for file in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(OSError, SafetensorError), safe_open(file, framework="pt") as opened:
+            if name := next((name for name in opened.keys() if ".lora_" in name), None):  # noqa: SIM118 - not a dict
+                raise PpclError(f"{path}: {_ADAPTED} ({file.name} has {name})")
+
+
+def _check_weights(path: str, transformer: nn.Module) -> None:
+    if name := next((name for name, _ in transformer.named_parameters() if ".lora_" in name), None):
+        raise PpclError(f"{path}: {_ADAPTED} (the transformer has {name})")
+    if getattr(transformer, "is_quantized", False):
+        raise PpclError(f"{path}: {_QUANTISED}")
+    for name, parameter in transformer.named_parameters():
+        kind = type(parameter.data)
+        if kind is not torch.Tensor or parameter.dtype not in _DTYPES:
+            raise PpclError(f"{path}: {_QUANTISED} ({name} is a {kind.__name__} of {parameter.dtype})")
 
 
 def _from_pretrained(path: str, revision: str | None, settings: dict[str, Any]) -> Any:

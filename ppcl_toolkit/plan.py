@@ -84,6 +84,11 @@ class Form:
         return self.text in ("inside", "end")
 
     @property
+    def hands_on_z(self) -> bool:
+        """Whether it returns the z of a run beside its text: a block in its place must, too."""
+        return self.text in ("tap", "inside")
+
+    @property
     def is_stock(self) -> bool:
         """Whether this is an unmodified block class (weights may differ)."""
         return self.text == "own" and not self.ffn
@@ -125,7 +130,7 @@ class Plan(_Record):
     """Number of blocks of each stack of the teacher, in forward order."""
     operations: tuple[Operation, ...] = ()
     history: tuple[dict[str, Any], ...] = ()
-    """Plans by which the teacher itself was made, oldest first."""
+    """Where this plan is a composed one: what was done, oldest first, each in the numbers of its own teacher."""
 
     @property
     def intervals(self) -> tuple[Interval, ...]:
@@ -168,6 +173,35 @@ class Plan(_Record):
         for form in self.forms():
             kept[form.stack].append(form.first)
         return kept
+
+    def compose(self, later: "Plan") -> "Plan":
+        """Return the one plan that does what this one does and then `later`, whose teacher is this one's student.
+
+        Block numbers are those of this plan's teacher; both plans are kept in its history. What `later` removes takes
+        its linear maps along: a text run that vanishes inside an interval, and FFNs of blocks that go.
+        """
+        forms = {stack: [form for form in self.forms() if form.stack == stack] for stack in self.depths}
+        _rule(
+            {stack: len(own) for stack, own in forms.items()} == later.depths,
+            f"the later plan is for a teacher with blocks {later.depths}",
+        )
+        intervals = [*self.intervals]
+        for each in later.intervals:
+            first, last = forms[each.stack][each.first], forms[each.stack][each.last]
+            _rule(first.hands_on_z == last.hands_on_z, f"{each}: a text run begins or ends inside it")
+            whole = Interval(stack=each.stack, first=first.first, last=last.last)
+            intervals = [i for i in intervals if not _covers(whole, i.stack, i.first)] + [whole]
+        runs = [run for run in self.text_runs if not any(_covers(i, run.stack, run.reference, 1) for i in intervals)]
+        runs += [
+            TextRun(stack=r.stack, reference=forms[r.stack][r.reference].first, last=forms[r.stack][r.last].last)
+            for r in later.text_runs
+        ]
+        swaps = [s for s in self.ffn_swaps if not any(_covers(i, s.stack, s.block, 1) for i in intervals)]
+        swaps += [s.model_copy(update={"block": forms[s.stack][s.block].first}) for s in later.ffn_swaps]
+        composed = any("operations" in entry for entry in self.history)
+        added = [later] if composed else [self, later]
+        history = (*self.history, *(plan.model_dump(mode="json", exclude={"history"}) for plan in added))
+        return self.model_copy(update={"history": history}).with_operations([*intervals, *runs, *swaps])
 
     def save(self, path: Path) -> None:
         """Write this plan as JSON."""
@@ -243,6 +277,11 @@ def trained_forms(plans: Iterable[Plan]) -> list[Form]:
                 link = link.previous
             forms.update({link.key: link for link in reversed(chain)})
     return list(forms.values())
+
+
+def _covers(interval: Interval, stack: str, block: int, after: int = 0) -> bool:
+    """Whether `block` is one of the interval's, from the one `after` its first on."""
+    return interval.stack == stack and interval.first + after <= block <= interval.last
 
 
 def _rule(holds: bool, message: str) -> None:

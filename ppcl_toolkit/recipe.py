@@ -44,19 +44,27 @@ class Teacher(Section):
 
 
 class Samples(Section):
-    """What the teacher is run on: its own images of prompts, or image-caption pairs."""
+    """What the teacher is run on: its own images of prompts, its own edits of images, or image-caption pairs."""
 
     prompts: str = "shapes"
     """Text file with one prompt a line, or `shapes`: captions of the embedded world's training side."""
     images: str | None = None
     """Folder of images, each with a .txt caption beside it; replaces `prompts`."""
+    edits: str | None = None
+    """For editing pipelines: folder of images to edit, each with a .txt instruction beside it; replaces `prompts`."""
     count: PositiveInt = 160
     """Samples to record (paper: 160 for calibration)."""
     batch: PositiveInt = 1
-    """Prompts in one call of the pipeline."""
+    """Prompts in one call of the pipeline; pairs with an image go one at a time."""
     sigma_mean: float = 0.0
     sigma_std: PositiveFloat = 1.0
     """Noise levels of training: sigma = sigmoid(normal(mean, std))."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Samples":
+        if self.images and self.edits:
+            raise ValueError("give images (finished ones, with captions) or edits (images to edit), not both")
+        return self
 
 
 class Probe(Section):
@@ -122,12 +130,16 @@ class Training(Section):
     """Largest gradient norm."""
     checkpoint_every: PositiveInt = 200
     """Steps between states on disk."""
-    gradient_checkpointing: bool = False
+
+
+class Distillation(Training):
+    """What training segment by segment adds."""
+
     split: Literal["samples", "segments"] = "samples"
     """What several processes share out: samples, averaging gradients, or whole segments, exchanging nothing."""
 
 
-class Depth(Training):
+class Depth(Distillation):
     """Non-sequential distillation of intervals, Eq. 6 and 7."""
 
     steps: Count = 6000
@@ -138,13 +150,13 @@ class Depth(Training):
     """`student` is sequential distillation; `mixed` goes over to it halfway."""
 
 
-class Width(Training):
+class Width(Distillation):
     """Linear text streams and FFNs, Eq. 8-12."""
 
     steps: Count = 2000
     loss: Lossname = "direction"
     alignment: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the linear alignment loss, Eq. 12."""
+    """Weight of the linear alignment loss, Eq. 12, relative to the energy of what is aligned."""
     text_threshold: Share = 0.999
     """Smallest CKA between the text of a run's reference and of its other blocks."""
     text_blocks: Count = 0
@@ -163,6 +175,10 @@ class Finetune(Training):
 
     steps: Count = 1000
     batch: PositiveInt = 4
+    gradient_checkpointing: bool = False
+    """Recompute the blocks' activations in the backward pass instead of keeping them."""
+    shard: bool = False
+    """Spread weights, gradients and optimizer states over the processes (FSDP)."""
     features: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the feature terms: the depth loss at the end of every interval."""
     feature_loss: Lossname = "relative_mse"
@@ -179,6 +195,8 @@ class Evaluate(Section):
 
     prompts: str = "shapes"
     """Text file with one prompt a line, or `shapes`: captions that no training saw, with their scorer."""
+    edits: str | None = None
+    """For editing pipelines: folder of images to edit, each with a .txt instruction beside it; replaces `prompts`."""
     count: PositiveInt = 70
     seeds: tuple[int, ...] = (0, 1, 2)
     batch: PositiveInt = 1

@@ -84,7 +84,7 @@ def load_compressed(folder: str | Path, *, adapter: Adapter | None = None, **opt
         if plan.is_depth_only:
             return DiffusionPipeline.from_pretrained(folder, **options)
         transformer = _rebuild(folder, plan, adapter or load_adapter(plan.family), options)
-        return _open_with(folder, index, transformer, options)
+        return open_with(folder, index, transformer, options)
     except (OSError, ValueError, RuntimeError) as error:
         raise PpclError(f"{folder} cannot be opened: {error}") from error
 
@@ -122,6 +122,8 @@ def _rebuild(folder: Path, plan: Plan, adapter: Adapter, options: Mapping[str, A
         self.__class__ = stock
         narrow_blocks(self, adapter, plan, calls)
 
+    # Tracing asks torch for its functions, once a process; loaders put others in their place.
+    torch.overrides.get_overridable_functions()
     narrowed.__signature__ = inspect.signature(stock.__init__)  # type: ignore[attr-defined]
     loader: Any = type(stock.__name__, (stock,), {"__init__": narrowed})
     model, report = loader.from_pretrained(folder / "transformer", output_loading_info=True, dtype=dtype, **chosen)
@@ -132,7 +134,7 @@ def _rebuild(folder: Path, plan: Plan, adapter: Adapter, options: Mapping[str, A
     return model
 
 
-def _open_with(
+def open_with(
     folder: Path, index: dict[str, Any], transformer: nn.Module, options: Mapping[str, Any]
 ) -> DiffusionPipeline:
     """Open the folder with `transformer` in place of its own, whose class diffusers would have to run code for."""

@@ -15,9 +15,10 @@ from ppcl_toolkit.errors import PpclError
 COMMANDS = {
     "adapters": set(),
     "compress": {"--recipe", "--out", "--set"},
-    "eval": {"PATHS", "--prompts", "--count", "--seeds", "--batch", "--call", "--out"},
+    "eval": {"PATHS", "--prompts", "--count", "--seeds", "--batch", "--call", "--out", "--suite", "--scores"},
     "export": {"--run", "--target", "--name"},
     "generate": {"PATH", "--prompt", "--seed", "--out", "--call"},
+    "import": {"--from", "--out", "--pipeline"},
     "report": {"--run"},
 }
 
@@ -76,6 +77,11 @@ def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
         (["export", "--run", "nowhere", "--target", "50%"], "expected params="),
         (["eval", "shapes", "--seeds", "one"], "--seeds"),
         (["eval", "shapes", "--call", "steps"], "expected name=value"),
+        (["eval", "shapes", "--suite", "hps"], "there are geneval, dpg"),
+        (["eval", "shapes", "--suite", "dpg"], "--prompts shapes cannot be read"),
+        (["eval", "shapes", "--suite", "dpg", "--seeds", "1,2"], "takes one"),
+        (["eval", "nowhere.txt", "--scores"], "nowhere.txt is no file"),
+        (["import", "--from", "nowhere", "--out", "variant"], "nowhere is no pipeline folder"),
         (["report", "--run", "nowhere"], "nowhere"),
         (["generate", "nowhere/at/all", "--prompt", "x"], "cannot be opened"),
     ],
@@ -127,3 +133,21 @@ evaluate: {{prompts: {tmp_path / "prompts.txt"}, count: 2, seeds: [0], batch: 2}
     )
     assert code == 0, err
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_benchmark_is_drawn_and_its_scores_become_a_table(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red square", "tag": "colors", "include": []}\n')
+    options = ("--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "out", "--call", "num_inference_steps=1")
+    code, out, err = ppcl("eval", "shapes", "--suite", "geneval", *options)
+    assert code == 0, err
+    assert f"for the scorer of geneval: {tmp_path / 'out' / 'geneval' / 'shapes'}" in out
+    assert (tmp_path / "out" / "geneval" / "shapes" / "00000" / "samples" / "0003.png").is_file()
+    for model, score in (("teacher", 88.9), ("student", 86.7)):
+        (tmp_path / f"{model}.txt").write_text(f"Model: {model}\nDPG-Bench score: {score}\n")
+    code, out, err = ppcl("eval", "--scores", tmp_path / "teacher.txt", f"small={tmp_path / 'student.txt'}")
+    assert code == 0, err
+    assert [line.split() for line in out.splitlines()[:3]] == [
+        ["model", "DPG", "R", "%"],
+        ["teacher", "88.9", "(0.00)", "0.00"],
+        ["small", "86.7", "(2.47)", "2.47"],
+    ]

@@ -16,6 +16,7 @@ import tiny
 from ppcl_toolkit.compress import compress, export_target
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.pipeline import load_pipeline
+from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.stages.select import Choice
 
@@ -238,6 +239,31 @@ def test_an_unreachable_target_names_the_nearest_and_keeps_what_is_done(world):
 def stop_at_depth(stage, *_):
     if stage == "depth":
         raise InterruptedError(stage)
+
+
+def test_a_width_pruned_variant_is_compressed_again(world, reference):
+    """Its plan comes on top of the first one; the folder opens as any other, and remembers both."""
+    recipe = Recipe.load(
+        world / "recipe.yaml",
+        [
+            f"teacher.path={reference[1] / 'variants' / 'small'}",
+            "targets=[{name: smaller, params: 80%, width: false}]",
+            "finetune.steps=2",
+            "depth.steps=3",
+        ],
+    )
+    summary = compress(recipe, world / "again")
+    (variant,) = summary["variants"]
+    assert variant["opens"] == "custom"
+    assert variant["params"] <= 0.8 * summary["teacher"]["params"]
+    earlier, plan = (
+        Plan.load(folder / "plan.json") for folder in (reference[1] / "variants" / "small", Path(variant["path"]))
+    )
+    assert plan.depths == earlier.depths
+    assert len(plan.history) == 2
+    assert len(plan.intervals) > len(earlier.intervals)
+    transformer = load_pipeline(variant["path"]).transformer
+    assert sum(parameter.numel() for parameter in transformer.parameters()) == variant["params"]
 
 
 def test_two_processes_make_one_run(world):

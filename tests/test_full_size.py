@@ -1,78 +1,91 @@
-"""Full-size architectures without weights: exact parameter counts of the paper's plans (Eq. 13, 17, 18)."""
+"""Full-size architectures without weights: the exact parameter counts of the paper's plans (Eq. 13, 17, 18)."""
 
-import torch
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
+import pytest
+from diffusers import FluxTransformer2DModel
 
-from ppcl_toolkit.adapter import load_adapter
-from ppcl_toolkit.mechanics.assemble import count_parameters
-from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
+from ppcl_toolkit.adapter import available_adapters, load_adapter
+from ppcl_toolkit.dry_run import dry_run
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.recipe import Recipe, shipped_recipes
 
-DUAL = [(3, 5), (6, 8), (9, 11), (12, 14), (15, 16), (17, 18)]
-SINGLE = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11), (12, 13)]
-SINGLE += [(18, 19), (20, 21), (22, 23), (24, 25), (26, 27), (28, 29), (30, 31)]
-
-
-def flux_call():
-    """An example call of FLUX.1-dev at 1024 x 1024, without data."""
-    shapes = {
-        "hidden_states": (1, 4096, 64),
-        "encoder_hidden_states": (1, 512, 4096),
-        "pooled_projections": (1, 768),
-        "timestep": (1,),
-        "guidance": (1,),
-        "img_ids": (4096, 3),
-        "txt_ids": (512, 3),
-    }
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()} | {"return_dict": False}
+TEACHERS = {
+    "black-forest-labs/FLUX.1-dev": 11_901_408_320,
+    "Freepik/flux.1-lite-8B": 8_163_264_064,
+    "Qwen/Qwen-Image": 20_430_401_088,
+    "Qwen/Qwen-Image-Edit": 20_430_401_088,
+    "Qwen/Qwen-Image-Edit-2509": 20_430_401_088,
+    "stabilityai/stable-diffusion-3.5-large": 8_056_627_520,
+    "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520,
+}
 
 
-def test_flux_dev_and_all_of_the_papers_intervals():
-    flux = load_adapter("flux")
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel(guidance_embeds=True)
-    empty = Plan(family="flux", depths=flux.depths(transformer))
-    assert count_parameters(transformer, flux, empty, flux_call()) == 11_901_408_320
-    intervals = [Interval(stack="transformer_blocks", first=u, last=v) for u, v in DUAL]
-    intervals += [Interval(stack="single_transformer_blocks", first=u, last=v) for u, v in SINGLE]
-    plan = empty.with_operations(intervals)
-    assert sum(interval.removed for interval in plan.intervals) == 10 + 14
-    assert count_parameters(transformer, flux, plan, flux_call()) == 6_520_810_048
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name != "tiny"])
+def test_every_recipe_starts_from_its_teacher_and_asks_for_less(name):
+    recipe = Recipe.load(name)
+    found = dry_run(recipe)
+    assert found.teacher.params == TEACHERS[recipe.teacher.path]
+    sizes = [found.teacher.params, *(variant.params for variant in found.variants)]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+    assert found.memory["streamed"]["depth, 1 device"] < found.memory["resident"]["depth, 1 device"]
+    assert found.disk > 0 and all(hours >= 0 for hours in found.hours.values())
 
 
-def test_flux_lite():
-    flux = load_adapter("flux")
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel(guidance_embeds=True, num_layers=8)
-    empty = Plan(family="flux", depths=flux.depths(transformer))
-    assert count_parameters(transformer, flux, empty, flux_call()) == 8_163_264_064
-
-
-QWEN = [(3, 4), (5, 7), (8, 10), (11, 12), (15, 24), (25, 27), (29, 30)]
-QWEN += [(42, 43), (45, 47), (48, 49), (52, 53), (54, 55), (56, 57)]
+def test_flux_with_all_of_the_papers_intervals():
+    smallest = dry_run(Recipe.load("paper_flux")).variants[-1]
+    assert smallest.params == 6_520_810_048
+    assert smallest.blocks == {"transformer_blocks": 19 - 10, "single_transformer_blocks": 38 - 14}
 
 
 def test_qwen_image_from_20b_to_10b():
-    qwen = load_adapter("qwen_image")
-    with torch.device("meta"):
-        transformer = QwenImageTransformer2DModel()
-    call = {
-        "hidden_states": torch.empty(1, 4096, 64, device="meta"),
-        "encoder_hidden_states": torch.empty(1, 64, 3584, device="meta"),
-        "timestep": torch.empty(1, device="meta"),
-        "img_shapes": [[(1, 64, 64)]],
-        "return_dict": False,
-    }
-    stack = "transformer_blocks"
-    plan = Plan(family="qwen_image", depths=qwen.depths(transformer))
-    assert count_parameters(transformer, qwen, plan, call) == 20_430_401_088
-    intervals = [Interval(stack=stack, first=u, last=v) for u, v in QWEN]
-    plan = plan.with_operations(intervals)
-    assert sum(interval.removed for interval in plan.intervals) == 25
-    assert count_parameters(transformer, qwen, plan, call) == 11_934_618_688
-    runs = [TextRun(stack=stack, reference=r, last=v) for r, v in [(36, 37), (40, 41), (50, 59)]]
-    # The published 10B: in a run the text FFN is gone already.
-    swaps = [FfnSwap(stack=stack, block=2, streams=("image", "text"))]
-    swaps += [FfnSwap(stack=stack, block=b, streams=("image",)) for b in (58, 59)]
-    plan = plan.with_operations([*intervals, *runs, *swaps])
+    found = {variant.name: variant for variant in dry_run(Recipe.load("paper_qwen_image")).variants}
+    assert found["12b"].params == 11_934_618_688
+    assert found["12b"].blocks == {"transformer_blocks": 60 - 25}
     # 10,603,653,184 with the dead text queries and text out-projections that the published weights still carry.
-    assert count_parameters(transformer, qwen, plan, call) == 10_452_608_064
+    assert found["10b"].params == 10_452_608_064
+
+
+def test_flops_are_those_of_the_matrices():
+    """A linear layer of FLUX costs two operations per weight and token; attention comes on top."""
+    found = dry_run(Recipe.load("flux_8b"))
+    tokens, width, blocks = 4096 + 512, 3072, 19 + 38
+    # Per token, both kinds of block: queries, keys, values, the output projection, and the FFN of four times the width.
+    linear = blocks * 2 * (3 + 1 + 8) * width**2 * tokens
+    attention = blocks * 2 * 2 * tokens**2 * width
+    assert found.teacher.teraflops * 1e12 == pytest.approx(linear + attention, rel=0.01)
+
+
+def test_every_shipped_family_can_be_planned_without_a_download():
+    for family in available_adapters():
+        adapter = load_adapter(family)
+        assert adapter.models and adapter.example, family
+
+
+def test_a_folder_with_a_config_is_enough(tmp_path):
+    FluxTransformer2DModel.from_config({"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 1}).save_config(
+        tmp_path / "transformer"
+    )
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"block_out_channels": [8, 8]}')
+    data = {"teacher": {"path": str(tmp_path)}, "targets": [{"name": "half", "params": "70%"}]}
+    call = {"height": 64, "width": 32}
+    small, large = (
+        dry_run(Recipe.model_validate({**data, "teacher": {**data["teacher"], "call": {**call, "width": width}}}))
+        for width in (32, 64)
+    )
+    assert small.teacher.blocks == {"transformer_blocks": 1, "single_transformer_blocks": 2}
+    assert "hidden_states [1, 128, 64]" in small.basis[1]  # 2x2 latents of 2x2 pixels a token
+    assert small.teacher.teraflops < large.teacher.teraflops
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher": {"path": "nobody/nothing"}}, "transformer/config.json cannot be read"),
+        ({"adapter": "sd3"}, "has a FluxTransformer2DModel"),
+        ({"targets": [{"name": "x", "params": "1%"}]}, "the candidates reach"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_clear_error(change, message):
+    recipe = Recipe.load("paper_flux")
+    with pytest.raises(PpclError, match=message):
+        dry_run(Recipe.model_validate({**recipe.model_dump(), **change}))

@@ -17,6 +17,8 @@ PLACES = {
         "ppcl_toolkit/pipeline.py",
         "ppcl_toolkit/variant.py",
         "ppcl_toolkit/modelling.py",
+        "ppcl_toolkit/published.py",
+        "ppcl_toolkit/dry_run.py",
         "ppcl_toolkit/shapes/",
     ),
     "transformers": ("ppcl_toolkit/pipeline.py", "ppcl_toolkit/shapes/"),

@@ -1,37 +1,21 @@
 """Tiny random pipelines made of the real classes, offline: the models of every test."""
 
+import parts
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
-
-
-def byte_characters() -> list[str]:
-    """The 256 characters by which byte-level BPE spells bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [256 + n for n in range(256 - len(printable))]
-    return [chr(code) for code in printable + others]
-
-
-def clip_tokenizer() -> CLIPTokenizer:
-    characters = byte_characters()
-    names = characters + [c + "</w>" for c in characters] + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=77)
-
-
-def t5_tokenizer() -> T5Tokenizer:
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    return T5Tokenizer(vocab=pieces + [(chr(c), -3.0) for c in range(33, 127)], extra_ids=0, model_max_length=64)
-
-
-def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Give every parameter a value that matters: zero gates would hide every mistake."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            scale = 1.0 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-            offset = 1.0 if parameter.ndim == 1 and parameter.mean() > 0.5 else 0.0
-            parameter.copy_(offset + 0.3 * scale * torch.randn(parameter.shape, generator=generator))
-    return module.eval()
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from parts import randomize
 
 
 def flux_transformer(dual: int = 4, single: int = 3) -> FluxTransformer2DModel:
@@ -69,42 +53,130 @@ def flux_inputs(batch: int = 2, image_tokens: int = 9, text_tokens: int = 5, see
     }
 
 
-def flux_pipeline(dual: int = 4, single: int = 3) -> FluxPipeline:
-    transformer = flux_transformer(dual, single)
+def sd3_transformer(layers: int = 4) -> SD3Transformer2DModel:
+    """SD3.5: the first and the third block have a second attention, the last one returns no text."""
     torch.manual_seed(0)
-    clip = CLIPTextConfig(
-        bos_token_id=0,
-        eos_token_id=2,
-        hidden_size=32,
-        intermediate_size=37,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-        pad_token_id=1,
-        vocab_size=1000,
-        projection_dim=32,
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0, 2),
+        qk_norm="rms_norm",
     )
-    t5 = T5Config(vocab_size=200, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
-    vae = AutoencoderKL(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(4,),
-        layers_per_block=1,
-        latent_channels=1,
-        norm_num_groups=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.0609,
-        scaling_factor=1.5035,
+    return randomize(transformer)
+
+
+def sd3_inputs() -> dict:
+    g = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(2, 4, 6, 6, generator=g),
+        "encoder_hidden_states": torch.randn(2, 5, 32, generator=g),
+        "pooled_projections": torch.randn(2, 32, generator=g),
+        "timestep": torch.tensor([300.0, 700.0]),
+        "return_dict": False,
+    }
+
+
+def qwen_image_transformer(layers: int = 4, *, zero_cond_t: bool = False) -> QwenImageTransformer2DModel:
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=1,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        zero_cond_t=zero_cond_t,
     )
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        text_encoder=CLIPTextModel(clip).eval(),
-        text_encoder_2=T5EncoderModel(t5).eval(),
-        tokenizer=clip_tokenizer(),
-        tokenizer_2=t5_tokenizer(),
-        transformer=transformer,
-        vae=vae.eval(),
+    return randomize(transformer)
+
+
+def qwen_image_inputs(references: int = 0) -> dict:
+    """Keyword arguments of one call; `references` counts the images of 2 x 2 tokens behind the noised ones."""
+    g = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(2, 9 + 4 * references, 4, generator=g),
+        "encoder_hidden_states": torch.randn(2, 5, 32, generator=g),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "img_shapes": [[(1, 3, 3), *[(1, 2, 2)] * references]] * 2,
+        "return_dict": False,
+    }
+
+
+def flux_pipeline(dual: int = 4, single: int = 3) -> FluxPipeline:
+    return _finished(FluxPipeline, **_flux_parts(dual, single))
+
+
+def flux_kontext_pipeline() -> FluxKontextPipeline:
+    return _finished(FluxKontextPipeline, **_flux_parts(4, 3))
+
+
+def _flux_parts(dual: int, single: int) -> dict:
+    return {
+        "text_encoder": parts.clip_encoder(),
+        "text_encoder_2": parts.t5_encoder(),
+        "tokenizer": parts.clip_tokenizer(),
+        "tokenizer_2": parts.t5_tokenizer(),
+        "transformer": flux_transformer(dual, single),
+        "vae": parts.vae(),
+    }
+
+
+def sd3_pipeline(layers: int = 4) -> StableDiffusion3Pipeline:
+    return _finished(
+        StableDiffusion3Pipeline,
+        text_encoder=parts.clip_encoder(16, projects=True),
+        text_encoder_2=parts.clip_encoder(16, projects=True),
+        text_encoder_3=parts.t5_encoder(),
+        tokenizer=parts.clip_tokenizer(),
+        tokenizer_2=parts.clip_tokenizer(),
+        tokenizer_3=parts.t5_tokenizer(),
+        transformer=sd3_transformer(layers),
+        vae=parts.vae(4),
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+
+
+def qwen_image_pipeline(layers: int = 4) -> QwenImagePipeline:
+    return _finished(QwenImagePipeline, **_qwen_image_parts(layers))
+
+
+def qwen_image_edit_pipeline() -> QwenImageEditPipeline:
+    return _finished(QwenImageEditPipeline, **_qwen_image_parts(), processor=parts.qwen_processor())
+
+
+def qwen_image_edit_plus_pipeline(*, zero_cond_t: bool = False) -> QwenImageEditPlusPipeline:
+    """Qwen-Image-Edit-2509; with `zero_cond_t` 2511, whose reference tokens are modulated as if nothing was noised."""
+    made = _qwen_image_parts(zero_cond_t=zero_cond_t)
+    return _finished(QwenImageEditPlusPipeline, **made, processor=parts.qwen_processor())
+
+
+def _qwen_image_parts(layers: int = 4, *, zero_cond_t: bool = False) -> dict:
+    return {
+        "text_encoder": parts.qwen_encoder(),
+        "tokenizer": parts.qwen_tokenizer(),
+        "transformer": qwen_image_transformer(layers, zero_cond_t=zero_cond_t),
+        "vae": parts.qwen_vae(),
+    }
+
+
+def _finished(pipeline: type, **modules):
+    made = pipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **modules)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def small_edits(patch=setattr) -> None:
+    """Let the editing pipelines of Qwen-Image bring images to a sixteenth of a million pixels; `patch` sets it."""
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+        dimensions = module.calculate_dimensions
+        patch(module, "calculate_dimensions", lambda area, ratio, own=dimensions: own(area // 16, ratio))

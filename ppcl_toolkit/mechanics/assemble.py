@@ -11,8 +11,8 @@ from ppcl_toolkit.adapter import Adapter, Stack
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.mechanics.capture import Arguments, Streams, stack_calls
 from ppcl_toolkit.mechanics.graph import meta_copy
-from ppcl_toolkit.mechanics.surgery import narrow
-from ppcl_toolkit.plan import Form, Plan
+from ppcl_toolkit.mechanics.surgery import NarrowBlock, narrow
+from ppcl_toolkit.plan import Form, Interval, Plan
 
 Calls = dict[str, tuple[Arguments, Streams]]
 """An example call of a block of each stack, by the stack's path."""
@@ -84,6 +84,24 @@ def drop_blocks(transformer: nn.Module, adapter: Adapter, plan: Plan) -> None:
     _fit(transformer, adapter, state)
 
 
+def standing_in(transformer: nn.Module, adapter: Adapter, form: Form, block: nn.Module) -> nn.Module:
+    """Return `block`, the first of an interval or a copy of it, in the shape that the student has in its place.
+
+    That is another one where the stock class shapes a block by its position: SD3's last one makes no text. Weights are
+    shared, and the transformer is not touched.
+    """
+    if adapter.remap is None or form.first == form.last:
+        return block
+    interval = Interval(stack=form.stack, first=form.first, last=form.last)
+    plan = Plan(family=adapter.family, depths=adapter.depths(transformer), operations=(interval,))
+    student = meta_copy(transformer)
+    blocks = adapter.stack(form.stack).blocks(student)
+    # Modules of its own: what is given keeps its parameters as they are.
+    blocks[form.first] = copy.deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
+    drop_blocks(student, adapter, plan)
+    return blocks[plan.kept()[form.stack].index(form.first)]
+
+
 def narrow_blocks(transformer: nn.Module, adapter: Adapter, plan: Plan, calls: Calls) -> None:
     """Narrow the blocks of a transformer that already has the depth of the student, in place.
 
@@ -153,7 +171,8 @@ def _fit(transformer: nn.Module, adapter: Adapter, state: dict[str, Tensor]) -> 
     for stack in adapter.stacks:
         blocks = stack.blocks(transformer)
         for index, (own, other) in enumerate(zip(blocks, stack.blocks(stock), strict=True)):
-            if _shapes(own) != _shapes(other):
+            # What is narrow already is no matter of its position.
+            if _shapes(own) != _shapes(other) and not isinstance(own, NarrowBlock):
                 blocks[index] = other.train(own.training)
     if adapter.remap is None and _shapes(transformer) != {name: value.shape for name, value in state.items()}:
         different = sorted({name for name, _ in set(_shapes(stock).items()) ^ {(n, v.shape) for n, v in state.items()}})

@@ -68,6 +68,12 @@ def run_block(block: nn.Module, stack: Stack, arguments: Arguments, streams: Str
     return output if "text" in stack.returns else Streams(output.image, streams.text)
 
 
+def predict(transformer: nn.Module, adapter: Adapter, call: Mapping[str, Any]) -> Tensor:
+    """Return the velocity of the noised latents of a call: pipelines throw away that of reference tokens."""
+    velocity: Tensor = transformer(**call)[0]
+    return velocity if adapter.noised is None else velocity[:, : adapter.noised(call)]
+
+
 def stack_calls(
     transformer: nn.Module,
     adapter: Adapter,

@@ -48,8 +48,8 @@ def train_segments(
         start = done
         for count in runner.feed(wanted, own, follow=follow) if own else ():
             before, done = done, start + count
-            if rank == writer and done // settings.checkpoint_every > before // settings.checkpoint_every:
-                loop.save_state(state, done, parts)
+            if done // settings.checkpoint_every > before // settings.checkpoint_every:
+                loop.save_state(state, done, parts, write=rank == writer)
             desk.progress(done, settings.steps, _note(own))
     if rank == writer:
         _bank(own, desk.folder, rank)

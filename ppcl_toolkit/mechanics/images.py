@@ -35,11 +35,21 @@ class Exam:
     batch: int = 1
     call: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the pipeline: steps, guidance, height, width, ..."""
+    edits: tuple[str, ...] = ()
+    """For editing pipelines: the file of the image that each prompt is about; they go one at a time."""
+
+    def call_for(self, index: int) -> dict[str, Any]:
+        """Return the keyword arguments by which the images of a batch that starts at prompt `index` are made."""
+        image = {"image": read_image(Path(self.edits[index]), "evaluate.edits")} if self.edits else {}
+        return {**self.call, **image}
 
 
 def generate_images(pipeline: Any, exam: Exam, folder: Path, progress: Callable[..., None]) -> None:
     """Write the image of every prompt and seed that is not in `folder` yet; `image_path` says where."""
     check_call(pipeline, exam.call)
+    if exam.edits:
+        check_edits(pipeline, "evaluate.edits")
+        assert exam.batch == 1, "editing pipelines take one image at a time"
     pipeline.set_progress_bar_config(disable=True)
     done, total = 0, len(exam.seeds) * len(exam.prompts)
     progress(done, total)
@@ -54,12 +64,24 @@ def generate_images(pipeline: Any, exam: Exam, folder: Path, progress: Callable[
 
 
 def run_pipeline(
-    pipeline: Any, texts: Sequence[str], generators: list[torch.Generator], call: Mapping[str, Any], kind: str
+    pipeline: Any, texts: Sequence[str], generators: list[torch.Generator] | None, call: Mapping[str, Any], kind: str
 ) -> Any:
-    """Return the images (`kind` pil) or final latents (`kind` latent) of a batch of prompts."""
+    """Return the images (`kind` pil) or final latents (`kind` latent) of a batch of prompts.
+
+    Raises `PpclError` where an editing pipeline is given no image and cannot do without.
+    """
     # Pipelines do not repeat a negative prompt by themselves.
     each = {n: [v] * len(texts) for n, v in call.items() if n.startswith("negative_prompt") and isinstance(v, str)}
-    return pipeline(list(texts), generator=generators, **{**call, **each, "output_type": kind}).images
+    asked = {**call, **each, "prompt": list(texts), "generator": generators, "output_type": kind}
+    try:
+        return pipeline(**asked).images
+    except Exception as error:
+        if call.get("image") is None and _takes_image(pipeline):
+            raise PpclError(
+                f"{type(pipeline).__name__} edits images, and fails without one ({error}): give samples.edits and "
+                "evaluate.edits, folders of images with a .txt instruction each"
+            ) from error
+        raise
 
 
 def draw(pipeline: Any, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Image.Image:
@@ -80,6 +102,36 @@ def check_call(pipeline: Any, call: Mapping[str, Any]) -> None:
         if name not in known:
             choices = ", ".join(n for n in known if n not in ("self", "prompt", "generator"))
             raise PpclError(f"{type(pipeline).__name__} takes no argument {name!r}; it takes: {choices}")
+
+
+def check_edits(pipeline: Any, key: str) -> None:
+    """Raise a `PpclError` that names the recipe's `key` for a pipeline that does not edit images."""
+    if not _takes_image(pipeline):
+        raise PpclError(f"{key}: {type(pipeline).__name__} takes no image to edit; give prompts")
+
+
+def read_pairs(folder: str, key: str) -> list[tuple[str, Path]]:
+    """Return the text and the path of every image in `folder`: NAME.png is described by NAME.txt beside it.
+
+    Raises `PpclError`, which names the recipe's `key`, where there is no image or no text.
+    """
+    if not Path(folder).is_dir():
+        raise PpclError(f"{key}: {folder} is no folder")
+    paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    missing = [p.name for p in paths if not p.with_suffix(".txt").exists()]
+    if missing or not paths:
+        lacks = f"no text (.txt) beside {', '.join(missing[:3])}" if missing else "no image in it"
+        raise PpclError(f"{key}: {folder}: {lacks}")
+    return [(p.with_suffix(".txt").read_text().strip(), p) for p in paths]
+
+
+def read_image(path: Path, key: str) -> Image.Image:
+    """Open an image in RGB; one that cannot be read is a `PpclError` that names the recipe's `key`."""
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except OSError as error:
+        raise PpclError(f"{key}: {path} is no image that can be read") from error
 
 
 def generator(seed: int, index: int) -> torch.Generator:
@@ -108,11 +160,15 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+def _takes_image(pipeline: Any) -> bool:
+    return "image" in inspect.signature(type(pipeline).__call__).parameters
+
+
 def _generate_batch(pipeline: Any, exam: Exam, folder: Path, seed: int, chosen: range) -> None:
     texts = [exam.prompts[i] for i in chosen]
     generators = [generator(seed, i) for i in chosen]
     with _timed(pipeline.transformer) as seconds:
-        images = run_pipeline(pipeline, texts, generators, exam.call, "pil")
+        images = run_pipeline(pipeline, texts, generators, exam.call_for(chosen[0]), "pil")
     peak = torch.cuda.max_memory_allocated() if next(pipeline.transformer.parameters()).is_cuda else 0
     # Before the images: whoever finds them finds their times.
     with (folder / "images" / CALLS).open("a") as file:

@@ -4,7 +4,7 @@ The only file that imports accelerate. Weights in training are fp32; under bf16 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +13,9 @@ from typing import Any, Protocol
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.mechanics.capture import map_tensors
@@ -65,7 +68,7 @@ class Optimization:
         loss.backward()
         if self.exchanges:
             average_gradients(self._parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._section.clip or math.inf)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters, self._section.clip or math.inf))
         if not bool(torch.isfinite(norm)):
             self._optimizer.zero_grad(set_to_none=True)
             self.stop(f"the gradient is {float(norm)}")
@@ -95,7 +98,7 @@ class Optimization:
             "done": self.done,
             "stopped": self.stopped,
             "losses": [list(pair) for pair in self.losses],
-            "moments": {str(index): dict(values) for index, values in moments.items()},
+            "moments": {str(i): {n: whole(value) for n, value in values.items()} for i, values in moments.items()},
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -103,7 +106,10 @@ class Optimization:
         self.done, self.stopped = state["done"], state["stopped"]
         self.losses = [(step, loss) for step, loss in state["losses"]]
         groups = self._optimizer.state_dict()["param_groups"]
-        moments = {int(index): values for index, values in state["moments"].items()}
+        moments = {
+            int(index): {name: spread(value, self._parameters[int(index)]) for name, value in values.items()}
+            for index, values in state["moments"].items()
+        }
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
@@ -116,10 +122,40 @@ def learning_rate(step: int, section: Settings) -> float:
     return section.learning_rate * 0.5 * (1 + math.cos(math.pi * min(through, 1.0)))
 
 
-def save_state(path: Path, step: int, parts: Mapping[str, tuple[nn.Module, Optimization]]) -> None:
-    """Write modules and their optimizations after `step` steps, by rename."""
-    states = {n: {"weights": dict(m.state_dict()), "optimization": o.state()} for n, (m, o) in parts.items()}
-    save_tree(path, {"step": step, "parts": states})
+def shard(module: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Spread weights, and with them gradients and moments, over the processes, block by block (FSDP2), in place."""
+    _, count = world()
+    if count > 1:
+        mesh = init_device_mesh(device.type, (count,))
+        for each in [*blocks, module]:
+            fully_shard(each, mesh=mesh)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor of which this process may hold a part; all processes ask together."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this process's part of a tensor, as it has one of `like`."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def save_state(
+    path: Path, step: int, parts: Mapping[str, tuple[nn.Module, Optimization]], *, write: bool = True
+) -> None:
+    """Write modules and their optimizations after `step` steps, by rename.
+
+    Where they are spread over processes, all call this and one of them writes.
+    """
+    states = {
+        name: {"weights": {n: whole(v) for n, v in module.state_dict().items()}, "optimization": optimization.state()}
+        for name, (module, optimization) in parts.items()
+    }
+    if write:
+        save_tree(path, {"step": step, "parts": states})
 
 
 def load_state(path: Path, parts: Mapping[str, tuple[nn.Module, Optimization]]) -> int:
@@ -130,7 +166,9 @@ def load_state(path: Path, parts: Mapping[str, tuple[nn.Module, Optimization]]) 
     if saved["parts"].keys() != parts.keys():
         raise PpclError(f"{path} holds other segments than this run trains; delete it")
     for name, (module, optimization) in parts.items():
-        module.load_state_dict(saved["parts"][name]["weights"], strict=True)
+        own = module.state_dict()
+        weights = {n: spread(v, own[n]) if n in own else v for n, v in saved["parts"][name]["weights"].items()}
+        module.load_state_dict(weights, strict=True)
         optimization.load_state(saved["parts"][name]["optimization"])
     step: int = saved["step"]
     return step
@@ -190,6 +228,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     _, count = world()
     if count > 1:
         for parameter in parameters:
-            if parameter.grad is not None:
+            # Gradients of weights that are spread over the processes are means already.
+            if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= count

@@ -36,15 +36,6 @@ def direction_magnitude(student: Streams, target: Streams) -> Tensor:
     return _over_streams(student, target, lambda s, t: _direction(s, t) + _magnitude(s, t))
 
 
-def alignment(student: Streams, target: Streams) -> Tensor:
-    """Compare values without any scaling, the term of linear maps: |s - t|^2 (Eq. 12).
-
-    Averaged over features, tokens and batch, which the paper leaves open: so the term's weight beside Eq. 11 does not
-    depend on widths and lengths.
-    """
-    return _over_streams(student, target, functional.mse_loss)
-
-
 LOSSES: Mapping[str, Loss] = MappingProxyType(
     {"direction": direction, "relative_mse": relative_mse, "direction_magnitude": direction_magnitude}
 )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Adapter, Stack
-from ppcl_toolkit.mechanics.capture import Arguments, Streams, joint_text, map_tensors, run_block, stack_calls
+from ppcl_toolkit.mechanics.capture import Arguments, Streams, joint_text, map_tensors, predict, run_block, stack_calls
 
 Batch = Mapping[str, Any]
 """Keyword arguments of one forward call of the transformer."""
@@ -33,6 +33,12 @@ class Reading(NamedTuple):
     """The teacher's streams out of its last block."""
     packed_text: Tensor | None = None
     """For a reader with a reference: the reference's h and z of Eq. 8, along the tokens, [B, 2N, D]."""
+    text_tokens: int | None = None
+    """N of the text itself: between the blocks of a teacher whose text is narrow already, z travels behind it."""
+
+    def own(self, streams: Streams) -> Streams:
+        """Return the streams without what travels behind the text."""
+        return Streams(streams.image, None if streams.text is None else streams.text[:, : self.text_tokens])
 
 
 class Reader(Protocol):
@@ -100,14 +106,13 @@ class Runner:
 
     @torch.no_grad()
     def velocity(self, batch: Batch) -> Tensor:
-        """Return what the whole teacher predicts for one batch."""
+        """Return what the whole teacher predicts for the noised latents of one batch."""
         with contextlib.ExitStack() as visits:
             if self.schedule.streamed:
                 for stack in self.adapter.stacks:
                     for block in stack.blocks(self.transformer):
                         visits.enter_context(_visited(block, self.schedule))
-            output: Tensor = self.transformer(**_to(batch, self.schedule.device))[0]
-        return output
+            return predict(self.transformer, self.adapter, _to(batch, self.schedule.device))
 
 
 @dataclass(slots=True)
@@ -117,6 +122,7 @@ class _Passage:
     arguments: list[Arguments]
     streams: Streams
     student: Streams | None
+    text_tokens: int | None = None
     opened: dict[int, Streams] = field(default_factory=dict)
     z: dict[int, Tensor] = field(default_factory=dict)
     h: dict[int, Tensor] = field(default_factory=dict)
@@ -173,7 +179,9 @@ def _enter(
     if follow:
         own = before[1] if before[1] is not None else before[0]
         student = stack_calls(transformer, adapter, stack.path, batch, _to(own, schedule.device)).streams
-    return _to(_Passage(calls.arguments, calls.streams, student), schedule.rest)
+    text = calls.streams.text
+    passage = _Passage(calls.arguments, calls.streams, student, None if text is None else text.shape[1])
+    return _to(passage, schedule.rest)
 
 
 def _through(
@@ -220,7 +228,9 @@ def _read(reader: Reader, passage: _Passage, schedule: Schedule) -> None:
     packed = None
     if reader.reference is not None:
         packed = torch.cat([passage.h[reader.reference[1]], passage.z[reader.reference[0]]], dim=1)
-    found = Reading(passage.arguments[reader.first], passage.opened[reader.first], passage.streams, packed)
+    found = Reading(
+        passage.arguments[reader.first], passage.opened[reader.first], passage.streams, packed, passage.text_tokens
+    )
     reading = Reading(*_to(tuple(found), schedule.device))
     reader.read(reading)
     if passage.student is not None:
@@ -260,7 +270,8 @@ def _place(schedule: Schedule, device: torch.device, block: nn.Module, readers: 
 
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, _Passage):
-        return _Passage(_to(value.arguments, device), _to(value.streams, device), _to(value.student, device))
+        arguments, streams, student = (_to(each, device) for each in (value.arguments, value.streams, value.student))
+        return _Passage(arguments, streams, student, value.text_tokens)
     return map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 

@@ -38,13 +38,13 @@ ARTICLES = ("a", "one", "a single")
 
 # How often training draws each category: the harder ones more often.
 CATEGORIES = {
-    "single_object": 0.04,
-    "two_object": 0.09,
-    "counting": 0.10,
-    "colors": 0.08,
-    "position": 0.29,
-    "attribute_binding": 0.27,
-    "text": 0.13,
+    "single_object": 0.03,
+    "two_object": 0.07,
+    "counting": 0.09,
+    "colors": 0.07,
+    "position": 0.16,
+    "attribute_binding": 0.20,
+    "text": 0.38,
 }
 
 # Rows of a letter from top to bottom, 3 cells each; every letter fills its 3x5 box and is 8-connected.

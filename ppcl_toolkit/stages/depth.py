@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ppcl_toolkit.adapter import Stack
+from ppcl_toolkit.mechanics.assemble import standing_in
 from ppcl_toolkit.mechanics.capture import run_block
 from ppcl_toolkit.mechanics.distill import finish, train_segments
 from ppcl_toolkit.mechanics.loop import Optimization
@@ -45,7 +46,13 @@ def distill_depth(runner: Runner, plans: Sequence[Plan], batches: Batches, secti
 
 
 def initial_students(runner: Runner, forms: Sequence[Form], batches: Batches, init: str) -> list[nn.Module]:
-    """Return the block that each interval's student starts from: a copy of block u, of the best block, or the mean."""
+    """Return what each interval's student starts from: block u, the best block or the mean, shaped for its place."""
+    starts = _starts(runner, forms, batches, init)
+    transformer, adapter = runner.transformer, runner.adapter
+    return [standing_in(transformer, adapter, form, start) for form, start in zip(forms, starts, strict=True)]
+
+
+def _starts(runner: Runner, forms: Sequence[Form], batches: Batches, init: str) -> list[nn.Module]:
     runs = [list(runner.blocks(form.stack))[form.first : form.last + 1] for form in forms]
     if init == "average":
         return [_average(run) for run in runs]
@@ -71,8 +78,9 @@ class _BestBlock:
     def read(self, reading: Reading) -> None:
         for block, moments in zip(self._run, self._moments, strict=True):
             output = run_block(block, self.stack, reading.arguments, reading.inputs)
-            for name, x in output.of(self.stack.streams).items():
-                moments.setdefault(name, Moments.zeros(x.shape[-1], x.device)).add(x, getattr(reading.target, name))
+            for name, y in reading.target.of(self.stack.streams).items():
+                x = getattr(output, name)
+                moments.setdefault(name, Moments.zeros(x.shape[-1], x.device)).add(x, y)
 
     def place(self, device: torch.device) -> None:
         for block in self._run:

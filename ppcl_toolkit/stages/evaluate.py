@@ -4,6 +4,7 @@ Images lie in `<folder>/images/seed-<s>/<prompt>.png`, figures in `<folder>/meas
 same exam is kept, so a killed run goes on. Run as a module, this file is the fresh process whose memory is measured.
 
     evaluate: {prompts: shapes, count: 70, seeds: [0, 1, 2], batch: 35}
+    evaluate: {edits: folder}   # editing pipelines: NAME.png is edited as NAME.txt says
 """
 
 import dataclasses
@@ -23,9 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.capture import map_tensors
-from ppcl_toolkit.mechanics.images import CALLS, Exam, generate_images, image_path, image_rmse, pixels, run_pipeline
+from ppcl_toolkit.mechanics.capture import map_tensors, predict
+from ppcl_toolkit.mechanics.images import (
+    CALLS,
+    Exam,
+    generate_images,
+    image_path,
+    image_rmse,
+    pixels,
+    read_pairs,
+    run_pipeline,
+)
 from ppcl_toolkit.pipeline import default_call, load_pipeline, resolve
 from ppcl_toolkit.recipe import Evaluate
 from ppcl_toolkit.shapes import scenes, score
@@ -67,6 +78,10 @@ class Measurement:
 
 def examine(section: Evaluate, call: Mapping[str, Any]) -> Exam:
     """Return the exam that a recipe asks for."""
+    if section.edits:
+        pairs = read_pairs(section.edits, "evaluate.edits")[: section.count]
+        texts, edits = tuple(text for text, _ in pairs), tuple(str(path) for _, path in pairs)
+        return Exam(prompts=texts, scored=False, seeds=section.seeds, call=dict(call), edits=edits)
     scored = section.prompts == "shapes"
     prompts = _captions(section.count) if scored else _lines(Path(section.prompts))[: section.count]
     return Exam(prompts=tuple(prompts), scored=scored, seeds=section.seeds, batch=section.batch, call=dict(call))
@@ -124,12 +139,12 @@ def compare(student: Path, reference: Path, *, velocity_error: float | None = No
     return compared
 
 
-def velocities(transformer: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+def velocities(transformer: torch.nn.Module, adapter: Adapter, batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
     """Return what `transformer` predicts for each batch of its keyword arguments, on the CPU in fp32."""
     device = next(transformer.parameters()).device
     with torch.no_grad():
         moved = (map_tensors(dict(batch), lambda tensor: tensor.to(device)) for batch in batches)
-        return [transformer(**{**batch, "return_dict": False})[0].float().cpu() for batch in moved]
+        return [predict(transformer, adapter, batch).float().cpu() for batch in moved]
 
 
 def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
@@ -229,11 +244,10 @@ def _resident_growth(source: str, exam: Exam, dtype: torch.dtype) -> int | None:
     """Return the bytes by which a fresh process grows that opens `source` and makes one batch; None where unknown."""
     if not Path("/proc/self/clear_refs").exists():
         return None
-    request = {"source": source, "prompts": exam.prompts[: exam.batch], "dtype": str(dtype).removeprefix("torch.")}
+    first = dataclasses.replace(exam, prompts=exam.prompts[: exam.batch], edits=exam.edits[: exam.batch])
+    request = {"source": source, "dtype": str(dtype).removeprefix("torch."), "exam": dataclasses.asdict(first)}
     command = [sys.executable, "-m", "ppcl_toolkit.stages.evaluate"]
-    done = subprocess.run(
-        command, input=json.dumps({**request, "call": dict(exam.call)}), text=True, capture_output=True, check=False
-    )
+    done = subprocess.run(command, input=json.dumps(request), text=True, capture_output=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         raise PpclError(f"{source}: a fresh process could not make one batch to measure its memory: {reason}")
@@ -242,6 +256,7 @@ def _resident_growth(source: str, exam: Exam, dtype: torch.dtype) -> int | None:
 
 def _measure_own_growth() -> None:
     request = json.load(sys.stdin)
+    exam = Exam(**request["exam"])
     index = json.loads((Path(resolve(request["source"])) / "model_index.json").read_text())
     # Code is no part of the model: import it before the growth is counted.
     parts = [part for part in index.values() if isinstance(part, list)]
@@ -252,9 +267,9 @@ def _measure_own_growth() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     pipeline = load_pipeline(request["source"], getattr(torch, request["dtype"]))
     # One step is enough: every further one reuses the memory of the first.
-    call = {**{k: v for k, v in request["call"].items() if k != "sigmas"}, "num_inference_steps": 1}
-    texts = request["prompts"]
-    run_pipeline(pipeline, texts, [torch.Generator().manual_seed(i) for i in range(len(texts))], call, "pil")
+    call = {**{k: v for k, v in exam.call_for(0).items() if k != "sigmas"}, "num_inference_steps": 1}
+    generators = [torch.Generator().manual_seed(i) for i in range(len(exam.prompts))]
+    run_pipeline(pipeline, exam.prompts, generators, call, "pil")
     sys.stdout.write(f"\n{_status('VmHWM') - before}\n")
 
 

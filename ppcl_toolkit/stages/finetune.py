@@ -15,7 +15,7 @@ from torch.nn import functional
 from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.mechanics import loop
 from ppcl_toolkit.mechanics.assemble import student_blocks, student_of
-from ppcl_toolkit.mechanics.capture import Streams, unpack
+from ppcl_toolkit.mechanics.capture import Streams, predict, unpack
 from ppcl_toolkit.mechanics.losses import LOSSES
 from ppcl_toolkit.mechanics.noise import Batches
 from ppcl_toolkit.mechanics.schedule import Runner
@@ -32,10 +32,7 @@ def finetune(runner: Runner, plan: Plan, bank: Bank, batches: Batches, section: 
 
     The loss is the mean squared velocity error, plus `features` times the depth loss at the end of every interval.
     """
-    student = student_of(runner.transformer, runner.adapter, plan, bank, batches[0])
-    student.float().requires_grad_(True).train()
-    if section.gradient_checkpointing:
-        student.enable_gradient_checkpointing()  # type: ignore[operator]
+    student = _student(runner, plan, bank, batches, section)
     parts = {"student": (student, loop.Optimization("fine-tuning", [student], section))}
     optimization = parts["student"][1]
     state = desk.folder / "state.safetensors.tmp"
@@ -47,11 +44,12 @@ def finetune(runner: Runner, plan: Plan, bank: Bank, batches: Batches, section: 
         optimization.step(loss)
         if optimization.stopped:
             break
-        if optimization.done % section.checkpoint_every == 0 and loop.is_main():
-            loop.save_state(state, optimization.done, parts)
+        if optimization.done % section.checkpoint_every == 0:
+            loop.save_state(state, optimization.done, parts, write=loop.is_main())
         desk.progress(optimization.done, section.steps, f"loss {optimization.losses[-1][1]:.4g}")
+    weights = {name: loop.whole(value).to(batches.dtype) for name, value in student.state_dict().items()}
     if loop.is_main():
-        save_tree(desk.folder / _WEIGHTS, {n: v.to(batches.dtype) for n, v in student.state_dict().items()})
+        save_tree(desk.folder / _WEIGHTS, weights)
         (desk.folder / "losses.json").write_text(json.dumps(optimization.losses))
         state.unlink(missing_ok=True)
     return [optimization.stopped] if optimization.stopped else []
@@ -63,6 +61,20 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
+def _student(runner: Runner, plan: Plan, bank: Bank, batches: Batches, section: Finetune) -> nn.Module:
+    """Assemble a student, with fp32 masters and ready to train."""
+    student = student_of(runner.transformer, runner.adapter, plan, bank, batches[0])
+    if section.shard:
+        student.cpu()  # what is spread over the processes need not be whole on any device
+    student.float().requires_grad_(True).train()
+    if section.gradient_checkpointing:
+        student.enable_gradient_checkpointing()  # type: ignore[operator]
+    if section.shard:
+        blocks = [block for block, _ in student_blocks(student, runner.adapter, plan)]
+        loop.shard(student, blocks, runner.schedule.device)
+    return student.to(runner.schedule.device)
+
+
 def _loss(runner: Runner, student: nn.Module, plan: Plan, batch: dict[str, Any], section: Finetune) -> Tensor:
     ends = [form for form in plan.forms() if form.last > form.first] if section.features else []
     teacher_blocks = [(runner.blocks(f.stack)[f.last], runner.adapter.stack(f.stack)) for f in ends]
@@ -71,7 +83,7 @@ def _loss(runner: Runner, student: nn.Module, plan: Plan, batch: dict[str, Any],
     with _outputs(teacher_blocks) as wanted:
         velocity = runner.velocity(batch)
     with _outputs(student_ends) as found:
-        loss = functional.mse_loss(student(**batch)[0].float(), velocity.float())
+        loss = functional.mse_loss(predict(student, runner.adapter, batch).float(), velocity.float())
     for form, output, target in zip(ends, found, wanted, strict=True):
         loss = loss + section.features * _feature(form, output, target, section)
     return loss

@@ -5,7 +5,7 @@ N tokens, D features. A curve [M, M] holds cka(u, k) in row u, column k.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self, final
@@ -97,10 +97,14 @@ class CkaReader:
         self._chains = chains
         self._weights = weights
         self._batches = 0
+        self.hands_on_z = False
+        """Whether more than the text leaves this block: it is in a text run of a teacher that is narrow already."""
 
     def read(self, reading: Reading) -> None:
         """Take one batch's output."""
-        outputs = reading.target.of(self.stack.streams)
+        outputs = reading.own(reading.target).of(self.stack.streams)
+        text = reading.target.text
+        self.hands_on_z = text is not None and text.shape[1] != reading.text_tokens
         for stream, chain in self._chains.items():
             if stream in outputs:
                 weight = self._weights.get((self.stack.path, self.last, stream))
@@ -194,7 +198,9 @@ def find_intervals(
     for done in runner.feed(batches(0, settings.batches), readers):
         progress(done, settings.batches)
     curves = {path: _curves(by_stream) for path, by_stream in chains.items()}
-    intervals = {path: _intervals(path, found[settings.stream], settings) for path, found in curves.items()}
+    carrying = {(reader.stack.path, reader.last) for reader in readers if reader.hands_on_z}
+    found = {path: _intervals(path, own[settings.stream], settings) for path, own in curves.items()}
+    intervals = {path: _within_runs(own, carrying, settings) for path, own in found.items()}
     return Candidates(intervals, tuple(_text_runs(adapter, curves, text_threshold)), curves)
 
 
@@ -218,6 +224,20 @@ def _intervals(path: str, curves: Curves, settings: Intervals) -> tuple[Interval
     else:
         spans = trend_intervals(curves.delta, first_block)
     return tuple(Interval(stack=path, first=u, last=v) for u, v in spans if u < v)
+
+
+def _within_runs(
+    intervals: tuple[Interval, ...], carrying: Collection[tuple[str, int]], settings: Intervals
+) -> tuple[Interval, ...]:
+    """End intervals where their last block returns what the first one does: both with the z of a run, or neither."""
+    kept = []
+    for interval in intervals:
+        first = (interval.stack, interval.first) in carrying
+        ends = [v for v in range(interval.first + 1, interval.last + 1) if ((interval.stack, v) in carrying) == first]
+        if settings.strategy == "given" and interval.last not in ends:
+            raise PpclError(f"{interval}: a text run of the teacher begins or ends inside it")
+        kept += [interval.model_copy(update={"last": ends[-1]})] if ends else []
+    return tuple(kept)
 
 
 def _text_runs(adapter: Adapter, curves: Mapping[str, Mapping[str, Curves]], threshold: float) -> Iterator[TextRun]:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Stack
+from ppcl_toolkit.mechanics.capture import Streams
 from ppcl_toolkit.mechanics.moments import Moments
 from ppcl_toolkit.mechanics.schedule import Batch, Reading, Runner
 from ppcl_toolkit.recipe import Probe
@@ -134,7 +135,7 @@ def fit_probes(
 
 def _pairs(reading: Reading) -> dict[str, tuple[Tensor, Tensor]]:
     """Input and output of each stream that a block both takes and returns."""
-    pairs = zip(reading.inputs._fields, reading.inputs, reading.target, strict=True)
+    pairs = zip(Streams._fields, reading.own(reading.inputs), reading.own(reading.target), strict=True)
     return {stream: (x, y) for stream, x, y in pairs if x is not None and y is not None}
 
 

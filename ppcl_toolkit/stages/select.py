@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.mechanics import loop
-from ppcl_toolkit.mechanics.assemble import example_calls
+from ppcl_toolkit.mechanics.assemble import example_calls, standing_in
 from ppcl_toolkit.mechanics.capture import bind, passing, rerouted, run_block
 from ppcl_toolkit.mechanics.moments import Moments
 from ppcl_toolkit.mechanics.noise import Batches
@@ -130,7 +130,7 @@ def choose(
             allowed = target.width or isinstance(candidate.operation, Interval)
             wider = _extended(taken, candidate.operation, width) if allowed else None
             # A candidate may save nothing beside those that are taken already.
-            if wider is not None and size(wider) < left:
+            if wider is not None and _fits(wider, left, size):
                 chosen.append(candidate)
                 taken = wider
         left = size(taken)
@@ -163,7 +163,7 @@ class Sizes:
 
     def __init__(self, runner: Runner, example: Mapping[str, Any]) -> None:
         self._runner, self._example = runner, example
-        self._narrow: dict[tuple[Any, ...], int] = {}
+        self._known: dict[tuple[Any, ...], int] = {}
         self._rest = _size(runner.transformer) - sum(
             _size(block) for stack in runner.adapter.stacks for block in runner.blocks(stack.path)
         )
@@ -173,14 +173,13 @@ class Sizes:
         return self._rest + sum(self._block(form) for form in plan.forms())
 
     def _block(self, form: Form) -> int:
-        block = self._runner.blocks(form.stack)[form.first]
-        if form.is_stock:
-            return _size(block)
-        key = (form.stack, form.first, form.text, form.ffn)
-        if key not in self._narrow:
-            stack = self._runner.adapter.stack(form.stack)
-            self._narrow[key] = _size(_thin(block, stack, form, self._example[form.stack]))
-        return self._narrow[key]
+        key = (form.stack, form.first, form.last, form.text, form.ffn)
+        if key not in self._known:
+            block = _placed(self._runner, form)
+            if not form.is_stock:
+                block = _thin(block, self._runner.adapter.stack(form.stack), form, self._example[form.stack])
+            self._known[key] = _size(block)
+        return self._known[key]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +236,14 @@ def _extended(plan: Plan, operation: Candidate, width: Width) -> Plan | None:
     return wider if within or width.given else None
 
 
+def _fits(plan: Plan, below: int, size: Callable[[Plan], int]) -> bool:
+    """Whether `plan` saves something: an interval may leave its block without the text FFN that is to become linear."""
+    try:
+        return size(plan) < below
+    except PpclError:
+        return False
+
+
 @dataclass(slots=True)
 class _Stand:
     """What takes the place of a candidate's blocks while it is measured."""
@@ -263,7 +270,8 @@ def _substitute(runner: Runner, plan: Plan, candidate: Candidate, example: dict[
         run = list(blocks)[candidate.first : candidate.last + 1]
         affine = _Affine(stack, candidate, run[0])
         forwards = [(run[0], affine.forward), *((block, passing(block, stack)) for block in run[1:])]
-        return _Stand(forwards, [affine], sum(_size(block) for block in run[1:]))
+        student = _placed(runner, Form(stack.path, candidate.first, candidate.last))
+        return _Stand(forwards, [affine], sum(_size(block) for block in run) - _size(student))
     forwards, readers, saves = [], [], 0
     for form in plan.with_operations([candidate]).forms():
         if form.stack == candidate.stack and not form.is_stock:
@@ -291,9 +299,9 @@ class _Affine:
 
     def read(self, reading: Reading) -> None:
         output = run_block(self._block, self.stack, reading.arguments, reading.inputs)
-        for name, x in output.of(self.stack.streams).items():
-            moments = self._moments.setdefault(name, Moments.zeros(x.shape[-1], x.device))
-            moments.add(x, getattr(reading.target, name))
+        for name, y in reading.target.of(self.stack.streams).items():
+            x = getattr(output, name)
+            self._moments.setdefault(name, Moments.zeros(x.shape[-1], x.device)).add(x, y)
 
     def place(self, device: torch.device) -> None:
         self._block.to(device)
@@ -310,8 +318,15 @@ class _Affine:
         return tuple(mapped) if isinstance(output, tuple) else mapped[0]
 
     def _map(self, name: str, x: Tensor) -> Tensor:
+        if name not in self._maps:  # Nobody reads the text behind SD3's last block.
+            return x
         weight = self._maps[name].to(x)
         return x + x @ weight[:, :-1].T + weight[:, -1]
+
+
+def _placed(runner: Runner, form: Form) -> nn.Module:
+    """Return the block of a form as it stands in the student, before anything of it is narrow."""
+    return standing_in(runner.transformer, runner.adapter, form, runner.blocks(form.stack)[form.first])
 
 
 def _thin(block: nn.Module, stack: Stack, form: Form, example: tuple[Any, Any]) -> nn.Module:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from ppcl_toolkit.mechanics import loop
-from ppcl_toolkit.mechanics.assemble import example_calls
+from ppcl_toolkit.mechanics.assemble import example_calls, standing_in
 from ppcl_toolkit.mechanics.distill import finish, train_segments
 from ppcl_toolkit.mechanics.loop import Optimization
 from ppcl_toolkit.mechanics.losses import LOSSES
@@ -45,7 +45,7 @@ def narrow_block(runner: Runner, form: Form, bank: Mapping[str, dict[str, Tensor
     """Return a block of `form` in fp32, with the weights of its wider form and new linear maps at zero."""
     arguments, streams = example[form.stack]
     stack = runner.adapter.stack(form.stack)
-    block = copy.deepcopy(runner.blocks(form.stack)[form.first])
+    block = _stock_block(runner, form)
     narrow(block, stack, form, arguments, streams)
     copy_weights(wider_block(runner, form, bank, example), block.float())
     return block
@@ -55,11 +55,16 @@ def wider_block(runner: Runner, form: Form, bank: Mapping[str, dict[str, Tensor]
     """Return the block, in fp32, that `form` is narrowed from: the teacher's own, or the bank's."""
     wider = form.previous
     assert wider is not None
-    block = copy.deepcopy(runner.blocks(form.stack)[wider.first])
+    block = _stock_block(runner, wider)
     if not wider.is_teacher:
         narrow(block, runner.adapter.stack(form.stack), wider, *example[form.stack])
         block.float().load_state_dict(bank[wider.key], strict=True)
     return block.float()
+
+
+def _stock_block(runner: Runner, form: Form) -> nn.Module:
+    block = copy.deepcopy(runner.blocks(form.stack)[form.first])
+    return standing_in(runner.transformer, runner.adapter, form, block)
 
 
 def _segments(runner: Runner, forms: Sequence[Form], bank: Bank, batches: Batches, section: Width) -> list[Segment]:

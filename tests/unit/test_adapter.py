@@ -25,6 +25,12 @@ def test_every_available_adapter_loads_and_knows_its_stacks():
             assert adapter.stack(stack.path) is stack
 
 
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "sd3"])
+def test_a_shipped_family_is_picked_by_the_class_of_the_transformer(family):
+    adapter = load_adapter(family)
+    assert adapter_for(adapter.transformer) is adapter
+
+
 def test_an_adapter_of_ones_own_is_named_by_module_and_name(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_family.py").write_text(

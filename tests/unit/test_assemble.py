@@ -1,12 +1,13 @@
 """Students made of whole transformers: no bit changes without a plan, and every plan gives what its blocks give."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from families import SD3, TRANSFORMERS, sd3_inputs, sd3_transformer
-from tiny import flux_inputs, flux_transformer, randomize
+from families import SD3, TRANSFORMERS
+from tiny import flux_inputs, flux_transformer, randomize, sd3_inputs, sd3_transformer
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ppcl_toolkit.adapter import load_adapter
@@ -17,10 +18,11 @@ from ppcl_toolkit.mechanics.assemble import (
     example_calls,
     load_bank,
     reshape,
+    standing_in,
     student_blocks,
 )
 from ppcl_toolkit.mechanics.graph import meta_copy
-from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
+from ppcl_toolkit.plan import FfnSwap, Form, Interval, Plan, TextRun
 
 STACK = "transformer_blocks"
 OPERATIONS = (
@@ -171,29 +173,36 @@ def test_position_dependent_block_needs_a_remap():
     """SD3's last block returns no text: an interval that ends there cannot keep its first block as it is."""
     transformer = sd3_transformer(4)
     plan = plan_for(transformer, SD3, Interval(stack=STACK, first=2, last=3))
+    without = dataclasses.replace(SD3, remap=None)
     with pytest.raises(PpclError, match="has other weights and no remap"):
-        reshape(copy.deepcopy(transformer), SD3, plan, sd3_inputs())
-
-    def remap(config, state, kept):
-        assert (config["num_layers"], list(kept[STACK])) == (3, [0, 1, 2])
-        last = f"{STACK}.{config['num_layers'] - 1}."
-        for name in [name for name in state if name.startswith((f"{last}ff_context", f"{last}attn.to_add_out"))]:
-            del state[name]
-        for name in (f"{last}norm1_context.linear.weight", f"{last}norm1_context.linear.bias"):
-            shift, scale = state[name].chunk(6)[:2]
-            state[name] = torch.cat([scale, shift])
-
-    adapter = copy.copy(SD3)
-    object.__setattr__(adapter, "remap", remap)
+        reshape(copy.deepcopy(transformer), without, plan, sd3_inputs())
     kept = transformer.transformer_blocks[2]
-    reshape(transformer, adapter, plan, sd3_inputs())
+    reshape(transformer, SD3, plan, sd3_inputs())
     last = transformer.transformer_blocks[2]
     assert last.context_pre_only
+    assert last.use_dual_attention
+    assert transformer.config["dual_attention_layers"] == (0, 2)
     assert not any(value.is_meta for value in transformer.state_dict().values())
-    calls = example_calls(transformer, adapter, sd3_inputs())[STACK]
+    calls = example_calls(transformer, SD3, sd3_inputs())[STACK]
     with torch.no_grad():
         streams = dict(zip(("hidden_states", "encoder_hidden_states"), calls[1], strict=True))
         assert torch.allclose(last(**calls[0], **streams)[1], kept(**calls[0], **streams)[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("last", [2, 3])
+def test_a_student_has_the_shape_of_its_place(last):
+    transformer = sd3_transformer(4)
+    before = dict(transformer.named_parameters())
+    form = Form(STACK, 1, last)
+    student = transformer.transformer_blocks[1]
+    found = standing_in(transformer, SD3, form, student)
+    assert dict(transformer.named_parameters()).items() == before.items()
+    plan = plan_for(transformer, SD3, Interval(stack=STACK, first=1, last=last))
+    stock = copy.deepcopy(transformer)
+    reshape(stock, SD3, plan, sd3_inputs())
+    load_bank(stock, SD3, plan, {form.key: found.state_dict()})
+    assert all(torch.equal(v, stock.transformer_blocks[1].state_dict()[n]) for n, v in found.state_dict().items())
+    assert found.context_pre_only == (last == 3)
 
 
 def test_plan_for_another_teacher_is_refused(flux):

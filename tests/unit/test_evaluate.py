@@ -8,6 +8,7 @@ import tiny
 import torch
 from PIL import Image
 
+from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.mechanics.images import Exam, generate_images, image_path, pixels
 from ppcl_toolkit.recipe import Evaluate
@@ -73,7 +74,7 @@ def test_another_pipeline_differs_and_is_measured_again(tmp_path):
 def test_the_velocity_error_is_the_relative_norm():
     transformer = tiny.flux_transformer(2, 2)
     batches = [tiny.flux_inputs(seed=seed) for seed in range(2)]
-    found = velocities(transformer, batches)
+    found = velocities(transformer, load_adapter("flux"), batches)
     assert relative_error(found, found) == 0
     assert relative_error([1.1 * v for v in found], found) == pytest.approx(0.1, rel=1e-5)
     with torch.no_grad():

@@ -8,6 +8,7 @@ import tiny
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from runs import DUAL, FLUX, SINGLE, batches, equal
+from safetensors.torch import load_file, save_file
 
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.mechanics.assemble import reshape
@@ -151,7 +152,7 @@ def test_a_wrong_adapter_is_refused(saved, tmp_path, monkeypatch):
         "from ppcl_toolkit.adapter import Adapter\nOTHER = Adapter(family='other', transformer='Other', stacks=())\n"
     )
     message = refusal(saved, adapter="other_family:OTHER")
-    assert message == "adapter 'other' is for Other, the teacher has a FluxTransformer2DModel"
+    assert message == "adapter 'other_family:OTHER' is for Other, the teacher has a FluxTransformer2DModel"
     assert "unknown adapter 'fluxx'; available: " in refusal(saved, adapter="fluxx")
 
 
@@ -164,13 +165,52 @@ def test_a_quantised_teacher_is_refused(saved, monkeypatch):
     assert "a quantised teacher cannot be distilled" in refusal(saved)
 
 
+def test_quantised_weights_are_refused_before_they_are_loaded(broken):
+    config = broken / "transformer" / "config.json"
+    quantised = {**json.loads(config.read_text()), "quantization_config": {"quant_method": "bitsandbytes"}}
+    config.write_text(json.dumps(quantised))
+    assert "a quantised teacher cannot be distilled" in refusal(broken)
+    assert "config says bitsandbytes" in refusal(broken)
+
+
+def test_weights_of_other_types_are_refused(saved, monkeypatch):
+    import ppcl_toolkit.pipeline as module
+
+    pipeline = load_pipeline(str(saved))
+    pipeline.transformer.proj_out.to(torch.float8_e4m3fn)
+    monkeypatch.setattr(module, "load_pipeline", lambda *_: pipeline)
+    assert "proj_out.weight is a Tensor of torch.float8_e4m3fn" in refusal(saved)
+
+
+def test_lora_adapters_are_refused_with_what_to_do(broken):
+    state = load_file(broken / WEIGHTS)
+    name = "transformer_blocks.0.attn.to_q"
+    state[f"{name}.base_layer.weight"] = state.pop(f"{name}.weight")
+    state[f"{name}.lora_A.default.weight"] = torch.zeros(4, 32)
+    save_file(state, broken / WEIGHTS, metadata={"format": "pt"})
+    message = refusal(broken)
+    assert "LoRA adapters beside its weights" in message
+    assert "pipeline.fuse_lora()" in message
+    assert f"{name}.lora_A.default.weight" in message
+
+
+def test_lora_adapters_in_memory_are_refused(saved, monkeypatch):
+    import ppcl_toolkit.pipeline as module
+
+    pipeline = load_pipeline(str(saved))
+    pipeline.transformer.proj_out.add_module("lora_A", torch.nn.ModuleDict({"default": torch.nn.Linear(2, 2)}))
+    monkeypatch.setattr(module, "load_pipeline", lambda *_: pipeline)
+    assert "the transformer has proj_out.lora_A.default.weight" in refusal(saved)
+
+
 def test_a_depth_only_variant_is_a_teacher_with_a_history(tmp_path):
     folder = saved_variant(tmp_path / "small", Interval(stack=DUAL.path, first=0, last=1))
     teacher = load(folder)
-    plan = teacher.plan()
-    assert plan.depths == {DUAL.path: 2, SINGLE.path: 2}
-    assert [entry["teacher"] for entry in plan.history] == ["the first"]
-    assert plan.history[0]["operations"][0]["last"] == 1
+    assert teacher.plan().depths == {DUAL.path: 2, SINGLE.path: 2}
+    later = teacher.plan().with_operations([Interval(stack=SINGLE.path, first=0, last=1)])
+    whole = teacher.whole(later)
+    assert [entry["teacher"] for entry in whole.history] == ["the first", teacher.source]
+    assert {str(o) for o in whole.operations} == {f"{DUAL.path}[0,1]", f"{SINGLE.path}[0,1]"}
     assert equal(load_pipeline(str(folder)).transformer.state_dict(), teacher.transformer.state_dict())
     cut(folder / WEIGHTS)
     assert "diffusion_pytorch_model.safetensors" in refusal(folder)
@@ -178,6 +218,9 @@ def test_a_depth_only_variant_is_a_teacher_with_a_history(tmp_path):
     assert "plan.json is not a plan" in refusal(folder)
 
 
-def test_a_narrow_variant_is_no_teacher(tmp_path):
+def test_a_narrow_variant_is_a_teacher_of_which_depth_can_go(tmp_path):
     folder = saved_variant(tmp_path / "narrow", FfnSwap(stack=DUAL.path, block=0, streams=("image", "text")))
-    assert "its blocks are already narrow; give a depth-only variant as the teacher" in refusal(folder)
+    teacher = load(folder)
+    assert not any(stack.ffn or stack.joint_attention for stack in teacher.adapter.stacks)
+    assert [stack.path for stack in teacher.adapter.stacks] == [DUAL.path, SINGLE.path]
+    assert not teacher.whole(teacher.plan()).is_depth_only

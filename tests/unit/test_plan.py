@@ -88,3 +88,54 @@ def test_a_broken_file_is_one_error(tmp_path, text):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(PpclError, match="is not a plan"):
         Plan.load(tmp_path / "plan.json")
+
+
+EARLIER = EMPTY.with_operations(
+    [
+        Interval(stack="a", first=0, last=1),
+        TextRun(stack="a", reference=3, last=6),
+        FfnSwap(stack="a", block=4, streams=("image",)),
+        FfnSwap(stack="b", block=2, streams=("image", "text")),
+    ]
+)
+STUDENT = {"a": 7, "b": 4}  # a: 0-1, 2, 3 tap, 4 inside, 5 inside, 6 end, 7
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "fits"),
+    [(0, 1, True), (1, 6, True), (2, 4, True), (3, 4, True), (0, 5, True), (2, 5, False), (4, 5, False), (1, 3, False)],
+)
+def test_composed_plans_leave_the_forms_that_the_first_one_had(first, last, fits):
+    later = Plan(family="flux", depths=STUDENT).with_operations([Interval(stack="a", first=first, last=last)])
+    if not fits:  # one block cannot stand where a run begins or ends
+        with pytest.raises(ValueError, match="a text run begins or ends inside"):
+            EARLIER.compose(later)
+        return
+    composed = EARLIER.compose(later)
+    before = {stack: [form for form in EARLIER.forms() if form.stack == stack] for stack in STUDENT}
+    after = {stack: [form for form in composed.forms() if form.stack == stack] for stack in STUDENT}
+    for stack, kept in later.kept().items():
+        wanted = [before[stack][index] for index in kept]
+        assert [(f.first, f.ffn) for f in after[stack]] == [(f.first, f.ffn) for f in wanted]
+        if (first, last) != (0, 5):
+            assert [f.text for f in after[stack]] == [f.text for f in wanted]
+    assert composed.depths == EMPTY.depths
+    assert [entry["depths"] for entry in composed.history] == [EMPTY.depths, STUDENT]
+
+
+def test_a_run_goes_with_the_interval_that_swallows_it_and_width_comes_on_top():
+    later = Plan(family="flux", depths=STUDENT).with_operations(
+        [
+            Interval(stack="a", first=1, last=5),
+            TextRun(stack="b", reference=0, last=1),
+            FfnSwap(stack="a", block=6, streams=("image",)),
+        ]
+    )
+    composed = EARLIER.compose(later)
+    assert composed.intervals == (Interval(stack="a", first=0, last=1), Interval(stack="a", first=2, last=6))
+    assert composed.text_runs == (TextRun(stack="b", reference=0, last=1),)
+    assert {(swap.stack, swap.block) for swap in composed.ffn_swaps} == {("b", 2), ("a", 7)}
+    again = composed.compose(Plan(family="flux", depths={"a": 3, "b": 4}))
+    assert (again.operations, len(again.history)) == (composed.operations, 3)
+    with pytest.raises(ValueError, match="later plan is for"):
+        EARLIER.compose(EMPTY)

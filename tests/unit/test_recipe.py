@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.recipe import PRESETS, Recipe, shipped_recipes
+from ppcl_toolkit.recipe import PRESETS, Recipe, Samples, shipped_recipes
 
 SMALLEST = "teacher: {path: shapes}\ntargets:\n  - {name: a, params: 70%}\n"
 
@@ -158,3 +158,8 @@ def test_the_schema_describes_every_section():
     assert schema["properties"].keys() == Recipe.model_fields.keys()
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["Depth"]["properties"]["init"]["enum"] == ["first", "best", "average"]
+
+
+def test_images_and_edits_are_two_sources():
+    with pytest.raises(ValidationError, match="not both"):
+        Samples(images="a", edits="b")

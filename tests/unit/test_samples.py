@@ -175,7 +175,7 @@ def test_image_folders_that_cannot_be_used_are_one_sentence(record, tmp_path):
     with pytest.raises(PpclError, match="no image in it"):
         record(images=str(folder))
     (folder / "a.png").write_bytes(b"no image")
-    with pytest.raises(PpclError, match=r"no caption \(.txt\) beside a.png"):
+    with pytest.raises(PpclError, match=r"no text \(.txt\) beside a.png"):
         record(images=str(folder))
     (folder / "a.txt").write_text("a caption")
     with pytest.raises(PpclError, match=r"samples.images: .*a.png.* is no image"):

@@ -1,0 +1,120 @@
+"""Runs of a pipeline as samples: what its transformer is called with, and the clean latents that belong to it.
+
+A row is one entry of a batch as the transformer sees it; shapes: B rows, N tokens, C channels.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ppcl_toolkit.adapter import Adapter
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics.capture import map_tensors
+from ppcl_toolkit.mechanics.images import run_pipeline
+from ppcl_toolkit.mechanics.noise import Sample
+
+
+class _Recorded(BaseException):
+    """The first call is recorded, and the rest of the run is not wanted: nobody on the way may take it for an error."""
+
+
+def denoised(pipeline: Any, adapter: Adapter, texts: Sequence[str], call: Mapping[str, Any], seed: int) -> list[Sample]:
+    """Make the images of `texts`; return the calls of the first step, each with the latents that the run ends with."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
+    with _recording(pipeline.transformer, adapter) as calls:
+        latents = run_pipeline(pipeline, texts, generators, call, "latent")
+    return [sample for arguments in calls for sample in _split(adapter, arguments, latents.cpu())]
+
+
+def encoded(pipeline: Any, adapter: Adapter, text: str, picture: Image.Image, call: Mapping[str, Any]) -> Sample:
+    """Return the sample of a finished image and its caption: nothing is denoised."""
+    if call.get("height") and call.get("width"):
+        picture = picture.resize((call["width"], call["height"]), Image.Resampling.LANCZOS)
+    call = {**call, "height": picture.height, "width": picture.width}
+    pixels = pipeline.image_processor.preprocess(picture).to(pipeline.vae.device, pipeline.vae.dtype)
+    latents = clean_latents(pipeline.vae, pixels)
+    if adapter.packs:
+        rows, channels, *_, height, width = latents.shape
+        latents = pipeline._pack_latents(latents, rows, channels, height, width)
+    with _recording(pipeline.transformer, adapter, first_only=True) as calls, contextlib.suppress(_Recorded):
+        run_pipeline(pipeline, [text], None, call, "latent")
+    # Under classifier-free guidance in one call, the row of the prompt itself is the last.
+    return _split(adapter, calls[0], latents.cpu())[-1]
+
+
+@torch.no_grad()
+def clean_latents(vae: Any, pixels: Tensor) -> Tensor:
+    """Encode images [B, 3, H, W], and scale their latents as the pipelines of their families do.
+
+    Raises `PpclError` for an autoencoder whose config does not say how.
+    """
+    if next(vae.parameters()).ndim == 5:  # It convolves over time, too: an image is a video of one frame.
+        pixels = pixels.unsqueeze(2)
+    latents: Tensor = vae.encode(pixels).latent_dist.mode()
+    config = vae.config
+    mean, deviation, scale = (config.get(name) for name in ("latents_mean", "latents_std", "scaling_factor"))
+    if mean is None and scale is None:
+        raise PpclError(
+            f"samples.images: {type(vae).__name__} has neither scaling_factor nor latents_mean in its config, so its "
+            "latents cannot be scaled; give prompts instead"
+        )
+    if mean is None:
+        return (latents - (config.get("shift_factor") or 0.0)) * scale
+    shape = (1, -1, *[1] * (latents.ndim - 2))
+    center, spread = (torch.tensor(values).view(shape).to(latents) for values in (mean, deviation))
+    return (latents - center) / spread * (scale or 1.0)
+
+
+def _split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor) -> list[Sample]:
+    """Return a sample for each row; guidance may put a second call for the same latents behind the first."""
+    arguments = dict(arguments)
+    tokens = arguments.pop(adapter.latents)
+    arguments.pop(adapter.timestep)
+    arguments.pop("return_dict", None)
+    rows, count = len(tokens), len(latents)
+    for name, value in arguments.items():
+        if name not in adapter.shared and isinstance(value, Tensor | list) and len(value) != rows:
+            raise PpclError(f"the pipeline passes {len(value)} of {name} for {rows} prompts; use samples.batch: 1")
+    reference = tokens[:, latents.shape[1] :] if tokens.shape[1] > latents.shape[1] else None
+    return [
+        Sample(
+            latents=latents[i % count : i % count + 1],
+            arguments={name: _one(value, i, name in adapter.shared) for name, value in arguments.items()},
+            reference=None if reference is None else reference[i : i + 1],
+        )
+        for i in range(rows)
+    ]
+
+
+def _one(value: Any, index: int, shared: bool) -> Any:
+    return value[index : index + 1] if isinstance(value, Tensor | list) and not shared else value
+
+
+@contextlib.contextmanager
+def _recording(transformer: Any, adapter: Adapter, *, first_only: bool = False) -> Iterator[list[dict[str, Any]]]:
+    """Collect the arguments of the calls of the first denoising step: two where guidance makes a call of its own."""
+    signature = inspect.signature(type(transformer).forward)
+    calls: list[dict[str, Any]] = []
+
+    def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = dict(signature.bind(module, *args, **kwargs).arguments)
+        bound.pop("self")
+        if not calls or torch.equal(bound[adapter.timestep].cpu(), calls[0][adapter.timestep]):
+            calls.append({name: _resting(value) for name, value in bound.items()})
+        if first_only:
+            raise _Recorded
+
+    handle = transformer.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _resting(value: Any) -> Any:
+    return map_tensors(value, lambda tensor: tensor.detach().cpu().clone())

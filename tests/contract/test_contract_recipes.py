@@ -1,0 +1,73 @@
+"""Every shipped recipe, on a tiny random pipeline of its family: all of its keys, with sizes and steps cut down."""
+
+import importlib
+
+import pytest
+import tiny
+import yaml
+from worlds import FAMILIES
+
+from ppcl_toolkit import compress
+from ppcl_toolkit.recipe import Recipe, find_recipe, shipped_recipes
+from ppcl_toolkit.stages import evaluate
+
+TEACHERS = {
+    "black-forest-labs/FLUX.1-dev": "flux",
+    "Freepik/flux.1-lite-8B": "flux",
+    "Qwen/Qwen-Image": "qwen_image",
+    "Qwen/Qwen-Image-Edit": "qwen_image_edit",
+    "Qwen/Qwen-Image-Edit-2509": "qwen_image_edit_2509",
+    "stabilityai/stable-diffusion-3.5-large": "sd3",
+    "stabilityai/stable-diffusion-3.5-medium": "sd3",
+}
+FULL_DEPTH = {
+    "paper_flux": lambda: tiny.flux_pipeline(19, 38),
+    "paper_qwen_image": lambda: tiny.qwen_image_pipeline(60),
+}
+"""Published intervals need the published depth."""
+CUT = {
+    "probe": {"batches": 2, "steps": 1},
+    "intervals": {"batches": 1},
+    "select": {"batches": 1, "batch": 1},
+    "depth": {"steps": 1},
+    "width": {"steps": 1, "batches": 2, "text_threshold": 0.0},
+    "finetune": {"steps": 1, "batch": 1},
+    "export": {"dtype": "float32"},
+}
+
+
+def cut_down(name, world):
+    """The recipe's own data, on a tiny teacher."""
+    data = yaml.safe_load(find_recipe(name).read_text())
+    for section, changes in CUT.items():
+        data.setdefault(section, {}).update(changes)
+    call = {key: world.call.get(key, value) for key, value in data["teacher"]["call"].items()} | world.call
+    data["teacher"].update(path=str(world.folder / f"teacher_{name}"), dtype="float32", call=call)
+    source = {"edits": str(world.folder / "edits")} if world.edits else {"prompts": str(world.folder / "prompts.txt")}
+    data["samples"].update(source, count=2)
+    data["evaluate"].update(source, count=1, velocity_batches=1)
+    if name not in FULL_DEPTH:
+        for number, target in enumerate(data["targets"]):
+            target["params"] = f"{99 - number}%"
+    return data
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name != "tiny"])
+def test_a_shipped_recipe_runs(name, worlds, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("ppcl_toolkit.compress"), "write_report", lambda _: None)
+    monkeypatch.setattr(evaluate, "_resident_growth", lambda *_: None)
+    world = worlds[TEACHERS[Recipe.load(name).teacher.path]]
+    data = cut_down(name, world)
+    pipeline = FULL_DEPTH[name]() if name in FULL_DEPTH else FAMILIES[world.name][0]()
+    pipeline.save_pretrained(data["teacher"]["path"])
+    if name in FULL_DEPTH:
+        # As large as the published plans leave a model, whatever the share of what is not in blocks.
+        total = sum(p.numel() for p in pipeline.transformer.parameters())
+        for target, share in zip(data["targets"], (0.9, 0.85, 0.8), strict=False):
+            target["params"] = str(int(share * total))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+    summary = compress(Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "run")
+    assert [variant["name"] for variant in summary["variants"]] == [target["name"] for target in data["targets"]]
+    for variant, target in zip(summary["variants"], data["targets"], strict=True):
+        assert variant["params"] < summary["teacher"]["params"]
+        assert target["width"] or variant["opens"] == "stock"
