@@ -5,7 +5,7 @@ The values of the paper (Sec. 4.1, appendix 6) are the preset `paper`.
 
 import difflib
 import importlib.resources
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -250,7 +250,8 @@ class Recipe(Section):
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
-            raise PpclError(_explain(error, path, tree)) from error
+            given = {tuple(override.partition("=")[0].split(".")) for override in overrides}
+            raise PpclError(_explain(error, path, tree, given)) from error
 
     def dump(self) -> str:
         """Return this recipe as YAML, every key resolved."""
@@ -308,7 +309,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain(error: ValidationError, path: Path, tree: yaml.Node | None) -> str:
+def _explain(error: ValidationError, path: Path, tree: yaml.Node | None, given: Collection[tuple[str, ...]]) -> str:
     messages = []
     for problem in error.errors():
         location = ".".join(str(part) for part in problem["loc"])
@@ -320,7 +321,10 @@ def _explain(error: ValidationError, path: Path, tree: yaml.Node | None) -> str:
         elif problem["type"] != "missing":
             message += f", not {problem['input']!r}"
         line = _line(tree, problem["loc"])
-        messages.append(f"{path.name}{f' line {line}' if line else ''}: {location}: {message}")
+        place = f"{path.name}{f' line {line}' if line else ''}"
+        if any(problem["loc"][: len(keys)] == keys for keys in given):
+            place = "--set"
+        messages.append(f"{place}: {location}: {message}")
     return "\n".join(messages)
 
 

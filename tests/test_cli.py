@@ -100,6 +100,17 @@ def test_an_unknown_command_has_the_usual_exit_code():
     assert "Traceback" not in err
 
 
+def test_a_plan_says_what_a_recipe_asks_for():
+    result = CliRunner().invoke(cli.app, ["plan", "--recipe", "paper_flux"])
+    assert result.exit_code == 0, result.output
+    for part in ("11,901,408,320", "6,520,810,048", "9 + 24", "GB", "transformer_blocks[3,5]", "disk for samples"):
+        assert part in result.output
+    slower = CliRunner().invoke(cli.app, ["plan", "--recipe", "tiny", "--json", "--tflops", "0.1"])
+    found = json.loads(slower.stdout)
+    assert found["teacher"]["params"] == 5_025_760
+    assert set(found["hours"]) == {"samples", "probe", "intervals", "depth", "width", "finetune"}
+
+
 def test_a_run_prints_lines_a_table_and_paths(tmp_path):
     tiny.flux_pipeline(3, 3).save_pretrained(tmp_path / "teacher")
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")

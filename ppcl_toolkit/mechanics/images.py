@@ -3,6 +3,7 @@
 Every image has a generator of its own, so it does not depend on the batch it is made in.
 """
 
+import difflib
 import hashlib
 import inspect
 import json
@@ -97,11 +98,12 @@ def draw(pipeline: Any, prompts: Sequence[str], seed: int, call: Mapping[str, An
 
 def check_call(pipeline: Any, call: Mapping[str, Any]) -> None:
     """Raise a `PpclError` for an argument that the pipeline does not take."""
-    known = inspect.signature(type(pipeline).__call__).parameters
+    known = [n for n in inspect.signature(type(pipeline).__call__).parameters if n != "self"]
     for name in call:
         if name not in known:
-            choices = ", ".join(n for n in known if n not in ("self", "prompt", "generator"))
-            raise PpclError(f"{type(pipeline).__name__} takes no argument {name!r}; it takes: {choices}")
+            close = difflib.get_close_matches(name, known, n=1)
+            choices = f"did you mean {close[0]!r}?" if close else f"it takes: {', '.join(known)}"
+            raise PpclError(f"{type(pipeline).__name__} takes no argument {name!r}; {choices}")
 
 
 def check_edits(pipeline: Any, key: str) -> None:

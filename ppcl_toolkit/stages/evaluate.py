@@ -166,12 +166,6 @@ def save_measurement(measurement: Measurement, folder: Path) -> None:
     write_json(folder / _MEASUREMENT, dataclasses.asdict(measurement))
 
 
-def load_exam(folder: Path) -> Exam | None:
-    """Read what the images in `folder` were asked to show; None before anything was."""
-    asked = _read_json(folder / _EXAM)
-    return Exam(**{key: value for key, value in asked.items() if key != "weights"}) if asked else None
-
-
 def _cost(times: Path, exam: Exam, source: str | None, dtype: torch.dtype) -> dict[str, Any]:
     calls = [json.loads(line) for line in times.read_text().splitlines()]
     whole = max(call["batch"] for call in calls)

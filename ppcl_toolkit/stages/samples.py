@@ -9,15 +9,13 @@ family needs no data code.
     samples: {images: folder, count: 160}   # finished images: NAME.png shows what NAME.txt says
 """
 
-import difflib
-import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.images import check_edits, read_image, read_pairs
+from ppcl_toolkit.mechanics.images import check_call, check_edits, read_image, read_pairs
 from ppcl_toolkit.mechanics.noise import Sample
 from ppcl_toolkit.mechanics.record import denoised, encoded
 from ppcl_toolkit.mechanics.storage import Desk, load_tree, save_tree
@@ -31,11 +29,7 @@ Item = tuple[str, Path | None]
 def record_samples(teacher: Teacher, recipe: Recipe, desk: Desk) -> None:
     """Write one file per call of the pipeline; files that are there already are kept."""
     pipeline, section, call, seed = teacher.pipeline, recipe.samples, recipe.teacher.call, recipe.seed
-    known = inspect.signature(type(pipeline).__call__).parameters
-    if unknown := sorted(call.keys() - known.keys()):
-        raise PpclError(
-            f"teacher.call: {type(pipeline).__name__} takes no {', '.join(unknown)}; {_nearest(unknown, known)}"
-        )
+    check_call(pipeline, call)
     if section.edits:
         check_edits(pipeline, "samples.edits")
     items = _items(section, seed)
@@ -91,8 +85,3 @@ def _record(teacher: Teacher, recipe: Recipe, items: Sequence[Item], seed: int) 
         else:
             samples.append(encoded(pipeline, adapter, text, read_image(path, "samples.images"), call))
     return samples
-
-
-def _nearest(unknown: list[str], known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(unknown[0], list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"it takes: {', '.join(known)}"

@@ -110,6 +110,7 @@ def test_overrides_go_over_the_file(load):
     ("override", "message"),
     [
         ("depth.steps", r"--set 'depth.steps': expected section.key=value"),
+        ("depth.stepps=3", r"^--set: depth.stepps: unknown key, did you mean 'steps'"),
         ("=3", "expected section.key=value"),
         ("seed.x=3", "'seed' has no keys of its own"),
         ("depth.steps={", "the value is not YAML"),

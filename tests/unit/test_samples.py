@@ -183,5 +183,5 @@ def test_image_folders_that_cannot_be_used_are_one_sentence(record, tmp_path):
 
 
 def test_arguments_that_the_pipeline_does_not_take_are_one_sentence(record):
-    with pytest.raises(PpclError, match=r"teacher.call: .*heigth"):
+    with pytest.raises(PpclError, match=r"takes no argument .heigth.; did you mean .height."):
         record(call={"heigth": 8})
