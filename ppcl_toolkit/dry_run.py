@@ -169,6 +169,8 @@ class _Students:
     params: int
     largest: int
     share: float
+    candidates: int
+    """What `select` measures."""
 
 
 def _config(recipe: Recipe) -> tuple[str, Adapter, Mapping[str, Any]]:
@@ -244,9 +246,11 @@ def _students(model: _Model, plans: Mapping[str, Plan], teacher: Size, smallest:
     if plans:
         stacks = {stack.path: stack.blocks(model.transformer) for stack in model.adapter.stacks}
         trained = sum(_count(stacks[form.stack][form.first]) for form in trained_forms(plans.values()))
+        candidates = max(len(plan.operations) for plan in plans.values())
     else:
         trained = min(removed, total - removed)
-    return _Students(trained, largest, trained / total)
+        candidates = len(blocks)  # at most half as many intervals, and about as many FFNs and text streams
+    return _Students(trained, largest, trained / total, candidates)
 
 
 def _memory(
@@ -289,19 +293,27 @@ def _calls(recipe: Recipe) -> int:
 def _hours(
     recipe: Recipe, teacher: Size, variants: tuple[Size, ...], students: _Students, tflops: float
 ) -> dict[str, float]:
+    def samples(section: Any, batches: int) -> int:
+        return batches * int(section.batch)
+
     forward = teacher.teraflops
-    steps = recipe.teacher.call.get("num_inference_steps", STEPS)
+    image = recipe.teacher.call.get("num_inference_steps", STEPS) * _calls(recipe)
     segments = forward + 3 * students.share * forward
     again = 4 if recipe.finetune.gradient_checkpointing else 3
+    width = any(target.width for target in recipe.targets)
     work = {
-        "samples": recipe.samples.count * steps * _calls(recipe) * forward,
-        "probe": (recipe.probe.batches + recipe.probe.steps) * recipe.probe.batch * forward,
-        "intervals": recipe.intervals.batches * recipe.intervals.batch * forward,
-        "depth": recipe.depth.steps * recipe.depth.batch * segments,
-        "width": recipe.width.steps * recipe.width.batch * segments if any(t.width for t in recipe.targets) else 0.0,
-        "finetune": recipe.finetune.steps
-        * recipe.finetune.batch
+        "samples": recipe.samples.count * image * forward,
+        "probe": samples(recipe.probe, recipe.probe.batches + recipe.probe.steps) * forward,
+        "intervals": samples(recipe.intervals, recipe.intervals.batches) * forward,
+        "select": samples(recipe.select, recipe.select.batches) * (2 + students.candidates) * forward,
+        "depth": samples(recipe.depth, recipe.depth.steps) * segments,
+        "width": samples(recipe.width, recipe.width.steps) * segments if width else 0.0,
+        "finetune": samples(recipe.finetune, recipe.finetune.steps)
         * sum(forward + again * variant.teraflops for variant in variants),
+        "evaluate": recipe.evaluate.count
+        * len(recipe.evaluate.seeds)
+        * image
+        * (forward + sum(variant.teraflops for variant in variants)),
     }
     return {stage: amount / tflops / 3600 for stage, amount in work.items()}
 
