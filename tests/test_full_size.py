@@ -1,5 +1,7 @@
 """Full-size architectures without weights: the exact parameter counts of the paper's plans (Eq. 13, 17, 18)."""
 
+import functools
+
 import pytest
 from diffusers import FluxTransformer2DModel
 
@@ -19,11 +21,15 @@ TEACHERS = {
 }
 
 
+@functools.cache
+def planned(name):
+    return dry_run(Recipe.load(name))
+
+
 @pytest.mark.parametrize("name", [name for name in shipped_recipes() if name != "tiny"])
 def test_every_recipe_starts_from_its_teacher_and_asks_for_less(name):
-    recipe = Recipe.load(name)
-    found = dry_run(recipe)
-    assert found.teacher.params == TEACHERS[recipe.teacher.path]
+    found = planned(name)
+    assert found.teacher.params == TEACHERS[Recipe.load(name).teacher.path]
     sizes = [found.teacher.params, *(variant.params for variant in found.variants)]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
     assert found.memory["streamed"]["depth, 1 device"] < found.memory["resident"]["depth, 1 device"]
@@ -31,13 +37,13 @@ def test_every_recipe_starts_from_its_teacher_and_asks_for_less(name):
 
 
 def test_flux_with_all_of_the_papers_intervals():
-    smallest = dry_run(Recipe.load("paper_flux")).variants[-1]
+    smallest = planned("paper_flux").variants[-1]
     assert smallest.params == 6_520_810_048
     assert smallest.blocks == {"transformer_blocks": 19 - 10, "single_transformer_blocks": 38 - 14}
 
 
 def test_qwen_image_from_20b_to_10b():
-    found = {variant.name: variant for variant in dry_run(Recipe.load("paper_qwen_image")).variants}
+    found = {variant.name: variant for variant in planned("paper_qwen_image").variants}
     assert found["12b"].params == 11_934_618_688
     assert found["12b"].blocks == {"transformer_blocks": 60 - 25}
     # 10,603,653,184 with the dead text queries and text out-projections that the published weights still carry.
@@ -46,7 +52,7 @@ def test_qwen_image_from_20b_to_10b():
 
 def test_flops_are_those_of_the_matrices():
     """A linear layer of FLUX costs two operations per weight and token; attention comes on top."""
-    found = dry_run(Recipe.load("flux_8b"))
+    found = planned("flux_8b")
     tokens, width, blocks = 4096 + 512, 3072, 19 + 38
     # Per token, both kinds of block: queries, keys, values, the output projection, and the FFN of four times the width.
     linear = blocks * 2 * (3 + 1 + 8) * width**2 * tokens
