@@ -115,6 +115,7 @@ def choose(
 ) -> "Choice":
     """Take candidates as they are `ranked` until every target is met; `size` counts the parameters of a plan's student.
 
+    What a target does not need after all, since a later candidate saved more, is given back, the largest error first.
     Raises `PpclError` with the nearest size where a target is out of reach.
     """
     total = size(plan)
@@ -139,6 +140,12 @@ def choose(
                 f"target {target.name!r}: {target.params} is {goal:,} parameters, the candidates reach {left:,} "
                 f"({left / total:.1%} of the teacher); allow more intervals or width, or ask for that"
             )
+        already = [operation for earlier in plans.values() for operation in earlier.operations]
+        for spare in sorted(chosen, key=lambda m: -m.error):
+            less = _without(taken, spare.operation) if spare.operation not in already else None
+            if less is not None and size(less) <= goal:
+                chosen.remove(spare)
+                taken = less
         plans[target.name] = taken
     return Choice(plans=plans, order=tuple(m.operation for m in chosen))
 
@@ -242,6 +249,14 @@ def _fits(plan: Plan, below: int, size: Callable[[Plan], int]) -> bool:
         return size(plan) < below
     except PpclError:
         return False
+
+
+def _without(plan: Plan, operation: Candidate) -> Plan | None:
+    """Return `plan` without an operation, or None where the rules forbid it: others may build on it."""
+    try:
+        return plan.with_operations(other for other in plan.operations if other != operation)
+    except ValueError:
+        return None
 
 
 @dataclass(slots=True)

@@ -147,6 +147,20 @@ def test_smaller_targets_go_on_from_larger_ones(teacher, sizes, measured):
         plan.with_operations(choice.order[:count])
 
 
+def test_what_a_later_candidate_makes_needless_is_given_back(teacher):
+    saves = {PAIR: 100, TAIL: 500, SWAP: 150}
+    known = [cheap(PAIR, 0.01, 100), cheap(SWAP, 0.03, 150), cheap(TAIL, 0.9, 500)]
+
+    def size(plan):
+        return 1000 - sum(saves[operation] for operation in plan.operations)
+
+    assert choose(plan_of(teacher), known, targets("45%"), size, WIDE).order == (PAIR, TAIL)
+    assert choose(plan_of(teacher), known, targets("50%"), size, WIDE).order == (TAIL,)
+    # What a larger target has stays.
+    both = [Target(name="large", params="90%", width=False), Target(name="small", params="50%")]
+    assert choose(plan_of(teacher), known, both, size, WIDE).order == (PAIR, TAIL)
+
+
 def test_limits_of_the_recipe_are_kept(teacher, sizes, measured):
     plan = plan_of(teacher)
     with pytest.raises(PpclError):
