@@ -38,7 +38,8 @@ def write_report(run: Path) -> Path:
     if not (run / "recipe.yaml").is_file():
         raise PpclError(f"{run} is no run of ppcl: it has no recipe.yaml")
     rows = results(run)
-    plans = _plans(run, rows)
+    plans = _plans(run)
+    measured = {row["name"] for row in rows}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ppcl_toolkit", "stages"),
         autoescape=True,
@@ -56,7 +57,7 @@ def write_report(run: Path) -> Path:
         warnings=(_json(run / "summary.json") or {}).get("warnings", []),
         rows=rows,
         categories=list(dict.fromkeys(c for row in rows for c in row.get("categories") or {})),
-        strips=[_strip(name, plan) for name, plan in plans.items()],
+        strips=[_strip(n if n in measured else f"{n} (not measured)", plan) for n, plan in plans.items()],
         grid=_grid(run, rows),
         figures=_figures(run, rows, plans),
     )
@@ -73,12 +74,15 @@ def results(run: Path) -> list[dict[str, Any]]:
     return [{"name": name, **found[name]} for name in sorted(found, key=lambda name: (name != "teacher", name))]
 
 
-def _plans(run: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Plan]:
-    names = [row["name"] for row in rows] + sorted(path.parent.name for path in run.glob("variants/*/plan.json"))
-    files = {name: run / "variants" / name / "plan.json" for name in names}
-    plans = {name: Plan.load(path) for name, path in files.items() if path.is_file()}
-    for name, plan in (_json(run / "select" / "targets.json") or {}).items():
-        plans.setdefault(name, Plan.model_validate(plan))
+def _plans(run: Path) -> dict[str, Plan]:
+    """Return the plans of the targets, then of what was exported since, in the block numbers of this run's teacher."""
+    plans = {n: Plan.model_validate(plan) for n, plan in (_json(run / "select" / "targets.json") or {}).items()}
+    depths = [plan.depths for plan in plans.values()][:1]
+    for path in sorted(run.glob("variants/*/plan.json")):
+        plan = Plan.load(path)
+        # Where the teacher is a variant itself, plans on disk count the blocks of the teacher before it.
+        if not depths or plan.depths == depths[0]:
+            plans.setdefault(path.parent.name, plan)
     return plans
 
 
