@@ -46,7 +46,8 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     runner = _runner(recipe, teacher, device)
 
     asked = {"source": teacher.source, **_part(recipe, {"teacher", "samples", "seed"})}
-    samples = run.stage("samples", asked, lambda desk: record_samples(teacher, recipe, desk), load_samples)
+    record = partial(record_samples, teacher, recipe)
+    samples = run.stage("samples", asked, record, load_samples, together=True)
     noised = partial(_noised, recipe, teacher, samples)
     probes = run.stage(
         "probe",

@@ -103,7 +103,8 @@ class Workspace:
             if together or loop.is_main():
                 with writing(partial):
                     said = make(Desk(partial, lambda done, total, note="": self._progress(name, done, total, note)))
-                    if said:
+                    said = loop.gathered(said or ()) if together else said
+                    if said and loop.is_main():
                         write_json(partial / _WARNINGS, list(said))
             loop.wait()
             self._finish(name, partial, final, seconds=round(time.monotonic() - started, 3))

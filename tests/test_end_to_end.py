@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from ppcl_toolkit.compress import compress, export_target
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.pipeline import load_pipeline
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.stages.samples import load_samples
 from ppcl_toolkit.stages.select import Choice
 
 RECIPE = """
@@ -266,7 +268,7 @@ def test_a_width_pruned_variant_is_compressed_again(world, reference):
     assert sum(parameter.numel() for parameter in transformer.parameters()) == variant["params"]
 
 
-def test_two_processes_make_one_run(world):
+def test_two_processes_make_one_run(world, reference):
     out = world / "together"
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     one_target = "targets=[{name: small, params: 80%}]"
@@ -274,6 +276,8 @@ def test_two_processes_make_one_run(world):
     summary = json.loads((out / "summary.json").read_text())
     assert [variant["name"] for variant in summary["variants"]] == ["small"]
     assert not [*out.rglob("*.partial"), *out.rglob("*.tmp")]
+    for one, other in zip(load_samples(out / "samples"), load_samples(reference[1] / "samples"), strict=True):
+        assert torch.allclose(one.latents, other.latents, atol=1e-5)
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     told = [(line["stage"], line["event"]) for line in events]
     assert len(set(told)) == len(told) == 2 * len({stage for stage, _ in told})

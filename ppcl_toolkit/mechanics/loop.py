@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -212,6 +213,12 @@ def world() -> tuple[int, int]:
 def wait() -> None:
     """Wait for the other processes."""
     PartialState().wait_for_everyone()
+
+
+def gathered(said: Sequence[str]) -> list[str]:
+    """Return what all processes say, in their order, without repeats."""
+    _, count = world()
+    return list(dict.fromkeys(gather_object(list(said)) if count > 1 else said))
 
 
 def average(value: Tensor) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.mechanics import loop
 from ppcl_toolkit.mechanics.images import check_call, check_edits, read_image, read_pairs
 from ppcl_toolkit.mechanics.noise import Sample
 from ppcl_toolkit.mechanics.record import denoised, encoded
@@ -27,13 +28,14 @@ Item = tuple[str, Path | None]
 
 
 def record_samples(teacher: Teacher, recipe: Recipe, desk: Desk) -> None:
-    """Write one file per call of the pipeline; files that are there already are kept."""
+    """Write one file per call of the pipeline; files that are there already are kept, several processes share them."""
     pipeline, section, call, seed = teacher.pipeline, recipe.samples, recipe.teacher.call, recipe.seed
     check_call(pipeline, call)
     if section.edits:
         check_edits(pipeline, "samples.edits")
     items = _items(section, seed)
-    for start in range(0, len(items), section.batch):
+    rank, ranks = loop.world()
+    for start in range(rank * section.batch, len(items), ranks * section.batch):
         path = desk.folder / f"{start:06d}.safetensors"
         if not path.exists():
             samples = _record(teacher, recipe, items[start : start + section.batch], seed + start)

@@ -139,6 +139,7 @@ def one_of_two(rank, bank, folder):
     addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29587", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ.update(addresses | {"WORLD_SIZE": "2"})
     loop.pick_device("cpu")
+    assert loop.gathered([f"only {rank}", "both"]) == ["only 0", "both", "only 1"]
     changes = {"features": 0.1, "clip": 0.01}
     whole, losses, _ = tuned(runner(), bank, folder / "whole", **changes)
     loop.wait()
