@@ -3,8 +3,9 @@
 Phases, in order: vae, decoder (the same, refined), pool (encoded scenes), flow (rectified flow), guidance
 (classifier-free guidance distilled into the guidance embedding), export, card. Each continues where it was
 stopped, also by a kill; `--start FOLDER` begins with the weights of an exported pipeline. Several processes
-(`torchrun --nproc-per-node 2 -m -- ppcl_toolkit.shapes.train ...`) share the batches of flow and guidance. On a CPU, set
-OMP_NUM_THREADS=1 with one process a core, and MALLOC_TRIM_THRESHOLD_=4294967296
+(`torchrun --nproc-per-node 2 -m -- ppcl_toolkit.shapes.train ...`) share the batches of flow and guidance.
+
+On a CPU, set OMP_NUM_THREADS=1 with one process a core, and MALLOC_TRIM_THRESHOLD_=4294967296
 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456: without them a large part of the time goes into page
 faults.
 """
