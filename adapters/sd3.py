@@ -44,6 +44,7 @@ ADAPTER = Adapter(
     transformer="SD3Transformer2DModel",
     timestep_scale=1000.0,
     shared=("skip_layers",),
+    guidance="guidance_scale",
     remap=remap,
     models={
         "stabilityai/stable-diffusion-3.5-large": {

@@ -92,6 +92,8 @@ class Adapter:
     """`remap(config, state_dict, kept)`, in place, for families whose other weights depend on block numbers."""
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Hub ids, and where their config differs from the class's defaults: `ppcl plan` needs no download for these."""
+    guidance: str = "true_cfg_scale"
+    """Argument of the pipeline that, above 1, makes it run every picture twice: classifier-free guidance."""
     example: Example | None = None
     """`example(config, call, references)`: the arguments of one call of the transformer for a recipe's `teacher.call`
     and so many reference images, shapes in place of tensors; for `ppcl plan`."""

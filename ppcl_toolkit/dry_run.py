@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl_toolkit.adapter import Adapter, adapter_for, available_adapters, load_adapter
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.assemble import count_parameters, example_calls, reshape
+from ppcl_toolkit.mechanics.assemble import Calls, example_calls, reshape
 from ppcl_toolkit.mechanics.capture import run_block
 from ppcl_toolkit.mechanics.graph import meta_copy
 from ppcl_toolkit.mechanics.schedule import Runner
@@ -84,8 +84,10 @@ def dry_run(recipe: Recipe, tflops: float = 400.0) -> DryRun:
         teacher=teacher,
         variants=variants,
         memory=_memory(recipe, model, teacher, smallest, students),
-        disk=recipe.samples.count * _calls(recipe) * model.sample_bytes,
-        hours=_hours(recipe, teacher, variants, students, tflops),
+        disk=recipe.samples.count * _forwards(recipe, model) * model.sample_bytes,
+        hours={
+            stage: work / tflops / 3600 for stage, work in _work(recipe, model, students, (teacher, *variants)).items()
+        },
         basis=_basis(recipe, model, plans, tflops),
     )
 
@@ -109,7 +111,7 @@ class _Model:
             transformer: Any = getattr(diffusers, adapter.transformer).from_config(dict(config))
         nn.Module.to(transformer, getattr(torch, recipe.teacher.dtype)).requires_grad_(False).eval()
         call = _call(recipe, known=recipe.teacher.path in adapter.models)
-        shapes = adapter.example(transformer.config, call, int(_edits(recipe)))
+        shapes = adapter.example(transformer.config, call, int(recipe.samples.edits is not None))
         example = {name: _empty(shape, transformer.dtype) for name, shape in shapes.items()} | {"return_dict": False}
         return cls(transformer, adapter, family, example, transformer.dtype)
 
@@ -127,7 +129,7 @@ class _Model:
         reshape(student, self.adapter, plan, self.example)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             student(**self.example)
-        params = count_parameters(self.transformer, self.adapter, plan, self.example)
+        params = _count(student)
         return Size(
             name=name,
             params=params,
@@ -140,13 +142,15 @@ class _Model:
     def blocks(self) -> list[nn.Module]:
         return [block for stack in self.adapter.stacks for block in stack.blocks(self.transformer)]
 
+    def calls(self) -> Calls:
+        with torch.no_grad():
+            return example_calls(self.transformer, self.adapter, self.example)
+
     def activations(self) -> int:
         """Bytes that the largest block keeps for its backward, for one picture."""
-        with torch.no_grad():
-            calls = example_calls(self.transformer, self.adapter, self.example)
         most = 0
-        for stack in self.adapter.stacks:
-            arguments, streams = calls[stack.path]
+        for path, (arguments, streams) in self.calls().items():
+            stack = self.adapter.stack(path)
             block = meta_copy(stack.blocks(self.transformer)[0]).requires_grad_(True)
             own = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
             kept: dict[int, int] = {}
@@ -208,19 +212,13 @@ def _empty(shape: Any, dtype: torch.dtype) -> Any:
     return torch.empty(shape, device="meta", dtype=dtype) if isinstance(shape, tuple) else shape
 
 
-def _edits(recipe: Recipe) -> bool:
-    return bool(getattr(recipe.samples, "edits", None))
-
-
 def _plans(recipe: Recipe, model: _Model) -> dict[str, Plan]:
     """Return the plan of every target where the recipe gives the operations; they are taken in the order given."""
     given: list[Operation] = list(recipe.intervals.given) if recipe.intervals.strategy == "given" else []
     if not given:
         return {}
     given += recipe.width.given
-    with torch.no_grad():
-        calls = example_calls(model.transformer, model.adapter, model.example)
-    sizes = Sizes(Runner(model.transformer, model.adapter), calls)
+    sizes = Sizes(Runner(model.transformer, model.adapter), model.calls())
     measured = [Measured(operation=each, error=float(rank), saves=1) for rank, each in enumerate(given)]
     return choose(model.plan, measured, recipe.targets, sizes, recipe.width).plans
 
@@ -259,7 +257,9 @@ def _memory(
     block = students.largest * model.dtype.itemsize
     activations = model.activations()
     depth = activations * recipe.depth.batch
-    streams = sum(value.nbytes for _, pair in _calls_of(model).items() for value in pair.of(("image", "text")).values())
+    streams = max(
+        sum(value.nbytes for value in given.of(("image", "text")).values()) for _, given in model.calls().values()
+    )
     each = streams if recipe.finetune.gradient_checkpointing else activations
     tuning = (each * len(model.blocks()) + activations) * recipe.finetune.batch
     tuned = TRAINED_BYTES * smallest.params
@@ -280,28 +280,23 @@ def _memory(
     }
 
 
-def _calls_of(model: _Model) -> dict[str, Any]:
-    with torch.no_grad():
-        return {path: call[1] for path, call in example_calls(model.transformer, model.adapter, model.example).items()}
+def _forwards(recipe: Recipe, model: _Model) -> int:
+    """Forwards of a picture per denoising step: classifier-free guidance makes two, in one call or in two."""
+    return 2 if float(recipe.teacher.call.get(model.adapter.guidance, 1) or 1) > 1 else 1
 
 
-def _calls(recipe: Recipe) -> int:
-    """Forward calls per denoising step: two under classifier-free guidance."""
-    return 2 if float(recipe.teacher.call.get("true_cfg_scale", 1) or 1) > 1 else 1
+def _work(recipe: Recipe, model: _Model, students: _Students, sizes: tuple[Size, ...]) -> dict[str, float]:
+    """TFLOP of every stage; `sizes` begins with the teacher."""
 
-
-def _hours(
-    recipe: Recipe, teacher: Size, variants: tuple[Size, ...], students: _Students, tflops: float
-) -> dict[str, float]:
     def samples(section: Any, batches: int) -> int:
         return batches * int(section.batch)
 
-    forward = teacher.teraflops
-    image = recipe.teacher.call.get("num_inference_steps", STEPS) * _calls(recipe)
+    forward = sizes[0].teraflops
+    image = recipe.teacher.call.get("num_inference_steps", STEPS) * _forwards(recipe, model)
     segments = forward + 3 * students.share * forward
     again = 4 if recipe.finetune.gradient_checkpointing else 3
     width = any(target.width for target in recipe.targets)
-    work = {
+    return {
         "samples": recipe.samples.count * image * forward,
         "probe": samples(recipe.probe, recipe.probe.batches + recipe.probe.steps) * forward,
         "intervals": samples(recipe.intervals, recipe.intervals.batches) * forward,
@@ -309,13 +304,9 @@ def _hours(
         "depth": samples(recipe.depth, recipe.depth.steps) * segments,
         "width": samples(recipe.width, recipe.width.steps) * segments if width else 0.0,
         "finetune": samples(recipe.finetune, recipe.finetune.steps)
-        * sum(forward + again * variant.teraflops for variant in variants),
-        "evaluate": recipe.evaluate.count
-        * len(recipe.evaluate.seeds)
-        * image
-        * (forward + sum(variant.teraflops for variant in variants)),
+        * sum(forward + again * variant.teraflops for variant in sizes[1:]),
+        "evaluate": recipe.evaluate.count * len(recipe.evaluate.seeds) * image * sum(size.teraflops for size in sizes),
     }
-    return {stage: amount / tflops / 3600 for stage, amount in work.items()}
 
 
 def _basis(recipe: Recipe, model: _Model, plans: Mapping[str, Plan], tflops: float) -> tuple[str, ...]:

@@ -60,6 +60,16 @@ def test_flops_are_those_of_the_matrices():
     assert found.teacher.teraflops * 1e12 == pytest.approx(linear + attention, rel=0.01)
 
 
+def test_guidance_runs_every_picture_twice():
+    recipe = Recipe.load("sd35_medium_1_6b")
+    call = {**recipe.teacher.call, "guidance_scale": 1.0}
+    plain = dry_run(recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"call": call})}))
+    guided = planned("sd35_medium_1_6b")
+    assert guided.disk == 2 * plain.disk
+    assert guided.hours["samples"] == pytest.approx(2 * plain.hours["samples"])
+    assert guided.hours["depth"] == plain.hours["depth"]
+
+
 def test_every_shipped_family_can_be_planned_without_a_download():
     for family in available_adapters():
         adapter = load_adapter(family)
