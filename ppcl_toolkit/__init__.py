@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ppcl_toolkit.adapter import Adapter, Stack
+    from ppcl_toolkit.artifacts.variant import load_compressed
     from ppcl_toolkit.compress import compress, export_target
     from ppcl_toolkit.errors import PpclError
     from ppcl_toolkit.plan import Plan
     from ppcl_toolkit.recipe import Recipe
-    from ppcl_toolkit.variant import load_compressed
 
 __all__ = ["Adapter", "Plan", "PpclError", "Recipe", "Stack", "compress", "export_target", "load_compressed"]
 
@@ -25,7 +25,7 @@ _HOME = {
     "Stack": "adapter",
     "compress": "compress",
     "export_target": "compress",
-    "load_compressed": "variant",
+    "load_compressed": "artifacts.variant",
 }
 
 

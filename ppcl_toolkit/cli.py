@@ -64,9 +64,9 @@ def compress(
     folder = out or Path("runs") / Path(recipe).stem
     with _drawn() as progress:
         summary = run(asked, folder, progress=progress)
-    from ppcl_toolkit.mechanics import loop
+    from ppcl_toolkit import processes
 
-    if not loop.is_main():
+    if not processes.is_main():
         return
     _print_table(summary)
     console = Console(soft_wrap=True)
@@ -86,8 +86,8 @@ def plan(
 ) -> None:
     """Say what a recipe would remove, need and take, in seconds and without weights."""
     from ppcl_toolkit import Recipe
+    from ppcl_toolkit.artifacts.pipeline import quiet
     from ppcl_toolkit.dry_run import dry_run
-    from ppcl_toolkit.pipeline import quiet
 
     with quiet():
         found = dry_run(Recipe.load(recipe, set_ or []), tflops)
@@ -139,7 +139,7 @@ def import_(
     pipeline: Annotated[str | None, typer.Option(help="Folder or hub id that gives the other parts.")] = None,
 ) -> None:
     """Make a variant of a published Qwen-Image checkpoint of the paper's authors."""
-    from ppcl_toolkit.published import import_published
+    from ppcl_toolkit.artifacts.published import import_published
 
     made, opens = import_published(source, out, pipeline=pipeline)
     typer.echo(f"{'; '.join(map(str, made.operations)) or 'no narrow blocks'}\n{out} ({opens})")
@@ -204,8 +204,8 @@ def generate(
     call: Annotated[list[str] | None, typer.Option(help="Argument of the pipeline, name=value.")] = None,
 ) -> None:
     """Draw images with any pipeline, for a look."""
-    from ppcl_toolkit.mechanics.images import draw
-    from ppcl_toolkit.pipeline import default_call, load_pipeline
+    from ppcl_toolkit.artifacts.pipeline import default_call, load_pipeline
+    from ppcl_toolkit.running.images import draw
 
     arguments = {**default_call(path), **_arguments(call or [])}
     draw(load_pipeline(path), prompt, seed, arguments).save(out)
@@ -330,16 +330,16 @@ def _print_table(summary: dict[str, Any]) -> None:
 
 
 def _draw_suite(paths: list[str], name: str, section: Any, count: int | None, options: dict[str, Any]) -> None:
+    from ppcl_toolkit import processes
     from ppcl_toolkit.benchmarks.drawing import Drawing, draw_suite
     from ppcl_toolkit.benchmarks.suites import find_suite
-    from ppcl_toolkit.mechanics import loop
 
     if len(section.seeds) > 1:
         raise PpclError(f"--seeds: --suite {name} takes one, that of the first image of a prompt")
     asked = {"prompts": Path(section.prompts), "count": count, "seed": section.seeds[0], "batch": section.batch}
     with _drawn() as progress:
         folders = draw_suite(paths, Drawing(suite=find_suite(name), **asked, **options), progress)
-    if loop.is_main():
+    if processes.is_main():
         for folder in folders:
             typer.echo(f"for the scorer of {name}: {folder}")
 

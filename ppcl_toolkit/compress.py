@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
+from ppcl_toolkit import processes
+from ppcl_toolkit.artifacts.pipeline import Teacher, load_pipeline, load_teacher
+from ppcl_toolkit.artifacts.storage import Bank, Desk
+from ppcl_toolkit.artifacts.workspace import Progress, Workspace, silent, write_json
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics import loop
-from ppcl_toolkit.mechanics.assemble import count_parameters, student_of
-from ppcl_toolkit.mechanics.noise import Batches, Sample
-from ppcl_toolkit.mechanics.schedule import Batch, Runner, Schedule, settle
-from ppcl_toolkit.mechanics.storage import Bank, Desk
-from ppcl_toolkit.pipeline import Teacher, load_pipeline, load_teacher
 from ppcl_toolkit.plan import Plan, trained_forms
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.running.noise import Batches, Sample
+from ppcl_toolkit.running.schedule import Batch, Runner, Schedule, settle
 from ppcl_toolkit.stages.depth import distill_depth
 from ppcl_toolkit.stages.evaluate import compare, examine, load_measurement, measure, relative_error, velocities
 from ppcl_toolkit.stages.export import Variant, export
@@ -28,7 +28,7 @@ from ppcl_toolkit.stages.report import write_report
 from ppcl_toolkit.stages.samples import load_samples, record_samples
 from ppcl_toolkit.stages.select import Choice, parse_size, select
 from ppcl_toolkit.stages.width import distill_width
-from ppcl_toolkit.workspace import Progress, Workspace, silent, write_json
+from ppcl_toolkit.surgery.assemble import count_parameters, student_of
 
 _CHOICE = {"targets": True, "select": True, "width": {"given", "text_threshold", "text_blocks", "ffn_blocks"}}
 
@@ -39,7 +39,7 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     Returns what `out/summary.json` holds: {"teacher": {...}, "variants": [{"name", "path", "opens", "params", "score",
     "drop_percent", "rmse", ...}], "warnings": [...]}. Raises `PpclError` for bad input; finished stages are never lost.
     """
-    device = loop.pick_device(recipe.device)
+    device = processes.pick_device(recipe.device)
     run = Workspace(out, progress=progress)
     run.open(recipe.dump())
     teacher = load_teacher(recipe, device)
@@ -116,7 +116,7 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     )
     summary["warnings"] = run.warnings
     run.close(recipe.dump())
-    if loop.is_main():
+    if processes.is_main():
         write_json(run.path / "summary.json", summary)
         write_report(run.path)
     return summary
@@ -132,7 +132,7 @@ def export_target(out: str | Path, params: str, name: str | None = None) -> dict
     if not (path / "select").is_dir() or not (path / "width").is_dir():
         raise PpclError(f"{path} has no bank: run `ppcl compress --out {path}` until its width stage is done")
     recipe = Recipe.load(path / "recipe.yaml")
-    device = loop.pick_device(recipe.device)
+    device = processes.pick_device(recipe.device)
     teacher = load_teacher(recipe, device)
     runner = _runner(recipe, teacher, device)
     bank = Bank(path / "depth", path / "width")

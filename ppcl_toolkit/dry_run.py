@@ -16,15 +16,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl_toolkit.adapter import Adapter, adapter_for, available_adapters, load_adapter
+from ppcl_toolkit.artifacts.pipeline import default_call, resolve
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.assemble import Calls, example_calls, reshape
-from ppcl_toolkit.mechanics.capture import run_block
-from ppcl_toolkit.mechanics.graph import meta_copy
-from ppcl_toolkit.mechanics.schedule import Runner
-from ppcl_toolkit.pipeline import default_call, resolve
 from ppcl_toolkit.plan import Operation, Plan, trained_forms
 from ppcl_toolkit.recipe import Recipe, Target
+from ppcl_toolkit.running.capture import run_block
+from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.stages.select import Measured, Sizes, choose, parse_size
+from ppcl_toolkit.surgery.assemble import Calls, example_calls, reshape
+from ppcl_toolkit.surgery.graph import meta_copy
 
 TRAINED_BYTES = 16
 """Per parameter in training: fp32 weight and gradient, and AdamW's two moments."""

@@ -7,11 +7,11 @@ import torch
 from torch.utils.benchmark import Timer
 
 from ppcl_toolkit.adapter import load_adapter
-from ppcl_toolkit.mechanics.assemble import example_calls, reshape
-from ppcl_toolkit.mechanics.cka import cka
-from ppcl_toolkit.mechanics.moments import Moments
-from ppcl_toolkit.mechanics.schedule import Runner, Schedule
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
+from ppcl_toolkit.running.schedule import Runner, Schedule
+from ppcl_toolkit.statistics.cka import cka
+from ppcl_toolkit.statistics.moments import Moments
+from ppcl_toolkit.surgery.assemble import example_calls, reshape
 
 FLUX = load_adapter("flux")
 

@@ -4,7 +4,7 @@ import tiny
 import torch
 
 from ppcl_toolkit.adapter import Stack, load_adapter
-from ppcl_toolkit.mechanics.capture import Streams, stack_calls
+from ppcl_toolkit.running.capture import Streams, stack_calls
 
 FLUX, SD3, QWEN_IMAGE = (load_adapter(name) for name in ("flux", "sd3", "qwen_image"))
 

@@ -4,10 +4,10 @@ import torch
 from tiny import flux_inputs, flux_transformer
 
 from ppcl_toolkit.adapter import load_adapter
-from ppcl_toolkit.mechanics.noise import Batches, Sample
-from ppcl_toolkit.mechanics.schedule import Runner, Schedule
-from ppcl_toolkit.mechanics.storage import Desk
+from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.plan import Plan
+from ppcl_toolkit.running.noise import Batches, Sample
+from ppcl_toolkit.running.schedule import Runner, Schedule
 
 FLUX = load_adapter("flux")
 DUAL, SINGLE = FLUX.stacks

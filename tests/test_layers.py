@@ -11,31 +11,37 @@ PLACES = {
     "typer": ("ppcl_toolkit/cli.py",),
     "rich": ("ppcl_toolkit/cli.py",),
     "yaml": ("ppcl_toolkit/recipe.py",),
-    "accelerate": ("ppcl_toolkit/mechanics/loop.py", "ppcl_toolkit/shapes/"),
-    "torch.fx": ("ppcl_toolkit/mechanics/graph.py", "ppcl_toolkit/mechanics/source.py"),
+    "accelerate": ("ppcl_toolkit/processes.py", "ppcl_toolkit/shapes/"),
+    "torch.fx": ("ppcl_toolkit/surgery/graph.py", "ppcl_toolkit/surgery/source.py"),
     "diffusers": (
-        "ppcl_toolkit/pipeline.py",
-        "ppcl_toolkit/variant.py",
-        "ppcl_toolkit/modelling.py",
-        "ppcl_toolkit/published.py",
+        "ppcl_toolkit/artifacts/pipeline.py",
+        "ppcl_toolkit/artifacts/variant.py",
+        "ppcl_toolkit/surgery/modelling.py",
+        "ppcl_toolkit/artifacts/published.py",
         "ppcl_toolkit/dry_run.py",
         "ppcl_toolkit/shapes/",
     ),
-    "transformers": ("ppcl_toolkit/pipeline.py", "ppcl_toolkit/shapes/"),
+    "transformers": ("ppcl_toolkit/artifacts/pipeline.py", "ppcl_toolkit/shapes/"),
     "matplotlib": ("ppcl_toolkit/stages/figures.py", "ppcl_toolkit/shapes/"),
-    "jinja2": ("ppcl_toolkit/stages/report.py", "ppcl_toolkit/modelling.py"),
+    "jinja2": ("ppcl_toolkit/stages/report.py", "ppcl_toolkit/surgery/modelling.py"),
 }
-LAYERS = [
-    (
-        "ppcl_toolkit/mechanics/",
-        ("ppcl_toolkit.stages", "ppcl_toolkit.recipe", "ppcl_toolkit.compress", "ppcl_toolkit.cli"),
-    ),
-    ("ppcl_toolkit/plan.py", ("ppcl_toolkit.stages", "ppcl_toolkit.mechanics", "ppcl_toolkit.recipe")),
-    ("ppcl_toolkit/adapter.py", ("ppcl_toolkit.stages", "ppcl_toolkit.mechanics", "ppcl_toolkit.plan")),
-    ("ppcl_toolkit/shapes/", ("ppcl_toolkit.stages", "ppcl_toolkit.mechanics", "ppcl_toolkit.compress")),
-    ("ppcl_toolkit/stages/", ("ppcl_toolkit.stages", "ppcl_toolkit.compress", "ppcl_toolkit.cli")),
-    ("adapters/", ("ppcl_toolkit.stages", "ppcl_toolkit.mechanics", "ppcl_toolkit.compress")),
-]
+FLOORS = (
+    ("ppcl_toolkit/errors.py", "ppcl_toolkit/adapter.py", "ppcl_toolkit/plan.py", "ppcl_toolkit/processes.py"),
+    ("ppcl_toolkit/statistics/",),
+    ("ppcl_toolkit/running/",),
+    ("ppcl_toolkit/surgery/",),
+    ("ppcl_toolkit/artifacts/",),
+    ("ppcl_toolkit/training/",),
+    ("ppcl_toolkit/stages/",),
+    ("ppcl_toolkit/compress.py", "ppcl_toolkit/dry_run.py"),
+    ("ppcl_toolkit/cli.py",),
+)
+"""The rooms of the core from the ground up: a file imports from its own floor or from one below."""
+APART = {
+    "ppcl_toolkit/shapes/": ("ppcl_toolkit.stages", "ppcl_toolkit.training", "ppcl_toolkit.compress"),
+    "adapters/": ("ppcl_toolkit.stages", "ppcl_toolkit.training", "ppcl_toolkit.compress"),
+}
+WITHOUT_RECIPES = tuple(f"ppcl_toolkit/{room}/" for room in ("statistics", "running", "surgery", "training"))
 
 
 def imports(path: Path) -> set[str]:
@@ -49,6 +55,10 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def module_of(place: str) -> str:
+    return place.removesuffix(".py").strip("/").replace("/", ".")
+
+
 def inside(module: str, package: str) -> bool:
     return module == package or module.startswith(f"{package}.")
 
@@ -56,13 +66,17 @@ def inside(module: str, package: str) -> bool:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_imports_only_what_lies_below_it(path):
     name = path.relative_to(ROOT).as_posix()
-    for layer, above in LAYERS:
-        if name.startswith(layer):
-            wrong = [m for m in imports(path) for package in above if inside(m, package)]
-            if name == "ppcl_toolkit/stages/report.py":
-                # It reads what the other stages wrote, with their own readers.
-                wrong = [m for m in wrong if not inside(m, "ppcl_toolkit.stages")]
-            assert not wrong, f"{name} must not import {wrong}"
+    above = [package for layer, others in APART.items() if name.startswith(layer) for package in others]
+    for number, floor in enumerate(FLOORS):
+        if name.startswith(floor):
+            above += [module_of(place) for higher in FLOORS[number + 1 :] for place in higher]
+    if name.startswith(WITHOUT_RECIPES):
+        above.append("ppcl_toolkit.recipe")
+    # The report reads what the other stages wrote, with their own readers.
+    if name.startswith("ppcl_toolkit/stages/") and name != "ppcl_toolkit/stages/report.py":
+        above.append("ppcl_toolkit.stages")
+    wrong = [module for module in imports(path) for package in above if inside(module, package)]
+    assert not wrong, f"{name} must not import {wrong}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -76,7 +90,7 @@ def test_a_library_is_imported_where_it_belongs(path):
 def test_the_core_names_no_family():
     for path in FILES:
         name = path.relative_to(ROOT).as_posix()
-        if name.startswith(("ppcl_toolkit/mechanics/", "ppcl_toolkit/stages/")):
+        if name.startswith((*WITHOUT_RECIPES, "ppcl_toolkit/stages/")):
             code = ast.dump(ast.parse(path.read_text())).lower()
             words = [w for w in ("fluxtransformer", "qwenimage", "sd3transformer") if w in code]
             assert not words, f"{name} knows {words}"

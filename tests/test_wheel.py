@@ -16,7 +16,7 @@ place = Path(sys.argv[1])
 assert Path(ppcl_toolkit.__file__).is_relative_to(place), ppcl_toolkit.__file__
 from ppcl_toolkit import Plan, Recipe, compress, load_compressed
 from ppcl_toolkit.adapter import available_adapters, load_adapter
-from ppcl_toolkit.pipeline import resolve
+from ppcl_toolkit.artifacts.pipeline import resolve
 from ppcl_toolkit.recipe import shipped_recipes
 assert load_adapter("flux").transformer == "FluxTransformer2DModel"
 assert "flux" in available_adapters()

@@ -12,9 +12,9 @@ from PIL import Image
 from runs import desk
 
 from ppcl_toolkit.adapter import Adapter, adapter_for
-from ppcl_toolkit.mechanics.noise import Batches, Sample
-from ppcl_toolkit.pipeline import Teacher
+from ppcl_toolkit.artifacts.pipeline import Teacher
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.running.noise import Batches, Sample
 from ppcl_toolkit.stages.samples import load_samples, record_samples
 
 SMALL = {"height": 8, "width": 8, "num_inference_steps": 2, "max_sequence_length": 8}

@@ -13,18 +13,18 @@ import torch
 from torch import nn
 
 from ppcl_toolkit.adapter import Stack
-from ppcl_toolkit.mechanics.assemble import standing_in
-from ppcl_toolkit.mechanics.capture import run_block
-from ppcl_toolkit.mechanics.distill import finish, train_segments
-from ppcl_toolkit.mechanics.loop import Optimization
-from ppcl_toolkit.mechanics.losses import LOSSES
-from ppcl_toolkit.mechanics.moments import Moments
-from ppcl_toolkit.mechanics.noise import Batches
-from ppcl_toolkit.mechanics.schedule import Reading, Runner
-from ppcl_toolkit.mechanics.segment import Segment
-from ppcl_toolkit.mechanics.storage import Desk
+from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.plan import Form, Plan, trained_forms
 from ppcl_toolkit.recipe import Depth
+from ppcl_toolkit.running.capture import run_block
+from ppcl_toolkit.running.noise import Batches
+from ppcl_toolkit.running.schedule import Reading, Runner
+from ppcl_toolkit.statistics.moments import Moments
+from ppcl_toolkit.surgery.assemble import standing_in
+from ppcl_toolkit.training.distill import finish, train_segments
+from ppcl_toolkit.training.loop import Optimization
+from ppcl_toolkit.training.losses import LOSSES
+from ppcl_toolkit.training.segment import Segment
 
 _INIT_BATCHES = 8
 

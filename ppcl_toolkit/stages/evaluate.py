@@ -25,9 +25,12 @@ import torch
 from torch import Tensor
 
 from ppcl_toolkit.adapter import Adapter
+from ppcl_toolkit.artifacts.pipeline import default_call, load_pipeline, resolve
+from ppcl_toolkit.artifacts.workspace import write_json
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.capture import map_tensors, predict
-from ppcl_toolkit.mechanics.images import (
+from ppcl_toolkit.recipe import Evaluate
+from ppcl_toolkit.running.capture import map_tensors, predict
+from ppcl_toolkit.running.images import (
     CALLS,
     Exam,
     generate_images,
@@ -37,10 +40,7 @@ from ppcl_toolkit.mechanics.images import (
     read_pairs,
     run_pipeline,
 )
-from ppcl_toolkit.pipeline import default_call, load_pipeline, resolve
-from ppcl_toolkit.recipe import Evaluate
 from ppcl_toolkit.shapes import scenes, score
-from ppcl_toolkit.workspace import write_json
 
 _EXAM, _MEASUREMENT = "exam.json", "measurement.json"
 

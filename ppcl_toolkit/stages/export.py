@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ppcl_toolkit.artifacts.pipeline import CALL, quiet
+from ppcl_toolkit.artifacts.storage import Desk
+from ppcl_toolkit.artifacts.variant import save_variant, verify_variant
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.capture import map_tensors
-from ppcl_toolkit.mechanics.schedule import Batch
-from ppcl_toolkit.mechanics.storage import Desk
-from ppcl_toolkit.pipeline import CALL, quiet
 from ppcl_toolkit.plan import Plan
-from ppcl_toolkit.variant import save_variant, verify_variant
+from ppcl_toolkit.running.capture import map_tensors
+from ppcl_toolkit.running.schedule import Batch
 
 _RECORD = "variant.json"
 

@@ -12,17 +12,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Stack
-from ppcl_toolkit.mechanics import loop
-from ppcl_toolkit.mechanics.assemble import student_blocks, student_of
-from ppcl_toolkit.mechanics.capture import Streams, predict, unpack
-from ppcl_toolkit.mechanics.losses import LOSSES
-from ppcl_toolkit.mechanics.noise import Batches
-from ppcl_toolkit.mechanics.schedule import Runner
-from ppcl_toolkit.mechanics.segment import comparable
-from ppcl_toolkit.mechanics.storage import Bank, Desk, load_tree, save_tree
+from ppcl_toolkit.artifacts.storage import Bank, Desk, load_tree, save_tree
 from ppcl_toolkit.plan import Form, Plan
 from ppcl_toolkit.recipe import Finetune
+from ppcl_toolkit.running.capture import Streams, predict, unpack
+from ppcl_toolkit.running.noise import Batches
+from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.surgery.assemble import student_blocks, student_of
+from ppcl_toolkit.training import loop
+from ppcl_toolkit.training.losses import LOSSES
+from ppcl_toolkit.training.segment import comparable
 
 _WEIGHTS = "transformer.safetensors"
 
@@ -36,7 +37,7 @@ def finetune(runner: Runner, plan: Plan, bank: Bank, batches: Batches, section: 
     parts = {"student": (student, loop.Optimization("fine-tuning", [student], section))}
     optimization = parts["student"][1]
     state = desk.folder / "state.safetensors.tmp"
-    rank, ranks = loop.world()
+    rank, ranks = processes.world()
     for step in range(loop.load_state(state, parts), section.steps):
         with loop.autocast(runner.schedule.device, batches.dtype):
             batch = loop.to_device(batches[step * ranks + rank], runner.schedule.device)
@@ -45,10 +46,10 @@ def finetune(runner: Runner, plan: Plan, bank: Bank, batches: Batches, section: 
         if optimization.stopped:
             break
         if optimization.done % section.checkpoint_every == 0:
-            loop.save_state(state, optimization.done, parts, write=loop.is_main())
+            loop.save_state(state, optimization.done, parts, write=processes.is_main())
         desk.progress(optimization.done, section.steps, f"loss {optimization.losses[-1][1]:.4g}")
     weights = {name: loop.whole(value).to(batches.dtype) for name, value in student.state_dict().items()}
-    if loop.is_main():
+    if processes.is_main():
         save_tree(desk.folder / _WEIGHTS, weights)
         (desk.folder / "losses.json").write_text(json.dumps(optimization.losses))
         state.unlink(missing_ok=True)

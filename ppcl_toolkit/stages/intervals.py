@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ppcl_toolkit.adapter import Adapter, Stack
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.cka import ChainedCka
-from ppcl_toolkit.mechanics.schedule import Batch, Reading, Runner
 from ppcl_toolkit.plan import Interval, TextRun
 from ppcl_toolkit.recipe import Intervals
+from ppcl_toolkit.running.schedule import Batch, Reading, Runner
+from ppcl_toolkit.statistics.cka import ChainedCka
 
 Key = tuple[str, int, str]
 """Stack path, block, stream."""

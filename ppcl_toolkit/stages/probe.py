@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Stack
-from ppcl_toolkit.mechanics.capture import Streams
-from ppcl_toolkit.mechanics.moments import Moments
-from ppcl_toolkit.mechanics.schedule import Batch, Reading, Runner
 from ppcl_toolkit.recipe import Probe
+from ppcl_toolkit.running.capture import Streams
+from ppcl_toolkit.running.schedule import Batch, Reading, Runner
+from ppcl_toolkit.statistics.moments import Moments
 
 Key = tuple[str, int, str]
 """Stack path, block, stream."""

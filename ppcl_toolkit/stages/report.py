@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ppcl_toolkit.artifacts.workspace import write_text
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form, Plan
 from ppcl_toolkit.shapes import score
 from ppcl_toolkit.stages import figures
-from ppcl_toolkit.workspace import write_text
 
 _SHOWN_PROMPTS = 14
 _SHOWN_CANDIDATES = 30

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ppcl_toolkit import processes
+from ppcl_toolkit.artifacts.pipeline import Teacher
+from ppcl_toolkit.artifacts.storage import Desk, load_tree, save_tree
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics import loop
-from ppcl_toolkit.mechanics.images import check_call, check_edits, read_image, read_pairs
-from ppcl_toolkit.mechanics.noise import Sample
-from ppcl_toolkit.mechanics.record import denoised, encoded
-from ppcl_toolkit.mechanics.storage import Desk, load_tree, save_tree
-from ppcl_toolkit.pipeline import Teacher
 from ppcl_toolkit.recipe import Recipe, Samples
+from ppcl_toolkit.running.images import check_call, check_edits, read_image, read_pairs
+from ppcl_toolkit.running.noise import Sample
+from ppcl_toolkit.running.record import denoised, encoded
 
 Item = tuple[str, Path | None]
 """A prompt, and the image that belongs to it."""
@@ -34,7 +34,7 @@ def record_samples(teacher: Teacher, recipe: Recipe, desk: Desk) -> None:
     if section.edits:
         check_edits(pipeline, "samples.edits")
     items = _items(section, seed)
-    rank, ranks = loop.world()
+    rank, ranks = processes.world()
     for start in range(rank * section.batch, len(items), ranks * section.batch):
         path = desk.folder / f"{start:06d}.safetensors"
         if not path.exists():

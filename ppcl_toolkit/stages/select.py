@@ -22,18 +22,18 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Stack
+from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics import loop
-from ppcl_toolkit.mechanics.assemble import example_calls, standing_in
-from ppcl_toolkit.mechanics.capture import bind, passing, rerouted, run_block
-from ppcl_toolkit.mechanics.moments import Moments
-from ppcl_toolkit.mechanics.noise import Batches
-from ppcl_toolkit.mechanics.schedule import Reading, Runner
-from ppcl_toolkit.mechanics.segment import LinearFit
-from ppcl_toolkit.mechanics.storage import Desk
-from ppcl_toolkit.mechanics.surgery import narrow
 from ppcl_toolkit.plan import FfnSwap, Form, Interval, Operation, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe, Target, Width
+from ppcl_toolkit.running.capture import bind, passing, rerouted, run_block
+from ppcl_toolkit.running.noise import Batches
+from ppcl_toolkit.running.schedule import Reading, Runner
+from ppcl_toolkit.statistics.moments import Moments
+from ppcl_toolkit.surgery.assemble import example_calls, standing_in
+from ppcl_toolkit.surgery.narrow import narrow
+from ppcl_toolkit.training import loop
+from ppcl_toolkit.training.segment import LinearFit
 
 Candidate = Interval | TextRun | FfnSwap
 

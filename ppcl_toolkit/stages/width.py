@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ppcl_toolkit.mechanics import loop
-from ppcl_toolkit.mechanics.assemble import example_calls, standing_in
-from ppcl_toolkit.mechanics.distill import finish, train_segments
-from ppcl_toolkit.mechanics.loop import Optimization
-from ppcl_toolkit.mechanics.losses import LOSSES
-from ppcl_toolkit.mechanics.noise import Batches
-from ppcl_toolkit.mechanics.schedule import Runner
-from ppcl_toolkit.mechanics.segment import LinearFit, Segment
-from ppcl_toolkit.mechanics.storage import Bank, Desk
-from ppcl_toolkit.mechanics.surgery import copy_weights, narrow
+from ppcl_toolkit import processes
+from ppcl_toolkit.artifacts.storage import Bank, Desk
 from ppcl_toolkit.plan import Form, Plan, trained_forms
 from ppcl_toolkit.recipe import Width
+from ppcl_toolkit.running.noise import Batches
+from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.surgery.assemble import example_calls, standing_in
+from ppcl_toolkit.surgery.narrow import copy_weights, narrow
+from ppcl_toolkit.training.distill import finish, train_segments
+from ppcl_toolkit.training.loop import Optimization
+from ppcl_toolkit.training.losses import LOSSES
+from ppcl_toolkit.training.segment import LinearFit, Segment
 
 
 def distill_width(
@@ -33,7 +33,7 @@ def distill_width(
     # A block that loses its text and its FFN learns the first before the second: that form is in the bank, too.
     for wave in ([f for f in forms if not (f.narrow_text and f.ffn)], [f for f in forms if f.narrow_text and f.ffn]):
         known = Bank(*bank.folders, desk.folder)
-        loop.wait()  # nobody banks before all have looked
+        processes.wait()  # nobody banks before all have looked
         if any(form.key not in known for form in wave):
             segments = _segments(runner, wave, known, batches, section)
             stopped += train_segments(runner, segments, batches, section, desk)

@@ -5,7 +5,7 @@ import copy
 
 import torch
 
-from ppcl_toolkit.mechanics.capture import passing, predict, rerouted, run_block, stack_calls
+from ppcl_toolkit.running.capture import passing, predict, rerouted, run_block, stack_calls
 
 
 def first_calls(world, chunk):

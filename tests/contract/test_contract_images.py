@@ -8,9 +8,9 @@ from PIL import Image
 from runs import desk
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.images import image_path, pixels
-from ppcl_toolkit.mechanics.record import clean_latents
 from ppcl_toolkit.recipe import Evaluate
+from ppcl_toolkit.running.images import image_path, pixels
+from ppcl_toolkit.running.record import clean_latents
 from ppcl_toolkit.stages.evaluate import examine, measure
 from ppcl_toolkit.stages.samples import load_samples, record_samples
 

@@ -13,10 +13,10 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from ppcl_toolkit.mechanics.assemble import reshape
-from ppcl_toolkit.mechanics.capture import map_tensors
+from ppcl_toolkit.artifacts.variant import save_variant
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
-from ppcl_toolkit.variant import save_variant
+from ppcl_toolkit.running.capture import map_tensors
+from ppcl_toolkit.surgery.assemble import reshape
 
 STACK = "transformer_blocks"
 DEPTH = (Interval(stack=STACK, first=2, last=3),)  # The last block of SD3 is another one than the rest.

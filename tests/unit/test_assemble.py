@@ -12,7 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.assemble import (
+from ppcl_toolkit.plan import FfnSwap, Form, Interval, Plan, TextRun
+from ppcl_toolkit.surgery.assemble import (
     count_parameters,
     drop_blocks,
     example_calls,
@@ -21,8 +22,7 @@ from ppcl_toolkit.mechanics.assemble import (
     standing_in,
     student_blocks,
 )
-from ppcl_toolkit.mechanics.graph import meta_copy
-from ppcl_toolkit.plan import FfnSwap, Form, Interval, Plan, TextRun
+from ppcl_toolkit.surgery.graph import meta_copy
 
 STACK = "transformer_blocks"
 OPERATIONS = (

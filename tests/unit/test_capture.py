@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from ppcl_toolkit.adapter import load_adapter
-from ppcl_toolkit.mechanics.capture import joint_text, run_block, stack_calls
+from ppcl_toolkit.running.capture import joint_text, run_block, stack_calls
 
 FLUX = load_adapter("flux")
 

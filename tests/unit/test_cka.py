@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ppcl_toolkit.mechanics.cka import ChainedCka, Kernel, cka, heatmap
+from ppcl_toolkit.statistics.cka import ChainedCka, Kernel, cka, heatmap
 
 
 def features(*shape, seed=0):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from runs import DUAL, SINGLE, batches, desk, equal, identity, plan_of, runner
 
-from ppcl_toolkit.mechanics.capture import run_block
-from ppcl_toolkit.mechanics.schedule import Schedule
-from ppcl_toolkit.mechanics.storage import Bank
+from ppcl_toolkit.artifacts.storage import Bank
 from ppcl_toolkit.plan import Form, Interval
 from ppcl_toolkit.recipe import Depth
+from ppcl_toolkit.running.capture import run_block
+from ppcl_toolkit.running.schedule import Schedule
 from ppcl_toolkit.stages.depth import distill_depth, initial_students
 
 FIRST, SECOND, THIRD = (

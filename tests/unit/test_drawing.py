@@ -14,7 +14,7 @@ from tiny import flux_pipeline
 from ppcl_toolkit.benchmarks.drawing import Drawing, draw_suite
 from ppcl_toolkit.benchmarks.suites import SUITES, find_suite
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.images import pixels
+from ppcl_toolkit.running.images import pixels
 
 CALL = {"height": 8, "width": 8, "num_inference_steps": 1, "max_sequence_length": 16}
 ROOTS = {"longtext": "longtext/en", "oneig": "oneig/en", "t2i-compbench": "t2i-compbench/color"}

@@ -10,8 +10,8 @@ from PIL import Image
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.images import Exam, generate_images, image_path, pixels
 from ppcl_toolkit.recipe import Evaluate
+from ppcl_toolkit.running.images import Exam, generate_images, image_path, pixels
 from ppcl_toolkit.shapes import scenes
 from ppcl_toolkit.stages.evaluate import compare, examine, load_measurement, measure, relative_error, velocities
 

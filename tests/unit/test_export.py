@@ -9,13 +9,13 @@ from diffusers import DiffusionPipeline
 from runs import DUAL, FLUX, SINGLE, batches, desk, equal
 from safetensors.torch import load_file
 
+from ppcl_toolkit.artifacts.pipeline import CALL as CALL_FILE
+from ppcl_toolkit.artifacts.variant import load_compressed
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.assemble import reshape
-from ppcl_toolkit.pipeline import CALL as CALL_FILE
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan
 from ppcl_toolkit.stages import export as stage
 from ppcl_toolkit.stages.export import Variant, export
-from ppcl_toolkit.variant import load_compressed
+from ppcl_toolkit.surgery.assemble import reshape
 
 DEPTH = (Interval(stack=DUAL.path, first=0, last=1), Interval(stack=SINGLE.path, first=0, last=1))
 CALL = {"height": 8, "width": 8}

@@ -8,15 +8,16 @@ import torch
 from runs import DUAL, batches, desk, equal, plan_of, runner
 from torch import multiprocessing
 
-from ppcl_toolkit.mechanics import loop
-from ppcl_toolkit.mechanics.assemble import student_of
-from ppcl_toolkit.mechanics.schedule import Schedule
-from ppcl_toolkit.mechanics.storage import Bank
+from ppcl_toolkit import processes
+from ppcl_toolkit.artifacts.storage import Bank
 from ppcl_toolkit.plan import FfnSwap, Interval
 from ppcl_toolkit.recipe import Depth, Finetune, Width
+from ppcl_toolkit.running.schedule import Schedule
 from ppcl_toolkit.stages.depth import distill_depth
 from ppcl_toolkit.stages.finetune import finetune, load_weights
 from ppcl_toolkit.stages.width import distill_width
+from ppcl_toolkit.surgery.assemble import student_of
+from ppcl_toolkit.training import loop
 
 OPERATIONS = (
     Interval(stack=DUAL.path, first=1, last=2),
@@ -49,7 +50,7 @@ def bank(teacher, tmp_path_factory):
 def tuned(teacher, bank, folder, noised=None, operations=OPERATIONS, **changes):
     plan = plan_of(teacher, *operations)
     stopped = finetune(teacher, plan, bank, noised or batches(), section(**changes), desk(folder))
-    loop.wait()
+    processes.wait()
     return load_weights(folder), json.loads((folder / "losses.json").read_text()), stopped
 
 
@@ -138,16 +139,16 @@ def test_feature_terms_and_checkpointing_are_options(teacher, bank, tmp_path):
 def one_of_two(rank, bank, folder):
     addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29587", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ.update(addresses | {"WORLD_SIZE": "2"})
-    loop.pick_device("cpu")
-    assert loop.gathered([f"only {rank}", "both"]) == ["only 0", "both", "only 1"]
+    processes.pick_device("cpu")
+    assert processes.gathered([f"only {rank}", "both"]) == ["only 0", "both", "only 1"]
     changes = {"features": 0.1, "clip": 0.01}
     whole, losses, _ = tuned(runner(), bank, folder / "whole", **changes)
-    loop.wait()
+    processes.wait()
     sharded, curve, _ = tuned(runner(), bank, folder / "sharded", shard=True, **changes)
     # Norms are summed in another order, so clipped gradients may differ in their last bits.
     assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in losses], rel=1e-5)
     assert all(torch.allclose(value, whole[name], rtol=1e-4, atol=1e-6) for name, value in sharded.items())
-    loop.wait()
+    processes.wait()
 
     class Dying:
         dtype = torch.float32
@@ -159,7 +160,7 @@ def one_of_two(rank, bank, folder):
 
     with pytest.raises(Killed):
         tuned(runner(), bank, folder / "killed", Dying(), shard=True, **changes)
-    loop.wait()
+    processes.wait()
     resumed, again, _ = tuned(runner(), bank, folder / "killed", shard=True, gradient_checkpointing=True, **changes)
     assert curve == again
     assert equal(sharded, resumed)

@@ -10,8 +10,8 @@ from tiny import randomize
 from torch import nn
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics import graph
-from ppcl_toolkit.mechanics.source import write_forward
+from ppcl_toolkit.surgery import graph
+from ppcl_toolkit.surgery.source import write_forward
 
 
 def run_source(trace: graph.Trace, block: nn.Module, call: dict):

@@ -4,11 +4,10 @@ from tiny import flux_inputs, flux_transformer
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.capture import Streams
-from ppcl_toolkit.mechanics.cka import cka, heatmap
-from ppcl_toolkit.mechanics.schedule import Reading, Runner, Schedule
 from ppcl_toolkit.plan import Interval, TextRun
 from ppcl_toolkit.recipe import Intervals
+from ppcl_toolkit.running.capture import Streams
+from ppcl_toolkit.running.schedule import Reading, Runner, Schedule
 from ppcl_toolkit.stages.intervals import (
     Candidates,
     differences,
@@ -17,6 +16,7 @@ from ppcl_toolkit.stages.intervals import (
     threshold_intervals,
     trend_intervals,
 )
+from ppcl_toolkit.statistics.cka import cka, heatmap
 
 FLUX = load_adapter("flux")
 DUAL, SINGLE = FLUX.stacks

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.loop import Optimization, autocast, learning_rate, load_state, pick_device, save_state
+from ppcl_toolkit.processes import pick_device
 from ppcl_toolkit.recipe import Depth
+from ppcl_toolkit.training.loop import Optimization, autocast, learning_rate, load_state, save_state
 
 SECTION = Depth(steps=20, learning_rate=0.01, warmup=4, clip=0.1, weight_decay=0.1)
 

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from ppcl_toolkit.mechanics.capture import Streams
-from ppcl_toolkit.mechanics.losses import LOSSES, direction, direction_magnitude, relative_mse
+from ppcl_toolkit.running.capture import Streams
+from ppcl_toolkit.training.losses import LOSSES, direction, direction_magnitude, relative_mse
 
 
 def streams(seed=0, scale=1.0):

@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.moments import Moments
+from ppcl_toolkit.statistics.moments import Moments
 
 TOKENS, FEATURES = 60, 7
 

@@ -7,7 +7,7 @@ import torch
 from runs import FLUX, batches, runner, sample
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.noise import Batches, collate
+from ppcl_toolkit.running.noise import Batches, collate
 
 
 def same(one, other):

@@ -10,12 +10,12 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from runs import DUAL, FLUX, SINGLE, batches, equal
 from safetensors.torch import load_file, save_file
 
+from ppcl_toolkit.artifacts.pipeline import load_pipeline, load_teacher, resolve
+from ppcl_toolkit.artifacts.variant import save_variant
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.assemble import reshape
-from ppcl_toolkit.pipeline import load_pipeline, load_teacher, resolve
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan
 from ppcl_toolkit.recipe import Recipe
-from ppcl_toolkit.variant import save_variant
+from ppcl_toolkit.surgery.assemble import reshape
 
 CPU = torch.device("cpu")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -157,7 +157,7 @@ def test_a_wrong_adapter_is_refused(saved, tmp_path, monkeypatch):
 
 
 def test_a_quantised_teacher_is_refused(saved, monkeypatch):
-    import ppcl_toolkit.pipeline as module
+    import ppcl_toolkit.artifacts.pipeline as module
 
     pipeline = load_pipeline(str(saved))
     pipeline.transformer.is_quantized = True
@@ -174,7 +174,7 @@ def test_quantised_weights_are_refused_before_they_are_loaded(broken):
 
 
 def test_weights_of_other_types_are_refused(saved, monkeypatch):
-    import ppcl_toolkit.pipeline as module
+    import ppcl_toolkit.artifacts.pipeline as module
 
     pipeline = load_pipeline(str(saved))
     pipeline.transformer.proj_out.to(torch.float8_e4m3fn)
@@ -195,7 +195,7 @@ def test_lora_adapters_are_refused_with_what_to_do(broken):
 
 
 def test_lora_adapters_in_memory_are_refused(saved, monkeypatch):
-    import ppcl_toolkit.pipeline as module
+    import ppcl_toolkit.artifacts.pipeline as module
 
     pipeline = load_pipeline(str(saved))
     pipeline.transformer.proj_out.add_module("lora_A", torch.nn.ModuleDict({"default": torch.nn.Linear(2, 2)}))

@@ -5,9 +5,9 @@ from torch import nn
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.capture import Streams, bind, unpack
-from ppcl_toolkit.mechanics.schedule import Reading, Runner, Schedule
 from ppcl_toolkit.recipe import Probe
+from ppcl_toolkit.running.capture import Streams, bind, unpack
+from ppcl_toolkit.running.schedule import Reading, Runner, Schedule
 from ppcl_toolkit.stages.probe import ProbeReader, Probes, ProbeTrainer, fit_probes
 
 FLUX = load_adapter("flux")

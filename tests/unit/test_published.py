@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny import flux_pipeline, qwen_image_inputs, qwen_image_pipeline, qwen_image_transformer, randomize
 from torch.nn.functional import gelu, layer_norm, linear, silu
 
+from ppcl_toolkit.artifacts.published import KEYS, build, import_published, plan_of
+from ppcl_toolkit.artifacts.variant import load_compressed, verify_variant
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Plan, TextRun
-from ppcl_toolkit.published import KEYS, build, import_published, plan_of
-from ppcl_toolkit.variant import load_compressed, verify_variant
 
 STACK = "transformer_blocks"
 INDICES = {"single_stream_index": [2, 3, 5, 7], "ffn_proj_index": [1, 3, 6, 7], "ehs_proj_index": [3, 7]}

@@ -9,10 +9,10 @@ from PIL import Image
 from runs import desk, equal
 
 from ppcl_toolkit.adapter import load_adapter
+from ppcl_toolkit.artifacts.pipeline import Teacher
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.noise import Batches
-from ppcl_toolkit.pipeline import Teacher
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.stages.samples import load_samples, prompts, record_samples
 
 FLUX = load_adapter("flux")

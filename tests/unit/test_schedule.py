@@ -5,8 +5,8 @@ import tiny
 import torch
 
 from ppcl_toolkit.adapter import load_adapter
-from ppcl_toolkit.mechanics.capture import Streams, run_block
-from ppcl_toolkit.mechanics.schedule import Runner, Schedule
+from ppcl_toolkit.running.capture import Streams, run_block
+from ppcl_toolkit.running.schedule import Runner, Schedule
 
 FLUX = load_adapter("flux")
 DUAL, SINGLE = FLUX.stacks

@@ -8,15 +8,15 @@ from runs import DUAL, batches, runner
 from torch import nn
 from torch.nn import functional
 
-from ppcl_toolkit.mechanics.assemble import example_calls
-from ppcl_toolkit.mechanics.capture import Streams, joint_text, run_block
-from ppcl_toolkit.mechanics.loop import Optimization
-from ppcl_toolkit.mechanics.losses import LOSSES
-from ppcl_toolkit.mechanics.schedule import Reading
-from ppcl_toolkit.mechanics.segment import LinearFit, Segment, block_inputs, comparable, text_of
-from ppcl_toolkit.mechanics.surgery import copy_weights, narrow
 from ppcl_toolkit.plan import Form
 from ppcl_toolkit.recipe import Depth
+from ppcl_toolkit.running.capture import Streams, joint_text, run_block
+from ppcl_toolkit.running.schedule import Reading
+from ppcl_toolkit.surgery.assemble import example_calls
+from ppcl_toolkit.surgery.narrow import copy_weights, narrow
+from ppcl_toolkit.training.loop import Optimization
+from ppcl_toolkit.training.losses import LOSSES
+from ppcl_toolkit.training.segment import LinearFit, Segment, block_inputs, comparable, text_of
 
 PATH = DUAL.path
 FORMS = {

@@ -5,11 +5,11 @@ import torch
 from runs import DUAL, SINGLE, batches, desk, equal, identity, plan_of, runner
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.assemble import count_parameters, example_calls
-from ppcl_toolkit.mechanics.schedule import Schedule
 from ppcl_toolkit.plan import FfnSwap, Interval, TextRun
 from ppcl_toolkit.recipe import Recipe, Target, Width
+from ppcl_toolkit.running.schedule import Schedule
 from ppcl_toolkit.stages.select import Choice, Measured, Sizes, choose, ffn_candidates, measure, parse_size, select
+from ppcl_toolkit.surgery.assemble import count_parameters, example_calls
 
 PAIR = Interval(stack=DUAL.path, first=0, last=1)
 RUN = Interval(stack=DUAL.path, first=1, last=3)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from ppcl_toolkit.artifacts.storage import Bank, load_tree, save_tree
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.storage import Bank, load_tree, save_tree
 
 
 def same(one, other):

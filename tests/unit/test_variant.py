@@ -12,12 +12,12 @@ import tiny
 import torch
 from diffusers import AutoModel, DiffusionPipeline
 
-from ppcl_toolkit import variant
 from ppcl_toolkit.adapter import load_adapter
+from ppcl_toolkit.artifacts import variant
+from ppcl_toolkit.artifacts.variant import load_compressed, save_variant, verify_variant
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.assemble import reshape
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
-from ppcl_toolkit.variant import load_compressed, save_variant, verify_variant
+from ppcl_toolkit.surgery.assemble import reshape
 
 STACK = "transformer_blocks"
 DEPTH = (Interval(stack=STACK, first=0, last=1), Interval(stack="single_transformer_blocks", first=1, last=2))

@@ -6,14 +6,14 @@ import pytest
 import torch
 from runs import DUAL, batches, desk, equal, plan_of, runner
 
-from ppcl_toolkit.mechanics.assemble import count_parameters, student_of
-from ppcl_toolkit.mechanics.schedule import Schedule
-from ppcl_toolkit.mechanics.storage import Bank
+from ppcl_toolkit.artifacts.storage import Bank
 from ppcl_toolkit.plan import FfnSwap, Interval, TextRun, trained_forms
 from ppcl_toolkit.recipe import Depth, Width
+from ppcl_toolkit.running.schedule import Schedule
 from ppcl_toolkit.stages import width as stage
 from ppcl_toolkit.stages.depth import distill_depth
 from ppcl_toolkit.stages.width import distill_width
+from ppcl_toolkit.surgery.assemble import count_parameters, student_of
 
 OPERATIONS = (
     Interval(stack=DUAL.path, first=1, last=2),

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from ppcl_toolkit.artifacts.workspace import Workspace
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Probe
-from ppcl_toolkit.workspace import Workspace
 
 RECIPE = "seed: 1\n"
 

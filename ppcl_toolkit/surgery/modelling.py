@@ -5,8 +5,8 @@ import inspect
 import string
 from collections.abc import Sequence
 
-from ppcl_toolkit.mechanics.surgery import Blueprint, NarrowBlock, bypass, reshape_block
 from ppcl_toolkit.plan import Form
+from ppcl_toolkit.surgery.narrow import Blueprint, NarrowBlock, bypass, reshape_block
 
 _FILE = string.Template('''\
 """$name: $stock with narrow blocks, written by ppcl-toolkit.

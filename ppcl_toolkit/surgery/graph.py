@@ -19,7 +19,7 @@ from torch.fx.node import Node, map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.capture import map_tensors
+from ppcl_toolkit.running.capture import map_tensors
 
 _CASTS = ("to", "float", "type_as", "contiguous")
 

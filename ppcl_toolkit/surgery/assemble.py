@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Adapter, Stack
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.capture import Arguments, Streams, stack_calls
-from ppcl_toolkit.mechanics.graph import meta_copy
-from ppcl_toolkit.mechanics.surgery import NarrowBlock, narrow
 from ppcl_toolkit.plan import Form, Interval, Plan
+from ppcl_toolkit.running.capture import Arguments, Streams, stack_calls
+from ppcl_toolkit.surgery.graph import meta_copy
+from ppcl_toolkit.surgery.narrow import NarrowBlock, narrow
 
 Calls = dict[str, tuple[Arguments, Streams]]
 """An example call of a block of each stack, by the stack's path."""
@@ -149,7 +149,7 @@ def load_bank(transformer: nn.Module, adapter: Adapter, plan: Plan, bank: Mappin
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
-    raise PpclError("a width-pruned transformer is saved by ppcl_toolkit.variant.save_variant: no stock class fits it")
+    raise PpclError("a width-pruned transformer is saved by save_variant: no stock class fits it")
 
 
 def _renumbered(stack: Stack, config: Mapping[str, Any], kept: list[int]) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ppcl_toolkit.adapter import Adapter, adapter_for
+from ppcl_toolkit.artifacts.variant import load_compressed
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
-from ppcl_toolkit.variant import load_compressed
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _QUANTISED = "a quantised teacher cannot be distilled; give the unquantised weights"

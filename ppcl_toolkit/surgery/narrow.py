@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics import graph
-from ppcl_toolkit.mechanics.capture import Arguments, Streams
-from ppcl_toolkit.mechanics.source import write_forward
 from ppcl_toolkit.plan import Form
+from ppcl_toolkit.running.capture import Arguments, Streams
+from ppcl_toolkit.surgery import graph
+from ppcl_toolkit.surgery.source import write_forward
 
 
 @dataclass(frozen=True)

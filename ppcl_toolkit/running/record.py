@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.capture import map_tensors
-from ppcl_toolkit.mechanics.images import run_pipeline
-from ppcl_toolkit.mechanics.noise import Sample
+from ppcl_toolkit.running.capture import map_tensors
+from ppcl_toolkit.running.images import run_pipeline
+from ppcl_toolkit.running.noise import Sample
 
 
 class _Recorded(BaseException):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.graph import Node, Trace, is_read_once
+from ppcl_toolkit.surgery.graph import Node, Trace, is_read_once
 
 _OPERATORS = {
     operator.add: "{} + {}",

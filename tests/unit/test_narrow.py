@@ -13,9 +13,9 @@ from torch import nn
 
 from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.capture import Streams, joint_text, run_block
-from ppcl_toolkit.mechanics.surgery import NarrowBlock, bypass, copy_weights, narrow
 from ppcl_toolkit.plan import Form
+from ppcl_toolkit.running.capture import Streams, joint_text, run_block
+from ppcl_toolkit.surgery.narrow import NarrowBlock, bypass, copy_weights, narrow
 
 FORMS = [
     {"ffn": ("image",)},

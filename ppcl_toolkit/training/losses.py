@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ppcl_toolkit.mechanics.capture import Streams
+from ppcl_toolkit.running.capture import Streams
 
 Loss = Callable[[Streams, Streams], Tensor]
 """`loss(student, target)`."""

@@ -20,9 +20,9 @@ import torch
 from pydantic import BaseModel
 from safetensors import SafetensorError
 
+from ppcl_toolkit import processes
+from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics import loop
-from ppcl_toolkit.mechanics.storage import Desk
 
 Result = TypeVar("Result")
 _MADE_FROM, _WARNINGS = "made_from.json", "warnings.json"
@@ -49,7 +49,7 @@ class Workspace:
 
     def __init__(self, path: str | Path, *, progress: Progress = silent) -> None:
         self.path = Path(path)
-        self._progress = progress if loop.is_main() else silent
+        self._progress = progress if processes.is_main() else silent
         self._after = ""
         self.warnings: list[str] = []
         """What stages had to say that a user should know, theirs or of the runs before."""
@@ -60,13 +60,13 @@ class Workspace:
 
     def open(self, recipe: str) -> None:
         """Make the folder, and note what was asked and on what; an earlier note stays until `close`."""
-        if loop.is_main() and not (self.path / "recipe.yaml").exists():
+        if processes.is_main() and not (self.path / "recipe.yaml").exists():
             self._describe(recipe)
-        loop.wait()
+        processes.wait()
 
     def close(self, recipe: str) -> None:
         """Note what all stages were made from."""
-        if loop.is_main():
+        if processes.is_main():
             self._describe(recipe)
 
     def _describe(self, recipe: str) -> None:
@@ -100,13 +100,13 @@ class Workspace:
         else:
             started = time.monotonic()
             self._prepare(name, made_from, partial)
-            if together or loop.is_main():
+            if together or processes.is_main():
                 with writing(partial):
                     said = make(Desk(partial, lambda done, total, note="": self._progress(name, done, total, note)))
-                    said = loop.gathered(said or ()) if together else said
-                    if said and loop.is_main():
+                    said = processes.gathered(said or ()) if together else said
+                    if said and processes.is_main():
                         write_json(partial / _WARNINGS, list(said))
-            loop.wait()
+            processes.wait()
             self._finish(name, partial, final, seconds=round(time.monotonic() - started, 3))
         self.warnings += _read_json(final / _WARNINGS) or []
         self._after = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
@@ -116,20 +116,20 @@ class Workspace:
             raise PpclError(f"{final} is damaged ({error}); delete it to make it again") from error
 
     def _prepare(self, name: str, made_from: Mapping[str, Any], partial: Path) -> None:
-        if loop.is_main():
+        if processes.is_main():
             with writing(partial):
                 if partial.exists() and _read_json(partial / _MADE_FROM) != made_from:
                     shutil.rmtree(partial)
                 partial.mkdir(parents=True, exist_ok=True)
                 write_json(partial / _MADE_FROM, made_from)
             self._note(name, "started")
-        loop.wait()
+        processes.wait()
 
     def _finish(self, name: str, partial: Path, final: Path, **facts: Any) -> None:
-        if loop.is_main():
+        if processes.is_main():
             partial.rename(final)
             self._note(name, "finished", **facts)
-        loop.wait()
+        processes.wait()
 
     def _check(self, name: str, found: Any, wanted: Mapping[str, Any]) -> None:
         if found is None:
@@ -147,7 +147,7 @@ class Workspace:
             )
 
     def _note(self, stage: str, event: str, **facts: Any) -> None:
-        if not loop.is_main():
+        if not processes.is_main():
             return
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "stage": stage, "event": event, **facts}
         with writing(self.path), (self.path / "events.jsonl").open("a") as file:

@@ -1,26 +1,24 @@
 """One optimizer step, its schedule and its state on disk: shared by everything that trains.
 
-The only file that imports accelerate. Weights in training are fp32; under bf16 teachers the forward runs in autocast.
+Weights in training are fp32; under bf16 teachers the forward runs in autocast.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ppcl_toolkit.artifacts.storage import load_tree, save_tree
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.capture import map_tensors
-from ppcl_toolkit.mechanics.storage import load_tree, save_tree
+from ppcl_toolkit.processes import average, world
+from ppcl_toolkit.running.capture import map_tensors
 
 
 class Settings(Protocol):
@@ -180,54 +178,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the process's device: `auto` is its GPU where there is one. `PpclError` for one that is not there."""
-    try:
-        wanted = None if name == "auto" else torch.device(name)
-    except RuntimeError as error:
-        raise PpclError(f"device: {name!r} is none; use auto, cpu, cuda or cuda:1") from error
-    if wanted is not None and wanted.type == "cuda" and not torch.cuda.is_available():
-        raise PpclError(f"device: {name!r} is asked for, and torch finds no GPU; use auto or cpu")
-    # While one process records samples or evaluates, the others wait: hours are no failure.
-    state = PartialState(cpu=name == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=7))
-    # Of several processes each has a GPU of its own, whatever number is asked for.
-    return state.device if wanted is None or wanted.index is None or state.num_processes > 1 else wanted
-
-
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Move every tensor of a call's arguments."""
     return {name: map_tensors(value, lambda tensor: tensor.to(device)) for name, value in batch.items()}
-
-
-def is_main() -> bool:
-    """Whether this process writes."""
-    return bool(PartialState().is_main_process)
-
-
-def world() -> tuple[int, int]:
-    """Return this process's rank and their number."""
-    state = PartialState()
-    return int(state.process_index), int(state.num_processes)
-
-
-def wait() -> None:
-    """Wait for the other processes."""
-    PartialState().wait_for_everyone()
-
-
-def gathered(said: Sequence[str]) -> list[str]:
-    """Return what all processes say, in their order, without repeats."""
-    _, count = world()
-    return list(dict.fromkeys(gather_object(list(said)) if count > 1 else said))
-
-
-def average(value: Tensor) -> float:
-    """Average a scalar over the processes."""
-    _, count = world()
-    if count > 1:
-        value = value.clone()
-        torch.distributed.all_reduce(value)
-    return float(value) / count
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ppcl_toolkit.mechanics import loop
-from ppcl_toolkit.mechanics.noise import Batches
-from ppcl_toolkit.mechanics.schedule import Runner
-from ppcl_toolkit.mechanics.segment import Segment
-from ppcl_toolkit.mechanics.storage import Desk, save_tree
+from ppcl_toolkit import processes
+from ppcl_toolkit.artifacts.storage import Desk, save_tree
+from ppcl_toolkit.running.noise import Batches
+from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.training import loop
+from ppcl_toolkit.training.segment import Segment
 
 
 class Settings(loop.Settings, Protocol):
@@ -35,7 +36,7 @@ def train_segments(
 
     A state on the desk is continued. From step `follow_from` on, inputs come from the students' own path.
     """
-    rank, ranks = loop.world()
+    rank, ranks = processes.world()
     own, stride, writer = (segments[rank::ranks], 1, rank) if settings.split == "segments" else (segments, ranks, 0)
     parts = {s.form.key: (s.student, s.optimization) for s in own}
     # Of these segments: a stage that trains in waves may be killed between two of them.
@@ -54,13 +55,13 @@ def train_segments(
     if rank == writer:
         _bank(own, desk.folder, rank)
         state.unlink(missing_ok=True)
-    loop.wait()
+    processes.wait()
     return [s.optimization.stopped for s in own if s.optimization.stopped]
 
 
 def finish(folder: Path) -> None:
     """Join the curves of all processes, {segment key: [[step, loss], ...]}, in `losses.json`; forget all states."""
-    if loop.is_main():
+    if processes.is_main():
         curves = {}
         for path in sorted(folder.glob("losses-*.json")):
             curves.update(json.loads(path.read_text()))

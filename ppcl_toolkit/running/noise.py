@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.capture import map_tensors
-from ppcl_toolkit.mechanics.schedule import Batch
+from ppcl_toolkit.running.capture import map_tensors
+from ppcl_toolkit.running.schedule import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Adapter, load_adapter
+from ppcl_toolkit.artifacts.pipeline import quiet
+from ppcl_toolkit.artifacts.variant import Opens, open_with, save_variant
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.assemble import example_calls, narrow_blocks, student_blocks
-from ppcl_toolkit.pipeline import quiet
 from ppcl_toolkit.plan import FfnSwap, Plan, TextRun
-from ppcl_toolkit.variant import Opens, open_with, save_variant
+from ppcl_toolkit.surgery.assemble import example_calls, narrow_blocks, student_blocks
 
 KEYS = ("single_stream_index", "ffn_proj_index", "ehs_proj_index")
 _NAMES = {"linear_text_z": "txt_proj", "linear_ffn_image": "img_ffn_proj", "linear_ffn_text": "txt_ffn_proj"}

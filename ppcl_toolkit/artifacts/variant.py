@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Adapter, load_adapter
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.mechanics.assemble import Calls, example_calls, narrow_blocks, student_blocks
-from ppcl_toolkit.mechanics.capture import Streams, map_tensors
-from ppcl_toolkit.modelling import write_modelling
 from ppcl_toolkit.plan import Plan
+from ppcl_toolkit.running.capture import Streams, map_tensors
+from ppcl_toolkit.surgery.assemble import Calls, example_calls, narrow_blocks, student_blocks
+from ppcl_toolkit.surgery.modelling import write_modelling
 
 Opens = Literal["stock", "custom"]
 
@@ -185,7 +185,7 @@ options = {"dtype": getattr(torch, dtype)}
 outputs = {opens: run(DiffusionPipeline.from_pretrained(folder, trust_remote_code=opens == "custom", **options))}
 if opens == "custom":
     del sys.modules["ppcl_toolkit"]
-    from ppcl_toolkit.variant import load_compressed
+    from ppcl_toolkit.artifacts.variant import load_compressed
     outputs["rebuilt"] = run(load_compressed(folder, **options))
 save_file(outputs, f"{place}/outputs.safetensors")
 """

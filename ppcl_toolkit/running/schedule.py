@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Adapter, Stack
-from ppcl_toolkit.mechanics.capture import Arguments, Streams, joint_text, map_tensors, predict, run_block, stack_calls
+from ppcl_toolkit.running.capture import Arguments, Streams, joint_text, map_tensors, predict, run_block, stack_calls
 
 Batch = Mapping[str, Any]
 """Keyword arguments of one forward call of the transformer."""

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Stack, Stream
-from ppcl_toolkit.mechanics.capture import Streams, joint_text, run_block
-from ppcl_toolkit.mechanics.loop import Optimization, autocast
-from ppcl_toolkit.mechanics.losses import Loss, relative_mse
-from ppcl_toolkit.mechanics.moments import Moments
-from ppcl_toolkit.mechanics.schedule import Reading
 from ppcl_toolkit.plan import Form
+from ppcl_toolkit.running.capture import Streams, joint_text, run_block
+from ppcl_toolkit.running.schedule import Reading
+from ppcl_toolkit.statistics.moments import Moments
+from ppcl_toolkit.training.loop import Optimization, autocast
+from ppcl_toolkit.training.losses import Loss, relative_mse
 
 LINEAR_Z, LINEAR_H = "linear_text_z", "linear_text_h"
 """Names of the maps of Eq. 8 in a narrow block; those of Eq. 9 are `linear_ffn_image` and `linear_ffn_text`."""

@@ -1,0 +1,1 @@
+"""What lies on disk: runs, banks, pipelines and variants, and how they are opened again."""

@@ -1,0 +1,1 @@
+"""Run a teacher block by block: its calls, its noise, its pictures."""

@@ -1,0 +1,1 @@
+"""The equations of detection: least squares and CKA, on tensors alone."""

@@ -1,0 +1,1 @@
+"""Plans become modules, and modules become source."""

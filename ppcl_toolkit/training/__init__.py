@@ -1,0 +1,1 @@
+"""What learns: losses, segments, optimizer steps."""
