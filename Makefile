@@ -9,12 +9,13 @@ DEMO ?= runs/tiny
 help: ## list what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-# torch comes first and alone, so that a CPU build that is present serves and nothing else pulls in a CUDA one.
+# torch comes first and alone, so that a CPU build that is present serves and nothing else pulls in a CUDA one. What pip
+# would warn of is that an editable install stands beside the folders that it is made of: so it should.
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/installed ## compress the embedded teacher: a table, a report and two smaller models in runs/tiny
