@@ -205,10 +205,14 @@ def generate(
 ) -> None:
     """Draw images with any pipeline, for a look."""
     from ppcl_toolkit.artifacts.pipeline import default_call, load_pipeline
+    from ppcl_toolkit.processes import pick_device
     from ppcl_toolkit.running.images import draw
+    from ppcl_toolkit.running.placement import callable_on
 
     arguments = {**default_call(path), **_arguments(call or [])}
-    draw(load_pipeline(path), prompt, seed, arguments).save(out)
+    pipeline = load_pipeline(path)
+    with callable_on(pipeline, pick_device("auto")):
+        draw(pipeline, prompt, seed, arguments).save(out)
     Console(soft_wrap=True).print(str(out), highlight=False)
 
 

@@ -1,7 +1,4 @@
-"""The processes of one run: which this is, how they wait for each other, and the device that each has.
-
-The only file that imports accelerate.
-"""
+"""The processes of one run: which this is, how they wait for each other, and the device that each has."""
 
 from collections.abc import Sequence
 from datetime import timedelta

@@ -8,7 +8,8 @@ from torch.utils.benchmark import Timer
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
-from ppcl_toolkit.running.schedule import Runner, Schedule
+from ppcl_toolkit.running.placement import Placement
+from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.statistics.cka import cka
 from ppcl_toolkit.statistics.moments import Moments
 from ppcl_toolkit.surgery.assemble import example_calls, reshape
@@ -61,8 +62,8 @@ def schedules() -> None:
         def place(self, device):
             pass
 
-    for name, schedule in {"resident": Schedule(), "streamed by 4": Schedule(streamed=True, chunk=4)}.items():
-        runner = Runner(transformer, FLUX, schedule)
+    for name, placement in {"resident": Placement(), "streamed by 4": Placement(streamed=True, chunk=4)}.items():
+        runner = Runner(transformer, FLUX, placement)
         seconds = median(lambda runner=runner: list(runner.feed([batch] * 4, [Nothing()])))
         report(f"{name}, 4 batches / 4 forwards", seconds / (4 * whole))
 

@@ -7,7 +7,8 @@ from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.running.noise import Batches, Sample
-from ppcl_toolkit.running.schedule import Runner, Schedule
+from ppcl_toolkit.running.placement import Placement
+from ppcl_toolkit.running.schedule import Runner
 
 FLUX = load_adapter("flux")
 DUAL, SINGLE = FLUX.stacks
@@ -26,10 +27,10 @@ def batches(size: int = 2, seed: int = 7, count: int = 6, **options) -> Batches:
     return Batches(samples=[sample(i) for i in range(count)], adapter=FLUX, size=size, seed=seed, **options)
 
 
-def runner(dual: int = 4, single: int = 3, schedule: Schedule | None = None) -> Runner:
+def runner(dual: int = 4, single: int = 3, placement: Placement | None = None) -> Runner:
     """A teacher that does not learn, as `load_teacher` leaves it."""
     transformer = flux_transformer(dual, single).requires_grad_(False)
-    return Runner(transformer, FLUX, schedule or Schedule())
+    return Runner(transformer, FLUX, placement or Placement())
 
 
 def plan_of(run: Runner, *operations) -> Plan:

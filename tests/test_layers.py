@@ -11,7 +11,7 @@ PLACES = {
     "typer": ("ppcl_toolkit/cli.py",),
     "rich": ("ppcl_toolkit/cli.py",),
     "yaml": ("ppcl_toolkit/recipe.py",),
-    "accelerate": ("ppcl_toolkit/processes.py", "ppcl_toolkit/shapes/"),
+    "accelerate": ("ppcl_toolkit/processes.py", "ppcl_toolkit/running/placement.py", "ppcl_toolkit/shapes/"),
     "torch.fx": ("ppcl_toolkit/surgery/graph.py", "ppcl_toolkit/surgery/source.py"),
     "diffusers": (
         "ppcl_toolkit/artifacts/pipeline.py",

@@ -15,6 +15,7 @@ from ppcl_toolkit.adapter import Adapter, adapter_for
 from ppcl_toolkit.artifacts.pipeline import Teacher
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.running.noise import Batches, Sample
+from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.stages.samples import load_samples, record_samples
 
 SMALL = {"height": 8, "width": 8, "num_inference_steps": 2, "max_sequence_length": 8}
@@ -47,6 +48,10 @@ class World:
     @property
     def adapter(self) -> Adapter:
         return self.teacher.adapter
+
+    @property
+    def runner(self) -> Runner:
+        return Runner(self.teacher.transformer, self.adapter)
 
     @property
     def chunks(self) -> list[list[int]]:
@@ -94,6 +99,6 @@ def made(name: str, folder: Path) -> World:
     pipeline.transformer.requires_grad_(False)
     adapter = adapter_for(type(pipeline.transformer).__name__)
     world = World(name, Teacher(pipeline, adapter, adapter.family, "tiny"), call, edits, folder, [])
-    record_samples(world.teacher, world.recipe(), desk(folder / "samples"))
+    record_samples(world.runner, world.teacher, world.recipe(), desk(folder / "samples"))
     world.samples = load_samples(folder / "samples")
     return world

@@ -61,8 +61,8 @@ class Teacher:
         return self.earlier.compose(plan) if self.earlier else plan
 
 
-def load_teacher(recipe: Recipe, device: torch.device) -> Teacher:
-    """Open the recipe's teacher on `device`, with its adapter.
+def load_teacher(recipe: Recipe) -> Teacher:
+    """Open the recipe's teacher on the host, with its adapter.
 
     Raises `PpclError` for a pipeline that cannot be opened, has no transformer, does not fit the adapter, or whose
     weights are quantised or not fused with their LoRA adapters.
@@ -70,7 +70,7 @@ def load_teacher(recipe: Recipe, device: torch.device) -> Teacher:
     section = recipe.teacher
     folder = resolve(section.path)
     _check_files(section.path, Path(folder) / "transformer")
-    pipeline = load_pipeline(folder, getattr(torch, section.dtype), section.revision).to(device)
+    pipeline = load_pipeline(folder, getattr(torch, section.dtype), section.revision)
     transformer = pipeline.transformer
     adapter = adapter_for(type(transformer).__name__, recipe.adapter)
     _check_weights(section.path, transformer)

@@ -54,6 +54,10 @@ class Bank(Mapping[str, dict[str, Tensor]]):
             path.name.removesuffix(".safetensors"): path for f in folders for path in f.glob("*.safetensors")
         }
 
+    def joined(self, *folders: Path) -> "Bank":
+        """Return a bank that holds what lies in `folders`, too."""
+        return Bank(*self.folders, *folders)
+
     def __getitem__(self, key: str) -> dict[str, Tensor]:
         state: dict[str, Tensor] = load_tree(self._files[key])
         return state

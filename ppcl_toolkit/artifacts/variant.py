@@ -28,6 +28,7 @@ from ppcl_toolkit.adapter import Adapter, load_adapter
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.running.capture import Streams, map_tensors
+from ppcl_toolkit.running.placement import HOST, has_room
 from ppcl_toolkit.surgery.assemble import Calls, example_calls, narrow_blocks, student_blocks
 from ppcl_toolkit.surgery.modelling import write_modelling
 
@@ -89,15 +90,25 @@ def load_compressed(folder: str | Path, *, adapter: Adapter | None = None, **opt
         raise PpclError(f"{folder} cannot be opened: {error}") from error
 
 
-def verify_variant(folder: Path, opens: Opens, kwargs: Mapping[str, Any], expected: Tensor, tolerance: float) -> float:
+def verify_variant(
+    folder: Path,
+    opens: Opens,
+    kwargs: Mapping[str, Any],
+    expected: Tensor,
+    tolerance: float,
+    *,
+    device: torch.device = HOST,
+) -> float:
     """Open a variant in a fresh process as its users will, run its transformer, and compare with `expected`.
+
+    It runs on `device`, block by block where it does not fit there beside what this process has on it.
 
     Returns the largest absolute difference; beyond `tolerance` it is a `PpclError`. Loaded weights lie elsewhere in
     memory, so outputs may differ in the last bits. A custom variant is opened twice: while this package cannot be
     imported, and then by `load_compressed`.
     """
     worst = 0.0
-    for way, found in _run_elsewhere(folder, opens, kwargs, expected.dtype).items():
+    for way, found in _run_elsewhere(folder, opens, kwargs, expected.dtype, device).items():
         if found.shape != expected.shape:
             raise PpclError(f"{folder}, opened as {way}, returns {list(found.shape)} for {list(expected.shape)}")
         difference = (found.double() - expected.detach().cpu().double()).abs().max().item()
@@ -167,7 +178,7 @@ def _check_weights(folder: Path) -> None:
 
 _ELSEWHERE = """
 import json, sys
-folder, opens, place, dtype = sys.argv[1:]
+folder, opens, place, dtype, device, offload = sys.argv[1:]
 sys.modules["ppcl_toolkit"] = None  # importing it fails from here on
 import torch
 from diffusers import DiffusionPipeline
@@ -175,12 +186,17 @@ from safetensors.torch import load_file, save_file
 tensors = load_file(f"{place}/given.safetensors")
 def restore(value):
     if isinstance(value, dict):
-        return tensors[value["tensor"]] if "tensor" in value else {k: restore(v) for k, v in value.items()}
+        return tensors[value["tensor"]].to(device) if "tensor" in value else {k: restore(v) for k, v in value.items()}
     return [restore(item) for item in value] if isinstance(value, list) else value
 kwargs = {**restore(json.load(open(f"{place}/given.json"))), "return_dict": False}
 @torch.no_grad()
 def run(pipeline):
-    return pipeline.transformer(**kwargs)[0].contiguous()
+    if offload:
+        options = {"offload_type": "block_level", "num_blocks_per_group": 1}
+        pipeline.transformer.enable_group_offload(onload_device=torch.device(device), **options)
+    else:
+        pipeline.transformer.to(device)
+    return pipeline.transformer(**kwargs)[0].cpu().contiguous()
 options = {"dtype": getattr(torch, dtype)}
 outputs = {opens: run(DiffusionPipeline.from_pretrained(folder, trust_remote_code=opens == "custom", **options))}
 if opens == "custom":
@@ -191,7 +207,9 @@ save_file(outputs, f"{place}/outputs.safetensors")
 """
 
 
-def _run_elsewhere(folder: Path, opens: Opens, kwargs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+def _run_elsewhere(
+    folder: Path, opens: Opens, kwargs: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as place:
         tensors: dict[str, Tensor] = {}
 
@@ -201,7 +219,10 @@ def _run_elsewhere(folder: Path, opens: Opens, kwargs: Mapping[str, Any], dtype:
 
         Path(place, "given.json").write_text(json.dumps(map_tensors(dict(kwargs), keep)))
         save_file(tensors, f"{place}/given.safetensors")
-        command = [sys.executable, "-c", _ELSEWHERE, str(folder.resolve()), opens, place, str(dtype).split(".")[-1]]
+        weights = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
+        offload = "" if device == HOST or has_room(weights, device) else "blocks"
+        options = [opens, place, str(dtype).split(".")[-1], str(device), offload]
+        command = [sys.executable, "-c", _ELSEWHERE, str(folder.resolve()), *options]
         # diffusers copies modelling files there before it runs them.
         environment = {**os.environ, "HF_MODULES_CACHE": f"{place}/modules"}
         done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, check=False)

@@ -20,6 +20,7 @@ from ppcl_toolkit.benchmarks.suites import Prompt, Suite
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.processes import is_main, pick_device, wait, world
 from ppcl_toolkit.running.images import check_call, run_pipeline
+from ppcl_toolkit.running.placement import callable_on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,14 +59,15 @@ def draw_suite(models: Sequence[str], asked: Drawing, progress: Callable[..., No
     for model, name in zip(models, names, strict=True):
         record, settings = root / f".{name}.json", _settings(model, asked)
         _check_settings(record, settings)
-        pipeline = load_pipeline(model).to(device)
+        pipeline = load_pipeline(model)
         check_call(pipeline, asked.call)
         if is_main():
             write_json(record, settings)
         mine = prompts[rank::number]
-        for done, prompt in enumerate(mine):
-            progress(name, done, len(mine))
-            _draw_prompt(pipeline, asked, prompt, name, root)
+        with callable_on(pipeline, device):
+            for done, prompt in enumerate(mine):
+                progress(name, done, len(mine))
+                _draw_prompt(pipeline, asked, prompt, name, root)
         progress(name, len(mine), len(mine))
         del pipeline
     wait()

@@ -169,9 +169,10 @@ def _takes_image(pipeline: Any) -> bool:
 def _generate_batch(pipeline: Any, exam: Exam, folder: Path, seed: int, chosen: range) -> None:
     texts = [exam.prompts[i] for i in chosen]
     generators = [generator(seed, i) for i in chosen]
-    with _timed(pipeline.transformer) as seconds:
+    with _timed(pipeline) as seconds:
         images = run_pipeline(pipeline, texts, generators, exam.call_for(chosen[0]), "pil")
-    peak = torch.cuda.max_memory_allocated() if next(pipeline.transformer.parameters()).is_cuda else 0
+    device = pipeline._execution_device
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     # Before the images: whoever finds them finds their times.
     with (folder / "images" / CALLS).open("a") as file:
         file.write(json.dumps({"batch": len(texts), "seconds": seconds, "peak": peak}) + "\n")
@@ -182,15 +183,15 @@ def _generate_batch(pipeline: Any, exam: Exam, folder: Path, seed: int, chosen: 
 
 
 @contextmanager
-def _timed(transformer: torch.nn.Module) -> Iterator[list[float]]:
+def _timed(pipeline: Any) -> Iterator[list[float]]:
     seconds: list[float] = []
-    on_gpu = next(transformer.parameters()).is_cuda
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    transformer, device = pipeline.transformer, pipeline._execution_device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
     def now() -> float:
-        if on_gpu:
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     started: list[float] = []

@@ -36,7 +36,7 @@ def encoded(pipeline: Any, adapter: Adapter, text: str, picture: Image.Image, ca
     if call.get("height") and call.get("width"):
         picture = picture.resize((call["width"], call["height"]), Image.Resampling.LANCZOS)
     call = {**call, "height": picture.height, "width": picture.width}
-    pixels = pipeline.image_processor.preprocess(picture).to(pipeline.vae.device, pipeline.vae.dtype)
+    pixels = pipeline.image_processor.preprocess(picture).to(pipeline._execution_device, pipeline.vae.dtype)
     latents = clean_latents(pipeline.vae, pixels)
     if adapter.packs:
         rows, channels, *_, height, width = latents.shape

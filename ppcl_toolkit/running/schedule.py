@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Adapter, Stack
-from ppcl_toolkit.running.capture import Arguments, Streams, joint_text, map_tensors, predict, run_block, stack_calls
+from ppcl_toolkit.running.capture import Arguments, Streams, joint_text, predict, run_block, stack_calls
+from ppcl_toolkit.running.placement import HOST, Placement, callable_on
 
 Batch = Mapping[str, Any]
 """Keyword arguments of one forward call of the transformer."""
@@ -64,55 +65,46 @@ class Follower(Reader, Protocol):
         """Return what the student makes of a reading."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """How a teacher is run: where, and how many batches go through a block at a time."""
-
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    streamed: bool = False
-    """Blocks come to the device one at a time, and activations wait on the CPU."""
-    chunk: int = 1
-    """Batches that share one visit to a block, when streamed."""
-
-    @property
-    def rest(self) -> torch.device:
-        """Where blocks and activations wait."""
-        return torch.device("cpu") if self.streamed else self.device
-
-
-def settle(transformer: nn.Module, adapter: Adapter, schedule: Schedule) -> None:
-    """Put a teacher where a schedule wants it: all of it on the device, or its blocks on the CPU."""
-    transformer.to(schedule.rest)
-    for name, child in transformer.named_children():
-        if not any(stack.path.split(".")[0] == name for stack in adapter.stacks):
-            child.to(schedule.device)
-
-
 @dataclass(frozen=True, slots=True)
 class Runner:
     """A teacher, and how it is run."""
 
     transformer: nn.Module
     adapter: Adapter
-    schedule: Schedule = field(default_factory=Schedule)
+    placement: Placement = field(default_factory=Placement)
 
     def feed(self, batches: Iterable[Batch], readers: Sequence[Reader], *, follow: bool = False) -> Iterator[int]:
         """Give every reader its reading of every batch, as the function `feed` does."""
-        return feed(self.transformer, self.adapter, batches, readers, schedule=self.schedule, follow=follow)
+        return feed(self.transformer, self.adapter, batches, readers, placement=self.placement, follow=follow)
 
     def blocks(self, stack: str) -> nn.ModuleList:
         """Return the teacher's blocks of a stack."""
         return self.adapter.stack(stack).blocks(self.transformer)
 
+    def settle(self) -> None:
+        """Put the teacher where it rests: it is brought there once, and again after it was elsewhere."""
+        self.placement.settle(self.transformer, self.adapter)
+
     @torch.no_grad()
     def velocity(self, batch: Batch) -> Tensor:
         """Return what the whole teacher predicts for the noised latents of one batch."""
-        with contextlib.ExitStack() as visits:
-            if self.schedule.streamed:
-                for stack in self.adapter.stacks:
-                    for block in stack.blocks(self.transformer):
-                        visits.enter_context(_visited(block, self.schedule))
-            return predict(self.transformer, self.adapter, _to(batch, self.schedule.device))
+        with self.placement.whole(self.transformer, self.adapter):
+            return predict(self.transformer, self.adapter, self.placement.bring(batch))
+
+    @contextlib.contextmanager
+    def calling(self, pipeline: Any) -> Iterator[None]:
+        """Let the teacher's own pipeline be called."""
+        with callable_on(pipeline, self.placement.device, streamed=self.placement.streamed):
+            yield
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Have the teacher on the host for a while, so that another model has the device to itself."""
+        self.transformer.to(HOST)
+        try:
+            yield
+        finally:
+            self.settle()
 
 
 @dataclass(slots=True)
@@ -127,6 +119,11 @@ class _Passage:
     z: dict[int, Tensor] = field(default_factory=dict)
     h: dict[int, Tensor] = field(default_factory=dict)
 
+    def moved(self, placement: Placement) -> "_Passage":
+        """Return a passage that has just begun, where it waits."""
+        arguments, streams, student = placement.leave((self.arguments, self.streams, self.student))
+        return _Passage(arguments, streams, student, self.text_tokens)
+
 
 @torch.no_grad()
 def feed(
@@ -135,7 +132,7 @@ def feed(
     batches: Iterable[Batch],
     readers: Sequence[Reader],
     *,
-    schedule: Schedule | None = None,
+    placement: Placement | None = None,
     follow: bool = False,
 ) -> Iterator[int]:
     """Give every reader its reading of every batch; yields the number of batches done, for progress and checkpoints.
@@ -143,21 +140,21 @@ def feed(
     With `follow`, readers are `Follower`s and take their inputs from the student's own path, in which every student
     stands for its blocks (sequential distillation); otherwise from the teacher (the paper's).
     """
-    schedule = schedule or Schedule()
+    placement = placement or Placement()
     stacks = [s for s in adapter.stacks if any(r.stack.path == s.path for r in readers)]
     last_needed = adapter.stacks.index(stacks[-1])
     done = 0
-    for chunk in _chunks(batches, schedule.chunk if schedule.streamed else 1):
+    for chunk in _chunks(batches, placement.chunk if placement.streamed else 1):
         before: list[Streams | None] = [None] * len(chunk)
         student: list[Streams | None] = [None] * len(chunk)
         for stack in adapter.stacks[: last_needed + 1]:
             passages = [
-                _enter(transformer, adapter, stack, batch, (before[i], student[i]), schedule, follow=follow)
+                _enter(transformer, adapter, stack, batch, (before[i], student[i]), placement, follow=follow)
                 for i, batch in enumerate(chunk)
             ]
             own = [r for r in readers if r.stack.path == stack.path]
             end = len(stack.blocks(transformer)) if stack is not stacks[-1] else _needed(own)
-            _through(transformer, stack, end, passages, own, schedule)
+            _through(transformer, stack, end, passages, own, placement)
             before, student = [p.streams for p in passages], [p.student for p in passages]
         done += len(chunk)
         yield done
@@ -169,19 +166,19 @@ def _enter(
     stack: Stack,
     batch: Batch,
     before: tuple[Streams | None, Streams | None],
-    schedule: Schedule,
+    placement: Placement,
     *,
     follow: bool,
 ) -> _Passage:
-    batch = _to(batch, schedule.device)
-    calls = stack_calls(transformer, adapter, stack.path, batch, _to(before[0], schedule.device))
+    batch = placement.bring(batch)
+    calls = stack_calls(transformer, adapter, stack.path, batch, placement.bring(before[0]))
     student = None
     if follow:
         own = before[1] if before[1] is not None else before[0]
-        student = stack_calls(transformer, adapter, stack.path, batch, _to(own, schedule.device)).streams
+        student = stack_calls(transformer, adapter, stack.path, batch, placement.bring(own)).streams
     text = calls.streams.text
     passage = _Passage(calls.arguments, calls.streams, student, None if text is None else text.shape[1])
-    return _to(passage, schedule.rest)
+    return passage.moved(placement)
 
 
 def _through(
@@ -190,52 +187,55 @@ def _through(
     end: int,
     passages: list[_Passage],
     readers: list[Reader],
-    schedule: Schedule,
+    placement: Placement,
 ) -> None:
     blocks = stack.blocks(transformer)
-    taps = {r.reference[0] for r in readers if r.reference}
     kept = {r.reference[1] for r in readers if r.reference}
     for index in range(end):
         block = blocks[index]
         finishing = [r for r in readers if r.last == index]
-        _place(schedule, schedule.device, block, finishing)
-        for passage in passages:
-            starting = any(r.first == index for r in readers)
-            if starting:
-                passage.opened[index] = passage.student or passage.streams
-            arguments, streams = _to((passage.arguments[index], passage.streams), schedule.device)
-            covered = any(r.first <= index <= r.last for r in readers)
-            if passage.student is not None and not covered:
-                own = run_block(block, stack, arguments, _to(passage.student, schedule.device))
-                passage.student = _to(own, schedule.rest)
-            if index in taps:
-                with joint_text(block, stack) as seen:
-                    streams = run_block(block, stack, arguments, streams)
-                passage.z[index] = _to(seen[0], schedule.rest)
-            else:
-                streams = run_block(block, stack, arguments, streams)
-            passage.streams = _to(streams, schedule.rest)
-            if index in kept:
-                assert streams.text is not None
-                passage.h[index] = _to(streams.text, schedule.rest)
-            for reader in finishing:
-                _read(reader, passage, schedule)
-        _place(schedule, schedule.rest, block, finishing)
+        with placement.visit(block, finishing):
+            for passage in passages:
+                if any(r.first == index for r in readers):
+                    passage.opened[index] = passage.student or passage.streams
+                _pass(passage, block, stack, index, readers, placement)
+                if index in kept:
+                    assert passage.streams.text is not None
+                    passage.h[index] = passage.streams.text
+                for reader in finishing:
+                    _read(reader, passage, placement)
         _forget(passages, readers, index)
 
 
-def _read(reader: Reader, passage: _Passage, schedule: Schedule) -> None:
+def _pass(
+    passage: _Passage, block: nn.Module, stack: Stack, index: int, readers: list[Reader], placement: Placement
+) -> None:
+    """Bring one batch through one block, on the teacher's path and on the student's."""
+    arguments, streams = placement.bring((passage.arguments[index], passage.streams))
+    covered = any(r.first <= index <= r.last for r in readers)
+    if passage.student is not None and not covered:
+        passage.student = placement.leave(run_block(block, stack, arguments, placement.bring(passage.student)))
+    if any(r.reference and r.reference[0] == index for r in readers):
+        with joint_text(block, stack) as seen:
+            streams = run_block(block, stack, arguments, streams)
+        passage.z[index] = placement.leave(seen[0])
+    else:
+        streams = run_block(block, stack, arguments, streams)
+    passage.streams = placement.leave(streams)
+
+
+def _read(reader: Reader, passage: _Passage, placement: Placement) -> None:
     packed = None
     if reader.reference is not None:
         packed = torch.cat([passage.h[reader.reference[1]], passage.z[reader.reference[0]]], dim=1)
     found = Reading(
         passage.arguments[reader.first], passage.opened[reader.first], passage.streams, packed, passage.text_tokens
     )
-    reading = Reading(*_to(tuple(found), schedule.device))
+    reading = Reading(*placement.bring(tuple(found)))
     reader.read(reading)
     if passage.student is not None:
         follower: Any = reader
-        passage.student = _to(follower.respond(reading), schedule.rest)
+        passage.student = placement.leave(follower.respond(reading))
 
 
 def _forget(passages: list[_Passage], readers: list[Reader], index: int) -> None:
@@ -244,35 +244,8 @@ def _forget(passages: list[_Passage], readers: list[Reader], index: int) -> None
             del passage.opened[first]
 
 
-@contextlib.contextmanager
-def _visited(block: nn.Module, schedule: Schedule) -> Iterator[None]:
-    handles = (
-        block.register_forward_pre_hook(lambda module, _: module.to(schedule.device) and None),
-        block.register_forward_hook(lambda module, _, __: module.to(schedule.rest) and None),
-    )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _needed(readers: list[Reader]) -> int:
     return 1 + max(reader.last for reader in readers)
-
-
-def _place(schedule: Schedule, device: torch.device, block: nn.Module, readers: list[Reader]) -> None:
-    if schedule.streamed:
-        block.to(device)
-        for reader in readers:
-            reader.place(device)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, _Passage):
-        arguments, streams, student = (_to(each, device) for each in (value.arguments, value.streams, value.student))
-        return _Passage(arguments, streams, student, value.text_tokens)
-    return map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _chunks(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

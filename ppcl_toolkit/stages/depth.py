@@ -21,7 +21,7 @@ from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Reading, Runner
 from ppcl_toolkit.statistics.moments import Moments
 from ppcl_toolkit.surgery.assemble import standing_in
-from ppcl_toolkit.training.distill import finish, train_segments
+from ppcl_toolkit.training.distill import finish, shared_out, train_segments
 from ppcl_toolkit.training.loop import Optimization
 from ppcl_toolkit.training.losses import LOSSES
 from ppcl_toolkit.training.segment import Segment
@@ -31,7 +31,7 @@ _INIT_BATCHES = 8
 
 def distill_depth(runner: Runner, plans: Sequence[Plan], batches: Batches, section: Depth, desk: Desk) -> list[str]:
     """Train one block per interval of `plans` and bank it; return the segments that stopped early, and why."""
-    forms = [form for form in trained_forms(plans) if form.is_stock]
+    forms = shared_out([form for form in trained_forms(plans) if form.is_stock], section.split)
     segments = []
     for form, student in zip(forms, initial_students(runner, forms, batches, section.init), strict=True):
         # Masters are fp32: half-precision updates vanish in half-precision weights.
@@ -80,7 +80,7 @@ class _BestBlock:
             output = run_block(block, self.stack, reading.arguments, reading.inputs)
             for name, y in reading.target.of(self.stack.streams).items():
                 x = getattr(output, name)
-                moments.setdefault(name, Moments.zeros(x.shape[-1], x.device)).add(x, y)
+                moments.setdefault(name, Moments.zeros(x.shape[-1])).add(x, y)
 
     def place(self, device: torch.device) -> None:
         for block in self._run:

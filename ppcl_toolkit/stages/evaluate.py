@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 
 from ppcl_toolkit.adapter import Adapter
-from ppcl_toolkit.artifacts.pipeline import default_call, load_pipeline, resolve
+from ppcl_toolkit.artifacts.pipeline import Teacher, default_call, load_pipeline, resolve
+from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.artifacts.workspace import write_json
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.recipe import Evaluate
-from ppcl_toolkit.running.capture import map_tensors, predict
+from ppcl_toolkit.processes import pick_device
+from ppcl_toolkit.recipe import Evaluate, Recipe
+from ppcl_toolkit.running.capture import predict
 from ppcl_toolkit.running.images import (
     CALLS,
     Exam,
@@ -40,6 +42,9 @@ from ppcl_toolkit.running.images import (
     read_pairs,
     run_pipeline,
 )
+from ppcl_toolkit.running.noise import Batches
+from ppcl_toolkit.running.placement import HOST, callable_on, moved
+from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.shapes import scenes, score
 
 _EXAM, _MEASUREMENT = "exam.json", "measurement.json"
@@ -115,14 +120,61 @@ def measure(
     return measurement
 
 
+def evaluate(
+    runner: Runner,
+    teacher: Teacher,
+    recipe: Recipe,
+    variants: Sequence[Mapping[str, Any]],
+    batches: Batches,
+    desk: Desk,
+) -> None:
+    """Run the stage: measure the teacher, then each variant with the device to itself."""
+    exam = examine(recipe.evaluate, recipe.teacher.call)
+    held_out = list(batches(0, recipe.evaluate.velocity_batches))
+    adapter, device = runner.adapter, runner.placement.device
+    names = ["teacher", *(variant["name"] for variant in variants)]
+
+    def reported(name: str) -> Callable[..., None]:
+        return functools.partial(_part_of, desk.progress, names.index(name), len(names), name)
+
+    with runner.calling(teacher.pipeline):
+        measure(
+            teacher.pipeline, exam, desk.folder / "teacher", source=recipe.teacher.path, progress=reported("teacher")
+        )
+        wanted = velocities(teacher.transformer, adapter, held_out, device)
+    with runner.away():
+        for variant in variants:
+            name, path = variant["name"], variant["path"]
+            pipeline = load_pipeline(path, getattr(torch, recipe.teacher.dtype))
+            with callable_on(pipeline, device):
+                measure(pipeline, exam, desk.folder / name, source=path, progress=reported(name))
+                error = relative_error(velocities(pipeline.transformer, adapter, held_out, device), wanted)
+            compare(desk.folder / name, desk.folder / "teacher", velocity_error=error)
+            del pipeline
+
+
+def summarise(variants: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+    """Return the figures of a finished stage, those of each variant behind what is known of it."""
+    return {
+        "teacher": dataclasses.asdict(load_measurement(folder / "teacher")),
+        "variants": [
+            {**variant, **dataclasses.asdict(load_measurement(folder / variant["name"]))} for variant in variants
+        ],
+    }
+
+
 def evaluate_folders(
     paths: Sequence[str], section: Evaluate, call: Mapping[str, Any], out: Path, progress: Callable[..., None]
 ) -> list[dict[str, Any]]:
     """Measure pipelines side by side in `out`, the first as the reference; return a row for each."""
     exam = examine(section, {**default_call(paths[0]), **call})
     folders = [out / f"{number}-{Path(path).name}" for number, path in enumerate(paths)]
+    device = pick_device("auto")
     for path, folder in zip(paths, folders, strict=True):
-        measure(load_pipeline(path), exam, folder, source=path, progress=functools.partial(progress, path))
+        pipeline = load_pipeline(path)
+        with callable_on(pipeline, device):
+            measure(pipeline, exam, folder, source=path, progress=functools.partial(progress, path))
+        del pipeline
     return [dataclasses.asdict(compare(folder, folders[0])) for folder in folders]
 
 
@@ -139,12 +191,15 @@ def compare(student: Path, reference: Path, *, velocity_error: float | None = No
     return compared
 
 
-def velocities(transformer: torch.nn.Module, adapter: Adapter, batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
-    """Return what `transformer` predicts for each batch of its keyword arguments, on the CPU in fp32."""
-    device = next(transformer.parameters()).device
+def velocities(
+    transformer: torch.nn.Module,
+    adapter: Adapter,
+    batches: Iterable[Mapping[str, Any]],
+    device: torch.device = HOST,
+) -> list[Tensor]:
+    """Return what `transformer`, callable on `device`, predicts for each batch of arguments, on the CPU in fp32."""
     with torch.no_grad():
-        moved = (map_tensors(dict(batch), lambda tensor: tensor.to(device)) for batch in batches)
-        return [predict(transformer, adapter, batch).float().cpu() for batch in moved]
+        return [predict(transformer, adapter, moved(dict(batch), device)).float().cpu() for batch in batches]
 
 
 def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
@@ -193,6 +248,10 @@ def _scores(folder: Path, exam: Exam) -> dict[str, Any]:
     mean, deviation = spread.pop("overall")
     chance = statistics.fmean(score.chance(exam.prompts, images[seed])["overall"] for seed in exam.seeds)
     return {"score": mean, "score_std": deviation, "categories": spread, "chance": chance}
+
+
+def _part_of(progress: Callable[..., None], number: int, count: int, name: str, done: int, total: int, *_: str) -> None:
+    progress(number * total + done, count * total, name)
 
 
 def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

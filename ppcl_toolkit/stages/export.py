@@ -3,7 +3,6 @@
 export: {dtype: bfloat16}
 """
 
-import copy
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,7 +19,9 @@ from ppcl_toolkit.artifacts.variant import save_variant, verify_variant
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.running.capture import map_tensors
+from ppcl_toolkit.running.placement import HOST, computing_on, moved
 from ppcl_toolkit.running.schedule import Batch
+from ppcl_toolkit.surgery.graph import sharing_copy
 
 _RECORD = "variant.json"
 
@@ -45,28 +46,35 @@ class Variant:
         return {"name": self.name, "path": str(self.folder), **found}
 
 
-def export(pipeline: Any, student: nn.Module, variant: Variant, example: Batch, desk: Desk) -> None:
-    """Write a variant's pipeline folder, and open it again in fresh processes to compare what it computes."""
+def export(
+    pipeline: Any, student: nn.Module, variant: Variant, example: Batch, desk: Desk, *, device: torch.device = HOST
+) -> None:
+    """Write a variant's pipeline folder, and open it again in fresh processes to compare what it computes on `device`.
+
+    The student is left as it is.
+    """
     with quiet():
-        _export(pipeline, student, variant, example, desk)
+        _export(pipeline, student, variant, example, desk, device)
 
 
-def _export(pipeline: Any, student: nn.Module, variant: Variant, example: Batch, desk: Desk) -> None:
+def _export(
+    pipeline: Any, student: nn.Module, variant: Variant, example: Batch, desk: Desk, device: torch.device
+) -> None:
     shutil.rmtree(variant.folder, ignore_errors=True)
     variant.folder.parent.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, variant.dtype)
-    student = copy.deepcopy(student).eval().requires_grad_(False).to(dtype)
+    student = sharing_copy(student).eval().requires_grad_(False).to(dtype)
     example = {
         name: map_tensors(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
         for name, value in example.items()
     }
-    with torch.no_grad():
-        expected = student(**example)[0]
+    with torch.no_grad(), computing_on(student, device):
+        expected = student(**moved(example, device))[0].cpu()
     opens = save_variant(pipeline, student, variant.plan, example, variant.folder)
     (variant.folder / CALL).write_text(json.dumps(dict(variant.call), indent=2) + "\n")
     desk.progress(1, 2, "written")
     # Loaded weights lie elsewhere in memory, and kernels may round otherwise: half the digits must agree.
     tolerance = torch.finfo(dtype).eps ** 0.5 * float(expected.abs().max())
-    difference = verify_variant(variant.folder, opens, example, expected, tolerance)
+    difference = verify_variant(variant.folder, opens, example, expected, tolerance, device=device)
     (desk.folder / _RECORD).write_text(json.dumps({"opens": opens, "difference": difference}))
     desk.progress(2, 2, "verified in a fresh process")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,8 +40,8 @@ def finetune(runner: Runner, plan: Plan, bank: Bank, batches: Batches, section: 
     state = desk.folder / "state.safetensors.tmp"
     rank, ranks = processes.world()
     for step in range(loop.load_state(state, parts), section.steps):
-        with loop.autocast(runner.schedule.device, batches.dtype):
-            batch = loop.to_device(batches[step * ranks + rank], runner.schedule.device)
+        with loop.autocast(runner.placement.device, batches.dtype):
+            batch = runner.placement.bring(batches[step * ranks + rank])
             loss = _loss(runner, student, plan, batch, section)
         optimization.step(loss)
         if optimization.stopped:
@@ -67,13 +68,16 @@ def _student(runner: Runner, plan: Plan, bank: Bank, batches: Batches, section: 
     student = student_of(runner.transformer, runner.adapter, plan, bank, batches[0])
     if section.shard:
         student.cpu()  # what is spread over the processes need not be whole on any device
-    student.float().requires_grad_(True).train()
+    for parameter in student.parameters():
+        # Masters of its own: until here what is the teacher's shares its memory.
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+    student.requires_grad_(True).train()
     if section.gradient_checkpointing:
         student.enable_gradient_checkpointing()  # type: ignore[operator]
     if section.shard:
         blocks = [block for block, _ in student_blocks(student, runner.adapter, plan)]
-        loop.shard(student, blocks, runner.schedule.device)
-    return student.to(runner.schedule.device)
+        loop.shard(student, blocks, runner.placement.device)
+    return student.to(runner.placement.device)
 
 
 def _loss(runner: Runner, student: nn.Module, plan: Plan, batch: dict[str, Any], section: Finetune) -> Tensor:

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ppcl_toolkit.adapter import Adapter, Stack
+from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Interval, TextRun
-from ppcl_toolkit.recipe import Intervals
+from ppcl_toolkit.recipe import Intervals, Recipe
 from ppcl_toolkit.running.schedule import Batch, Reading, Runner
 from ppcl_toolkit.statistics.cka import ChainedCka
 
@@ -202,6 +203,19 @@ def find_intervals(
     found = {path: _intervals(path, own[settings.stream], settings) for path, own in curves.items()}
     intervals = {path: _within_runs(own, carrying, settings) for path, own in found.items()}
     return Candidates(intervals, tuple(_text_runs(adapter, curves, text_threshold)), curves)
+
+
+def detect(
+    runner: Runner,
+    batches: Callable[[int, int], Iterable[Batch]],
+    weights: Mapping[Key, Tensor],
+    recipe: Recipe,
+    desk: Desk,
+) -> None:
+    """Run the stage: find all candidates, and write them with the curves that they were read from."""
+    threshold = recipe.width.text_threshold
+    found = find_intervals(runner, batches, recipe.intervals, weights, text_threshold=threshold, progress=desk.progress)
+    found.save(desk.folder)
 
 
 def _curves(chains: Mapping[str, ChainedCka]) -> dict[str, Curves]:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Stack
+from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.recipe import Probe
 from ppcl_toolkit.running.capture import Streams
 from ppcl_toolkit.running.schedule import Batch, Reading, Runner
@@ -121,7 +122,7 @@ def fit_probes(
     moments = {(r.stack.path, r.first, stream): found for r in readers for stream, found in r.moments.items()}
     weights = {key: found.solve(settings.ridge).float() for key, found in moments.items()}
     if settings.steps:
-        device = runner.schedule.rest
+        device = runner.placement.rest
         trainers = [ProbeTrainer(r.stack, r.first, _of(weights, r, device), settings.learning_rate) for r in readers]
         for done in runner.feed(batches(settings.batches, total), trainers):
             progress(settings.batches + done, total)
@@ -131,6 +132,11 @@ def fit_probes(
             for stream, weight in t.weights.items()
         }
     return Probes(weights, {key: moments[key].unexplained(weight) for key, weight in weights.items()})
+
+
+def probe(runner: Runner, batches: Callable[[int, int], Iterable[Batch]], section: Probe, desk: Desk) -> None:
+    """Run the stage: fit all probes, and write them."""
+    fit_probes(runner, batches, section, desk.progress).save(desk.folder)
 
 
 def _pairs(reading: Reading) -> dict[str, tuple[Tensor, Tensor]]:

@@ -22,12 +22,13 @@ from ppcl_toolkit.recipe import Recipe, Samples
 from ppcl_toolkit.running.images import check_call, check_edits, read_image, read_pairs
 from ppcl_toolkit.running.noise import Sample
 from ppcl_toolkit.running.record import denoised, encoded
+from ppcl_toolkit.running.schedule import Runner
 
 Item = tuple[str, Path | None]
 """A prompt, and the image that belongs to it."""
 
 
-def record_samples(teacher: Teacher, recipe: Recipe, desk: Desk) -> None:
+def record_samples(runner: Runner, teacher: Teacher, recipe: Recipe, desk: Desk) -> None:
     """Write one file per call of the pipeline; files that are there already are kept, several processes share them."""
     pipeline, section, call, seed = teacher.pipeline, recipe.samples, recipe.teacher.call, recipe.seed
     check_call(pipeline, call)
@@ -35,12 +36,13 @@ def record_samples(teacher: Teacher, recipe: Recipe, desk: Desk) -> None:
         check_edits(pipeline, "samples.edits")
     items = _items(section, seed)
     rank, ranks = processes.world()
-    for start in range(rank * section.batch, len(items), ranks * section.batch):
-        path = desk.folder / f"{start:06d}.safetensors"
-        if not path.exists():
-            samples = _record(teacher, recipe, items[start : start + section.batch], seed + start)
-            save_tree(path, [{name: getattr(s, name) for name in Sample.__slots__} for s in samples])
-        desk.progress(min(start + section.batch, len(items)), len(items))
+    with runner.calling(pipeline):
+        for start in range(rank * section.batch, len(items), ranks * section.batch):
+            path = desk.folder / f"{start:06d}.safetensors"
+            if not path.exists():
+                samples = _record(teacher, recipe, items[start : start + section.batch], seed + start)
+                save_tree(path, [{name: getattr(s, name) for name in Sample.__slots__} for s in samples])
+            desk.progress(min(start + section.batch, len(items)), len(items))
 
 
 def load_samples(folder: Path) -> list[Sample]:

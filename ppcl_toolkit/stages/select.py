@@ -13,7 +13,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -28,11 +28,11 @@ from ppcl_toolkit.plan import FfnSwap, Form, Interval, Operation, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe, Target, Width
 from ppcl_toolkit.running.capture import bind, passing, rerouted, run_block
 from ppcl_toolkit.running.noise import Batches
+from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Reading, Runner
 from ppcl_toolkit.statistics.moments import Moments
 from ppcl_toolkit.surgery.assemble import example_calls, standing_in
 from ppcl_toolkit.surgery.narrow import narrow
-from ppcl_toolkit.training import loop
 from ppcl_toolkit.training.segment import LinearFit
 
 Candidate = Interval | TextRun | FfnSwap
@@ -75,15 +75,14 @@ def measure(
     runner: Runner, plan: Plan, candidates: Sequence[Candidate], batches: Batches, count: int
 ) -> Iterator[Measured]:
     """Yield every candidate with its substitution error over `count` batches; as many others set its linear maps."""
-    held_out = [loop.to_device(batch, runner.schedule.device) for batch in batches(0, count)]
-    with torch.no_grad():
-        example = example_calls(runner.transformer, runner.adapter, held_out[0])
+    held_out = list(batches(0, count))
+    example = example_calls(runner.transformer, runner.adapter, held_out[0])
     stands = [_substitute(runner, plan, candidate, example) for candidate in candidates]
     for _ in runner.feed(batches(count, 2 * count), [reader for stand in stands for reader in stand.readers]):
         pass
     velocities = [runner.velocity(batch) for batch in held_out]
     for candidate, stand in zip(candidates, stands, strict=True):
-        with stand.installed():
+        with stand.installed(runner.placement):
             pairs = zip(held_out, velocities, strict=True)
             errors = [_relative(runner.velocity(batch), velocity) for batch, velocity in pairs]
         yield Measured(operation=candidate, error=sum(errors) / len(errors), saves=stand.saves)
@@ -267,12 +266,15 @@ class _Stand:
     """Blocks and the forwards that run instead."""
     readers: list[Any]
     saves: int
+    thin: list[nn.Module] = field(default_factory=list)
+    """Narrow blocks among them: what they have of their own is brought to the device when they run."""
 
     @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self, placement: Placement) -> Iterator[None]:
         for reader in self.readers:
             reader.solve(1e-6)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(placement.visiting(*self.thin))
             for block, forward in self.blocks:
                 stack.enter_context(rerouted(block, forward))
             yield
@@ -287,16 +289,17 @@ def _substitute(runner: Runner, plan: Plan, candidate: Candidate, example: dict[
         forwards = [(run[0], affine.forward), *((block, passing(block, stack)) for block in run[1:])]
         student = _placed(runner, Form(stack.path, candidate.first, candidate.last))
         return _Stand(forwards, [affine], sum(_size(block) for block in run) - _size(student))
-    forwards, readers, saves = [], [], 0
+    forwards, readers, thin_blocks, saves = [], [], [], 0
     for form in plan.with_operations([candidate]).forms():
         if form.stack == candidate.stack and not form.is_stock:
             block = blocks[form.first]
             thin = _thin(block, stack, form, example[form.stack])
-            forwards.append((block, thin.forward))
+            forwards.append((block, thin.__call__))
+            thin_blocks.append(thin)
             if not form.is_teacher:
                 readers.append(LinearFit(form, stack, thin, block))
                 saves += _size(block) - _size(thin)
-    return _Stand(forwards, readers, saves)
+    return _Stand(forwards, readers, saves, thin_blocks)
 
 
 @final
@@ -316,13 +319,15 @@ class _Affine:
         output = run_block(self._block, self.stack, reading.arguments, reading.inputs)
         for name, y in reading.target.of(self.stack.streams).items():
             x = getattr(output, name)
-            self._moments.setdefault(name, Moments.zeros(x.shape[-1], x.device)).add(x, y)
+            # Sums of all candidates at once wait on the host: 150 MB each at 3072 features.
+            self._moments.setdefault(name, Moments.zeros(x.shape[-1])).add(x, y)
 
     def place(self, device: torch.device) -> None:
         self._block.to(device)
 
     def solve(self, ridge: float) -> None:
         self._maps = {name: m.solve(ridge, bias=True) for name, m in self._moments.items()}
+        self._moments = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments, streams = bind(self._block, self.stack, args, kwargs)

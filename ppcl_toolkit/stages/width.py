@@ -18,7 +18,7 @@ from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import example_calls, standing_in
 from ppcl_toolkit.surgery.narrow import copy_weights, narrow
-from ppcl_toolkit.training.distill import finish, train_segments
+from ppcl_toolkit.training.distill import finish, shared_out, train_segments
 from ppcl_toolkit.training.loop import Optimization
 from ppcl_toolkit.training.losses import LOSSES
 from ppcl_toolkit.training.segment import LinearFit, Segment
@@ -32,10 +32,10 @@ def distill_width(
     stopped = []
     # A block that loses its text and its FFN learns the first before the second: that form is in the bank, too.
     for wave in ([f for f in forms if not (f.narrow_text and f.ffn)], [f for f in forms if f.narrow_text and f.ffn]):
-        known = Bank(*bank.folders, desk.folder)
+        known = bank.joined(desk.folder)
         processes.wait()  # nobody banks before all have looked
         if any(form.key not in known for form in wave):
-            segments = _segments(runner, wave, known, batches, section)
+            segments = _segments(runner, shared_out(wave, section.split), known, batches, section)
             stopped += train_segments(runner, segments, batches, section, desk)
     finish(desk.folder)
     return stopped

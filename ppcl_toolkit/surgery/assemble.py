@@ -11,7 +11,8 @@ from ppcl_toolkit.adapter import Adapter, Stack
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form, Interval, Plan
 from ppcl_toolkit.running.capture import Arguments, Streams, stack_calls
-from ppcl_toolkit.surgery.graph import meta_copy
+from ppcl_toolkit.running.placement import device_of, moved
+from ppcl_toolkit.surgery.graph import meta_copy, sharing_copy
 from ppcl_toolkit.surgery.narrow import NarrowBlock, narrow
 
 Calls = dict[str, tuple[Arguments, Streams]]
@@ -20,12 +21,13 @@ Calls = dict[str, tuple[Arguments, Streams]]
 
 @torch.no_grad()
 def example_calls(transformer: nn.Module, adapter: Adapter, kwargs: Mapping[str, Any]) -> Calls:
-    """Record how `transformer(**kwargs)` calls the first block of each stack; no block is run."""
+    """Record how `transformer(**kwargs)` calls the first block of each stack, on the meta device; no block is run."""
+    kwargs = moved(dict(kwargs), device_of(transformer, adapter))
     calls: Calls = {}
     before = None
     for stack in adapter.stacks:
         recorded = stack_calls(transformer, adapter, stack.path, kwargs, before)
-        calls[stack.path] = (recorded.arguments[0], recorded.streams)
+        calls[stack.path] = moved((recorded.arguments[0], recorded.streams), torch.device("meta"))
         # Shapes are all that matters here, and a stack does not change those of its streams.
         before = recorded.streams
     return calls
@@ -49,8 +51,11 @@ def student_of(
     bank: Mapping[str, Mapping[str, Tensor]],
     kwargs: Mapping[str, Any],
 ) -> nn.Module:
-    """Return the student of `plan`: a teacher's blocks, and the bank's where the plan has other forms."""
-    student = copy.deepcopy(transformer)
+    """Return the student of `plan`: a teacher's blocks, and the bank's where the plan has other forms.
+
+    What is the teacher's shares its memory: who trains the student gives it weights of its own first.
+    """
+    student = sharing_copy(transformer)
     reshape(student, adapter, plan, kwargs)
     load_bank(student, adapter, plan, bank)
     return student
@@ -143,7 +148,10 @@ def load_bank(transformer: nn.Module, adapter: Adapter, plan: Plan, bank: Mappin
         if form.key not in bank:
             raise PpclError(f"the bank has no weights for {form.key}")
         try:
-            block.load_state_dict(bank[form.key], strict=True)
+            own = block.state_dict()
+            weights = {name: value.to(own[name]) if name in own else value for name, value in bank[form.key].items()}
+            # Assigned, not copied into memory that may be the teacher's.
+            block.load_state_dict(weights, strict=True, assign=True)
         except RuntimeError as error:
             raise PpclError(f"the weights of {form.key} in the bank do not fit: {error}") from error
 

@@ -175,11 +175,20 @@ def trace(block: nn.Module, call: Mapping[str, Any], leaves: Collection[str]) ->
 
 def meta_copy(block: nn.Module) -> nn.Module:
     """Copy a module to the meta device without touching its weights."""
+    return _copy(block, lambda tensor: torch.empty_like(tensor, device="meta"))
+
+
+def sharing_copy(module: nn.Module) -> nn.Module:
+    """Copy a module whose weights are the very memory of the original's, until one of them is moved or assigned."""
+    return _copy(module, Tensor.detach)
+
+
+def _copy(module: nn.Module, each: Callable[[Tensor], Tensor]) -> nn.Module:
     memo: dict[int, Any] = {}
-    for tensor in [*block.parameters(), *block.buffers()]:
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(block, memo)
+    for tensor in [*module.parameters(), *module.buffers()]:
+        new = each(tensor)
+        memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    return copy.deepcopy(module, memo)
 
 
 def replace_ffn(trace: Trace, path: str, name: str) -> None:

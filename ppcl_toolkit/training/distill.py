@@ -8,6 +8,7 @@ from typing import Protocol
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.storage import Desk, save_tree
+from ppcl_toolkit.plan import Form
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.training import loop
@@ -32,13 +33,13 @@ def train_segments(
     *,
     follow_from: int | None = None,
 ) -> list[str]:
-    """Train `segments` for `settings.steps` steps and bank each by its key; return who stopped early.
+    """Train this process's `segments` for `settings.steps` steps and bank each by its key; return who stopped early.
 
     A state on the desk is continued. From step `follow_from` on, inputs come from the students' own path.
     """
     rank, ranks = processes.world()
-    own, stride, writer = (segments[rank::ranks], 1, rank) if settings.split == "segments" else (segments, ranks, 0)
-    parts = {s.form.key: (s.student, s.optimization) for s in own}
+    stride, writer = (1, rank) if settings.split == "segments" else (ranks, 0)
+    own, parts = segments, {s.form.key: (s.student, s.optimization) for s in segments}
     # Of these segments: a stage that trains in waves may be killed between two of them.
     state = desk.folder / f"state-{writer}-{zlib.crc32(' '.join(parts).encode()):08x}.safetensors.tmp"
     done = loop.load_state(state, parts)
@@ -57,6 +58,12 @@ def train_segments(
         state.unlink(missing_ok=True)
     processes.wait()
     return [s.optimization.stopped for s in own if s.optimization.stopped]
+
+
+def shared_out(forms: Sequence[Form], split: str) -> list[Form]:
+    """Return the forms that this process trains, before anything is made of them: all, or its share of `segments`."""
+    rank, ranks = processes.world()
+    return list(forms[rank::ranks] if split == "segments" else forms)
 
 
 def finish(folder: Path) -> None:

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ppcl_toolkit.artifacts.storage import load_tree, save_tree
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.processes import average, world
-from ppcl_toolkit.running.capture import map_tensors
 
 
 class Settings(Protocol):
@@ -176,11 +175,6 @@ def load_state(path: Path, parts: Mapping[str, tuple[nn.Module, Optimization]]) 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Mixed precision where the teacher is in half precision, nothing where it is fp32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move every tensor of a call's arguments."""
-    return {name: map_tensors(value, lambda tensor: tensor.to(device)) for name, value in batch.items()}
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:

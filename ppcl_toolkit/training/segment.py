@@ -163,7 +163,7 @@ class LinearFit(_Reads):
         return worst
 
     def _add(self, name: str, x: Tensor, y: Tensor) -> None:
-        moments = self._moments.setdefault(name, Moments.zeros(x.shape[-1], x.device))
+        moments = self._moments.setdefault(name, Moments.zeros(x.shape[-1]))
         moments.add(x, y)
         self.energy[name] = self.energy.get(name, 0.0) + float(y.double().square().sum())
 

@@ -18,7 +18,7 @@ EDITS = ["flux_kontext", "qwen_image_edit", "qwen_image_edit_2509", "qwen_image_
 
 
 def recorded(world, folder, **section):
-    record_samples(world.teacher, world.recipe(samples={"count": 2, **section}), desk(folder))
+    record_samples(world.runner, world.teacher, world.recipe(samples={"count": 2, **section}), desk(folder))
     return load_samples(folder)
 
 

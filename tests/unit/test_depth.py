@@ -11,7 +11,7 @@ from ppcl_toolkit.artifacts.storage import Bank
 from ppcl_toolkit.plan import Form, Interval
 from ppcl_toolkit.recipe import Depth
 from ppcl_toolkit.running.capture import run_block
-from ppcl_toolkit.running.schedule import Schedule
+from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.stages.depth import distill_depth, initial_students
 
 FIRST, SECOND, THIRD = (
@@ -158,7 +158,7 @@ def test_students_of_several_plans_are_trained_once(tmp_path):
 def test_streamed_equals_resident_bit_by_bit(tmp_path, inputs):
     resident, losses, _ = distilled(tmp_path / "resident", inputs=inputs)
     streamed, curves, _ = distilled(
-        tmp_path / "streamed", run=runner(schedule=Schedule(streamed=True, chunk=2)), inputs=inputs
+        tmp_path / "streamed", run=runner(placement=Placement(streamed=True, chunk=2)), inputs=inputs
     )
     assert all(equal(resident[key], streamed[key]) for key in KEYS)
     assert losses == curves

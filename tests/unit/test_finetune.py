@@ -12,7 +12,7 @@ from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.storage import Bank
 from ppcl_toolkit.plan import FfnSwap, Interval
 from ppcl_toolkit.recipe import Depth, Finetune, Width
-from ppcl_toolkit.running.schedule import Schedule
+from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.stages.depth import distill_depth
 from ppcl_toolkit.stages.finetune import finetune, load_weights
 from ppcl_toolkit.stages.width import distill_width
@@ -121,7 +121,7 @@ def test_resumed_equals_uninterrupted_bit_by_bit(teacher, bank, tmp_path, at):
 def test_streamed_equals_resident_bit_by_bit(teacher, bank, tmp_path):
     resident, losses, _ = tuned(teacher, bank, tmp_path / "resident", features=0.1)
     streamed, curve, _ = tuned(
-        runner(schedule=Schedule(streamed=True, chunk=2)), bank, tmp_path / "streamed", features=0.1
+        runner(placement=Placement(streamed=True, chunk=2)), bank, tmp_path / "streamed", features=0.1
     )
     assert equal(resident, streamed)
     assert losses == curve

@@ -7,7 +7,8 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Interval, TextRun
 from ppcl_toolkit.recipe import Intervals
 from ppcl_toolkit.running.capture import Streams
-from ppcl_toolkit.running.schedule import Reading, Runner, Schedule
+from ppcl_toolkit.running.placement import Placement
+from ppcl_toolkit.running.schedule import Reading, Runner
 from ppcl_toolkit.stages.intervals import (
     Candidates,
     differences,
@@ -140,8 +141,8 @@ def probe_weights(transformer):
     }
 
 
-def found(transformer, schedule=None, kind=Runner, **settings):
-    runner = kind(transformer, FLUX, schedule or Schedule())
+def found(transformer, placement=None, kind=Runner, **settings):
+    runner = kind(transformer, FLUX, placement or Placement())
     settings = Intervals(batches=3, **settings)
     return find_intervals(runner, batches, settings, probe_weights(transformer), progress=silent)
 
@@ -206,7 +207,7 @@ def test_intervals_are_algorithm_1_on_the_chosen_stream():
 
 def test_streamed_and_resident_curves_are_the_same_bits():
     transformer = flux_transformer(dual=3, single=2)
-    streamed = Schedule(chunk=2, streamed=True)
+    streamed = Placement(chunk=2, streamed=True)
     one, other = found(transformer), found(transformer, streamed)
     for path, streams in one.curves.items():
         for stream, curves in streams.items():

@@ -17,14 +17,13 @@ from ppcl_toolkit.plan import FfnSwap, Interval, Plan
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.surgery.assemble import reshape
 
-CPU = torch.device("cpu")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
 def load(path, **recipe):
     teacher = {"path": str(path), "dtype": "float32"}
     return load_teacher(
-        Recipe.model_validate({"teacher": teacher, "targets": [{"name": "a", "params": "50%"}], **recipe}), CPU
+        Recipe.model_validate({"teacher": teacher, "targets": [{"name": "a", "params": "50%"}], **recipe})
     )
 
 

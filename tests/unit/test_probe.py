@@ -7,7 +7,8 @@ from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Probe
 from ppcl_toolkit.running.capture import Streams, bind, unpack
-from ppcl_toolkit.running.schedule import Reading, Runner, Schedule
+from ppcl_toolkit.running.placement import Placement
+from ppcl_toolkit.running.schedule import Reading, Runner
 from ppcl_toolkit.stages.probe import ProbeReader, Probes, ProbeTrainer, fit_probes
 
 FLUX = load_adapter("flux")
@@ -89,7 +90,7 @@ def test_streamed_and_resident_fits_are_the_same_bits():
     transformer = flux_transformer(dual=2, single=1)
     settings = Probe(batches=4, ridge=1e-3, steps=3, learning_rate=1e-3)
     resident = fit_probes(Runner(transformer, FLUX), batches, settings, silent)
-    streamed = Runner(transformer, FLUX, Schedule(chunk=3, streamed=True))
+    streamed = Runner(transformer, FLUX, Placement(chunk=3, streamed=True))
     other = fit_probes(streamed, batches, settings, silent)
     assert other.unexplained == resident.unexplained
     assert all(torch.equal(other.weights[key], weight) for key, weight in resident.weights.items())

@@ -13,6 +13,7 @@ from ppcl_toolkit.artifacts.pipeline import Teacher
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.running.noise import Batches
+from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.stages.samples import load_samples, prompts, record_samples
 
 FLUX = load_adapter("flux")
@@ -38,7 +39,9 @@ def record(pipeline, tmp_path):
                 "targets": [{"name": "a", "params": "50%"}],
             }
         )
-        record_samples(Teacher(pipeline, FLUX, "flux", "x"), recipe, desk(tmp_path / folder))
+        record_samples(
+            Runner(pipeline.transformer, FLUX), Teacher(pipeline, FLUX, "flux", "x"), recipe, desk(tmp_path / folder)
+        )
         return load_samples(tmp_path / folder)
 
     return record

@@ -6,7 +6,8 @@ import torch
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.running.capture import Streams, run_block
-from ppcl_toolkit.running.schedule import Runner, Schedule
+from ppcl_toolkit.running.placement import Placement
+from ppcl_toolkit.running.schedule import Runner
 
 FLUX = load_adapter("flux")
 DUAL, SINGLE = FLUX.stacks
@@ -43,8 +44,8 @@ SPANS = [(DUAL, 0, 0), (DUAL, 1, 2), (DUAL, 3, 3, (1, 2)), (SINGLE, 0, 1), (SING
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 8])
 def test_streamed_equals_resident_bit_by_bit(chunk):
-    _, resident = readings(Schedule(), SPANS)
-    _, streamed = readings(Schedule(streamed=True, chunk=chunk), SPANS)
+    _, resident = readings(Placement(), SPANS)
+    _, streamed = readings(Placement(streamed=True, chunk=chunk), SPANS)
     for one, other in zip(resident, streamed, strict=True):
         for a, b in zip(one.seen, other.seen, strict=True):
             assert torch.equal(a.inputs.image, b.inputs.image)
@@ -55,7 +56,7 @@ def test_streamed_equals_resident_bit_by_bit(chunk):
 
 @torch.no_grad()
 def test_a_reading_is_what_the_teacher_computed():
-    transformer, (pair,) = readings(Schedule(), [(DUAL, 1, 2)])
+    transformer, (pair,) = readings(Placement(), [(DUAL, 1, 2)])
     seen = {}
     for index, block in enumerate(transformer.transformer_blocks):
         block.register_forward_hook(lambda _, __, output, index=index: seen.update({index: output}))
@@ -80,12 +81,12 @@ def test_only_what_is_needed_runs():
 
 @torch.no_grad()
 def test_followers_feed_each_other():
-    _, (first, second, third) = readings(Schedule(), [(DUAL, 0, 1), (DUAL, 2, 3), (SINGLE, 1, 2)], follow=True)
+    _, (first, second, third) = readings(Placement(), [(DUAL, 0, 1), (DUAL, 2, 3), (SINGLE, 1, 2)], follow=True)
     for a, b, c in zip(first.seen, second.seen, third.seen, strict=True):
         # The next student starts where the last one ended; the target stays the teacher's.
         assert torch.equal(b.inputs.image, a.target.image + 1)
         assert not torch.equal(c.inputs.image, c.target.image)
-    _, (_, teacher, _) = readings(Schedule(), [(DUAL, 0, 1), (DUAL, 2, 3), (SINGLE, 1, 2)])
+    _, (_, teacher, _) = readings(Placement(), [(DUAL, 0, 1), (DUAL, 2, 3), (SINGLE, 1, 2)])
     assert torch.equal(teacher.seen[0].target.image, second.seen[0].target.image)
     assert not torch.equal(teacher.seen[0].inputs.image, second.seen[0].inputs.image)
 
@@ -94,5 +95,5 @@ def test_a_streamed_teacher_predicts_the_same():
     transformer = tiny.flux_transformer()
     batch = tiny.flux_inputs()
     assert torch.equal(
-        Runner(transformer, FLUX).velocity(batch), Runner(transformer, FLUX, Schedule(streamed=True)).velocity(batch)
+        Runner(transformer, FLUX).velocity(batch), Runner(transformer, FLUX, Placement(streamed=True)).velocity(batch)
     )

@@ -7,7 +7,7 @@ from runs import DUAL, SINGLE, batches, desk, equal, identity, plan_of, runner
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, TextRun
 from ppcl_toolkit.recipe import Recipe, Target, Width
-from ppcl_toolkit.running.schedule import Schedule
+from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.stages.select import Choice, Measured, Sizes, choose, ffn_candidates, measure, parse_size, select
 from ppcl_toolkit.surgery.assemble import count_parameters, example_calls
 
@@ -77,7 +77,7 @@ def test_measuring_leaves_the_teacher_as_it_was():
 
 
 def test_a_streamed_teacher_measures_the_same(measured):
-    teacher = runner(schedule=Schedule(streamed=True, chunk=2))
+    teacher = runner(placement=Placement(streamed=True, chunk=2))
     found = [each.operation for each in measured]
     again = list(measure(teacher, plan_of(teacher), found, batches(size=4), 3))
     assert [each.error for each in again] == [each.error for each in measured]

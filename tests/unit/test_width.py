@@ -9,7 +9,7 @@ from runs import DUAL, batches, desk, equal, plan_of, runner
 from ppcl_toolkit.artifacts.storage import Bank
 from ppcl_toolkit.plan import FfnSwap, Interval, TextRun, trained_forms
 from ppcl_toolkit.recipe import Depth, Width
-from ppcl_toolkit.running.schedule import Schedule
+from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.stages import width as stage
 from ppcl_toolkit.stages.depth import distill_depth
 from ppcl_toolkit.stages.width import distill_width
@@ -102,7 +102,7 @@ def test_the_loss_falls(teacher, depth, tmp_path):
 
 def test_streamed_equals_resident_bit_by_bit(depth, whole, tmp_path):
     resident, losses, _ = whole
-    other = runner(6, 2, Schedule(streamed=True, chunk=2))
+    other = runner(6, 2, Placement(streamed=True, chunk=2))
     streamed, curves, _ = distilled(other, depth, tmp_path / "streamed")
     assert all(equal(resident[key], streamed[key]) for key in KEYS)
     assert losses == curves

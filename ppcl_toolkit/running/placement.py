@@ -1,0 +1,225 @@
+"""Where tensors live: decided here, and nowhere else.
+
+A teacher rests on the device (*resident*), or its blocks rest on the host (*streamed*) and come to the device when
+their turn comes, with what reads them. Pipelines come with as many of their parts as there is memory for.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from torch import Tensor, nn
+
+from ppcl_toolkit.adapter import Adapter
+from ppcl_toolkit.running.capture import map_tensors
+
+HOST = torch.device("cpu")
+_ROOM = 0.85
+"""Share of a device's memory that weights may take when a pipeline is called: the rest is for activations."""
+
+
+class Placed(Protocol):
+    """What moves its own weights."""
+
+    def place(self, device: torch.device) -> None:
+        """Move them to `device`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a teacher is run, and where it waits."""
+
+    device: torch.device = field(default_factory=lambda: HOST)
+    streamed: bool = False
+    """Blocks come to the device one at a time, and activations wait on the host."""
+    chunk: int = 1
+    """Batches that share one visit of a block, when streamed."""
+
+    @property
+    def rest(self) -> torch.device:
+        """Where blocks and activations wait."""
+        return HOST if self.streamed else self.device
+
+    def bring(self, value: Any) -> Any:
+        """Return nested tensors on the device."""
+        return moved(value, self.device)
+
+    def leave(self, value: Any) -> Any:
+        """Return nested tensors where activations wait."""
+        return moved(value, self.rest)
+
+    def settle(self, transformer: nn.Module, adapter: Adapter) -> None:
+        """Put a teacher to rest: its blocks where they wait, everything else on the device."""
+        inside = tuple(f"{stack.path}." for stack in adapter.stacks)
+        for name, tensor in _tensors(transformer):
+            tensor.data = tensor.data.to(self.rest if name.startswith(inside) else self.device)
+
+    @contextlib.contextmanager
+    def visit(self, module: nn.Module, others: Iterable[Placed] = ()) -> Iterator[None]:
+        """Have a module, and others that move themselves, on the device for a while.
+
+        Weights that do not learn go home to the very memory that they came from: nothing is copied back.
+        """
+        if not self.streamed:
+            yield
+            return
+        homes = [(tensor, tensor.data) for _, tensor in _tensors(module)]
+        for tensor, home in homes:
+            tensor.data = home.to(self.device)
+        for other in others:
+            other.place(self.device)
+        try:
+            yield
+        finally:
+            for other in others:
+                other.place(self.rest)
+            for tensor, home in homes:
+                tensor.data = tensor.data.to(self.rest) if tensor.requires_grad else home
+
+    @contextlib.contextmanager
+    def visiting(self, *modules: nn.Module) -> Iterator[None]:
+        """Have each of `modules` on the device whenever it is called."""
+        with contextlib.ExitStack() as handles, contextlib.ExitStack() as present:
+            for module in modules if self.streamed else ():
+                before = module.register_forward_pre_hook(lambda m, _: present.enter_context(self.visit(m)))
+                after = module.register_forward_hook(lambda *_: present.close())
+                handles.callback(before.remove)
+                handles.callback(after.remove)
+            yield
+
+    @contextlib.contextmanager
+    def whole(self, transformer: nn.Module, adapter: Adapter) -> Iterator[None]:
+        """Let a settled teacher be called as a whole."""
+        with self.visiting(*(block for stack in adapter.stacks for block in stack.blocks(transformer))):
+            yield
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Return nested tensors on `device`, there when this returns; what stands in several places is moved once."""
+    known: dict[int, Tensor] = {}
+
+    def move(tensor: Tensor) -> Tensor:
+        if id(tensor) not in known:
+            known[id(tensor)] = tensor.to(device)
+        return known[id(tensor)]
+
+    return map_tensors(value, move)
+
+
+def device_of(transformer: nn.Module, adapter: Adapter) -> torch.device:
+    """Return where a transformer computes: where its weights outside of the blocks are."""
+    inside = tuple(f"{stack.path}." for stack in adapter.stacks)
+    return next(tensor.device for name, tensor in _tensors(transformer) if not name.startswith(inside))
+
+
+@contextlib.contextmanager
+def callable_on(pipeline: Any, device: torch.device, *, streamed: bool = False) -> Iterator[None]:
+    """Let a diffusers pipeline be called on `device`, with as many of its parts there as there is memory for.
+
+    Where all fit, all are there. Otherwise each part comes when it is called and leaves for the next one; a transformer
+    that does not fit beside the largest other part comes block by block (diffusers' group offloading), as it does
+    when `streamed`. Afterwards every part is where it was.
+    """
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    others = [part for name, part in parts.items() if name != "transformer"]
+    with _returning(parts.values()):
+        if device.type == "cpu" or (not streamed and fits(parts.values(), device)):
+            pipeline.to(device)
+        else:
+            _take_turns(pipeline.transformer, others, device, streamed=streamed)
+        yield
+
+
+@contextlib.contextmanager
+def computing_on(transformer: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let a transformer be called on `device`, block by block where it does not fit; afterwards it is where it was."""
+    with _returning([transformer]):
+        if device.type == "cpu" or fits([transformer], device):
+            transformer.to(device)
+        else:
+            _offload_blocks(transformer, device)
+        yield
+
+
+def fits(modules: Iterable[nn.Module], device: torch.device) -> bool:
+    """Tell whether modules fit on `device` beside what is there already, with room for activations."""
+    return has_room(sum(t.nbytes for m in modules for _, t in _tensors(m) if t.device.type != device.type), device)
+
+
+def has_room(weights: int, device: torch.device) -> bool:
+    """Tell whether so many more bytes of weights fit on `device`."""
+    return weights + torch.cuda.memory_allocated(device) <= _ROOM * torch.cuda.mem_get_info(device)[1]
+
+
+class _Turn(ModelHook):
+    """Brings a part to the device when it is called, and sends others to the host first."""
+
+    def __init__(self, device: torch.device, leaving: list[nn.Module], *, comes: bool = True) -> None:
+        self.execution_device = device
+        self._leaving, self._comes = leaving, comes
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        for other in self._leaving:
+            if other is not module:
+                other.to(HOST)
+        if self._comes:
+            module.to(self.execution_device)
+        return moved((args, kwargs), self.execution_device)
+
+
+def _take_turns(transformer: Any, others: list[nn.Module], device: torch.device, *, streamed: bool) -> None:
+    largest = max(others, key=lambda part: sum(t.nbytes for _, t in _tensors(part)), default=None)
+    together = [transformer, *([largest] if largest is not None else [])]
+    if not streamed and fits(together, device):
+        transformer.to(device)
+    else:
+        _offload_blocks(transformer, device)
+    add_hook_to_module(transformer, _Turn(device, others, comes=False), append=True)
+    for part in others:
+        part.to(HOST)
+        add_hook_to_module(part, _Turn(device, others))
+
+
+def _offload_blocks(transformer: Any, device: torch.device) -> None:
+    transformer.to(HOST)
+    # Pinned block by block: a second, pinned copy of all weights would take as much of the host again.
+    transformer.enable_group_offload(
+        onload_device=device,
+        offload_device=HOST,
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        use_stream=True,
+        low_cpu_mem_usage=True,
+    )
+
+
+@contextlib.contextmanager
+def _returning(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Bring frozen modules back to where they were; host memory is kept, so that nothing is copied back."""
+    parts = list(parts)
+    homes = [(t, t.data if t.device == HOST else t.device) for part in parts for _, t in _tensors(part)]
+    try:
+        yield
+    finally:
+        for part in parts:
+            _release(part)
+        for tensor, home in homes:
+            tensor.data = home if isinstance(home, Tensor) else tensor.data.to(home)
+
+
+def _release(part: nn.Module) -> None:
+    """Take all hooks from a part, and all that they left on its modules."""
+    if getattr(part, "_hf_hook", None) is not None:
+        remove_hook_from_module(part)
+        vars(part).pop("forward", None)
+    for module in part.modules():
+        # Blocks are changed in class later: a forward that stays on the instance would hide theirs.
+        if vars(module).pop("_diffusers_hook", None) is not None:
+            vars(module).pop("forward", None)
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
