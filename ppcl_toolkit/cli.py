@@ -163,6 +163,7 @@ def evaluate(  # noqa: PLR0913 - options
     scores: Annotated[bool, typer.Option("--scores", help="Table of scorers' files: FILE or MODEL=FILE.")] = False,
 ) -> None:
     """Draw the same images with several pipelines, and measure them side by side."""
+    from ppcl_toolkit import processes
     from ppcl_toolkit.recipe import Evaluate
     from ppcl_toolkit.stages.evaluate import evaluate_folders
 
@@ -179,6 +180,8 @@ def evaluate(  # noqa: PLR0913 - options
         return
     with _drawn() as progress:
         rows = evaluate_folders(paths, section, _arguments(call or []), out, progress)
+    if not processes.is_main():
+        return
     _print_table(
         {
             "teacher": rows[0],

@@ -75,7 +75,7 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
 
     batches = noised("evaluate", recipe.samples.batch)
     compare = partial(evaluate, runner, teacher, recipe, variants, batches)
-    summary = run.stage("evaluate", recipe.evaluate, compare, partial(summarise, variants))
+    summary = run.stage("evaluate", recipe.evaluate, compare, partial(summarise, variants), together=True)
     summary["warnings"] = run.warnings
     run.close(recipe.dump())
     if processes.is_main():

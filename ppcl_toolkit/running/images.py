@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ppcl_toolkit import processes
 from ppcl_toolkit.errors import PpclError
 
-CALLS = "calls.jsonl"
-"""File of `{"batch": images, "seconds": [of each call of the transformer], "peak": bytes}` lines."""
+CALLS = "calls-*.jsonl"
+"""Files, one a process, of `{"batch": images, "seconds": [of each call of the transformer], "peak": bytes}` lines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,10 @@ class Exam:
 
 
 def generate_images(pipeline: Any, exam: Exam, folder: Path, progress: Callable[..., None]) -> None:
-    """Write the image of every prompt and seed that is not in `folder` yet; `image_path` says where."""
+    """Write the image of every prompt and seed that is not in `folder` yet; `image_path` says where.
+
+    Several processes share the batches.
+    """
     check_call(pipeline, exam.call)
     if exam.edits:
         check_edits(pipeline, "evaluate.edits")
@@ -54,14 +58,15 @@ def generate_images(pipeline: Any, exam: Exam, folder: Path, progress: Callable[
     pipeline.set_progress_bar_config(disable=True)
     done, total = 0, len(exam.seeds) * len(exam.prompts)
     progress(done, total)
-    for seed in exam.seeds:
+    rank, ranks = processes.world()
+    pairs = [(seed, start) for seed in exam.seeds for start in range(0, len(exam.prompts), exam.batch)]
+    for number, (seed, start) in enumerate(pairs):
         image_path(folder, seed, 0).parent.mkdir(parents=True, exist_ok=True)
-        for start in range(0, len(exam.prompts), exam.batch):
-            chosen = range(start, min(start + exam.batch, len(exam.prompts)))
-            if not all(image_path(folder, seed, i).exists() for i in chosen):
-                _generate_batch(pipeline, exam, folder, seed, chosen)
-            done += len(chosen)
-            progress(done, total, f"seed {seed}")
+        chosen = range(start, min(start + exam.batch, len(exam.prompts)))
+        if number % ranks == rank and not all(image_path(folder, seed, i).exists() for i in chosen):
+            _generate_batch(pipeline, exam, folder, seed, chosen)
+        done += len(chosen)
+        progress(done, total, f"seed {seed}")
 
 
 def run_pipeline(
@@ -174,7 +179,8 @@ def _generate_batch(pipeline: Any, exam: Exam, folder: Path, seed: int, chosen: 
     device = pipeline._execution_device
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     # Before the images: whoever finds them finds their times.
-    with (folder / "images" / CALLS).open("a") as file:
+    times = CALLS.replace("*", str(processes.world()[0]))
+    with (folder / "images" / times).open("a") as file:
         file.write(json.dumps({"batch": len(texts), "seconds": seconds, "peak": peak}) + "\n")
     for index, image in zip(chosen, images, strict=True):
         path = image_path(folder, seed, index)

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.artifacts.pipeline import Teacher, default_call, load_pipeline, resolve
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.artifacts.workspace import write_json
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.processes import pick_device
 from ppcl_toolkit.recipe import Evaluate, Recipe
 from ppcl_toolkit.running.capture import predict
 from ppcl_toolkit.running.images import (
@@ -98,26 +98,33 @@ def measure(
     """Make the images of `exam` in `folder`, score them, and measure what they cost.
 
     `source` is where a fresh process finds this pipeline to measure its memory (CPU only). A measurement of the same
-    exam and weights that is already in `folder` is returned as it is; anything else there is made again.
+    exam and weights that is already in `folder` is returned as it is; anything else there is made again. Several
+    processes, which call this together, share the images.
     """
     asked = {**json.loads(json.dumps(dataclasses.asdict(exam))), "weights": _fingerprint(pipeline.transformer)}
-    if _read_json(folder / _EXAM) != asked:
+    if processes.is_main() and _read_json(folder / _EXAM) != asked:
         shutil.rmtree(folder / "images", ignore_errors=True)
         (folder / _MEASUREMENT).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / _EXAM, asked)
-    if (folder / _MEASUREMENT).exists():
-        return load_measurement(folder)
-    generate_images(pipeline, exam, folder, progress)
+    processes.wait()
+    if not (folder / _MEASUREMENT).exists():
+        generate_images(pipeline, exam, folder, progress)
+        processes.wait()
+        if processes.is_main():
+            save_measurement(_measured(pipeline, exam, folder, source), folder)
+    processes.wait()
+    return load_measurement(folder)
+
+
+def _measured(pipeline: Any, exam: Exam, folder: Path, source: str | None) -> Measurement:
     parameters = list(pipeline.transformer.parameters())
-    measurement = Measurement(
+    return Measurement(
         params=sum(p.numel() for p in parameters),
         bytes=sum(p.numel() * p.element_size() for p in parameters),
-        **_cost(folder / "images" / CALLS, exam, source, parameters[0].dtype),
+        **_cost(folder / "images", exam, source, parameters[0].dtype),
         **_scores(folder, exam),
     )
-    save_measurement(measurement, folder)
-    return measurement
 
 
 def evaluate(
@@ -149,8 +156,9 @@ def evaluate(
             with callable_on(pipeline, device):
                 measure(pipeline, exam, desk.folder / name, source=path, progress=reported(name))
                 error = relative_error(velocities(pipeline.transformer, adapter, held_out, device), wanted)
-            compare(desk.folder / name, desk.folder / "teacher", velocity_error=error)
             del pipeline
+            if processes.is_main():
+                compare(desk.folder / name, desk.folder / "teacher", velocity_error=error)
 
 
 def summarise(variants: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
@@ -169,13 +177,17 @@ def evaluate_folders(
     """Measure pipelines side by side in `out`, the first as the reference; return a row for each."""
     exam = examine(section, {**default_call(paths[0]), **call})
     folders = [out / f"{number}-{Path(path).name}" for number, path in enumerate(paths)]
-    device = pick_device("auto")
+    device = processes.pick_device("auto")
     for path, folder in zip(paths, folders, strict=True):
         pipeline = load_pipeline(path)
         with callable_on(pipeline, device):
             measure(pipeline, exam, folder, source=path, progress=functools.partial(progress, path))
         del pipeline
-    return [dataclasses.asdict(compare(folder, folders[0])) for folder in folders]
+    if processes.is_main():
+        for folder in folders:
+            compare(folder, folders[0])
+    processes.wait()
+    return [dataclasses.asdict(load_measurement(folder)) for folder in folders]
 
 
 def compare(student: Path, reference: Path, *, velocity_error: float | None = None) -> Measurement:
@@ -221,8 +233,8 @@ def save_measurement(measurement: Measurement, folder: Path) -> None:
     write_json(folder / _MEASUREMENT, dataclasses.asdict(measurement))
 
 
-def _cost(times: Path, exam: Exam, source: str | None, dtype: torch.dtype) -> dict[str, Any]:
-    calls = [json.loads(line) for line in times.read_text().splitlines()]
+def _cost(images: Path, exam: Exam, source: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    calls = [json.loads(line) for times in sorted(images.glob(CALLS)) for line in times.read_text().splitlines()]
     whole = max(call["batch"] for call in calls)
     seconds = [s for call in calls if call["batch"] == whole for s in call["seconds"]]
     peak, whose = max(call["peak"] for call in calls) or None, "cuda allocations"
