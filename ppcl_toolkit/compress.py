@@ -56,7 +56,7 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     found = run.stage("intervals", _part(recipe, _DETECTION), find, Candidates.load)
     held_out = noised("select", recipe.select.batch)
     choose = partial(select, runner, teacher.plan(), found.operations(), held_out, recipe)
-    choice = run.stage("select", _part(recipe, _CHOICE), choose, Choice.load)
+    choice = run.stage("select", _part(recipe, _CHOICE), choose, Choice.load, together=True)
 
     plans = list(choice.plans.values())
     deep = partial(distill_depth, runner, plans, noised("depth", recipe.depth.batch), recipe.depth)

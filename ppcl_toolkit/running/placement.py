@@ -200,14 +200,21 @@ def _offload_blocks(transformer: Any, device: torch.device) -> None:
 def _returning(parts: Iterable[nn.Module]) -> Iterator[None]:
     """Bring frozen modules back to where they were; host memory is kept, so that nothing is copied back."""
     parts = list(parts)
-    homes = [(t, t.data if t.device == HOST else t.device) for part in parts for _, t in _tensors(part)]
+    tables: list[Any] = [
+        t for part in parts for module in part.modules() for t in (module._parameters, module._buffers)
+    ]
+    slots = [(table, name, tensor) for table in tables for name, tensor in table.items() if tensor is not None]
+    homes = [tensor.data if tensor.device == HOST else tensor.device for _, _, tensor in slots]
     try:
         yield
     finally:
         for part in parts:
             _release(part)
-        for tensor, home in homes:
-            tensor.data = home if isinstance(home, Tensor) else tensor.data.to(home)
+        for (table, name, tensor), home in zip(slots, homes, strict=True):
+            now = table[name]  # `Module.to` makes new buffers
+            assert now is not None
+            tensor.data = home if isinstance(home, Tensor) else now.data.to(home)
+            table[name] = tensor
 
 
 def _release(part: nn.Module) -> None:

@@ -21,8 +21,10 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.artifacts.storage import Desk
+from ppcl_toolkit.artifacts.workspace import write_json
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Form, Interval, Operation, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe, Target, Width
@@ -36,6 +38,10 @@ from ppcl_toolkit.surgery.narrow import narrow
 from ppcl_toolkit.training.segment import LinearFit
 
 Candidate = Interval | TextRun | FfnSwap
+_TOGETHER = 16
+"""Candidates that share a pass of the teacher: the sums of each take 150 MB of the host per stream of 3072 features."""
+_NOTES = "measured-*.json"
+"""What each process has measured: {label: [error, parameters saved]}."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,35 +63,66 @@ class Measured:
 def select(
     runner: Runner, plan: Plan, found: Sequence[Candidate], batches: Batches, recipe: Recipe, desk: Desk
 ) -> None:
-    """Measure `found` and all FFNs that may become linear, and write the choice for every target of the recipe."""
+    """Measure `found` and all FFNs that may become linear, and write the choice for every target of the recipe.
+
+    Several processes share the candidates. What a killed run has measured is kept.
+    """
     operations: list[Candidate] = [candidate for candidate in found if isinstance(candidate, Interval)]
     if any(target.width for target in recipe.targets):
         runs = [candidate for candidate in found if isinstance(candidate, TextRun)]
         operations += recipe.width.given or [*runs, *ffn_candidates(runner, recipe.width)]
-    measured = []
-    for each in measure(runner, plan, operations, batches, recipe.select.batches):
-        measured.append(each)
-        desk.progress(len(measured), len(operations), f"{each.operation}: {each.error:.3f}")
-    example = example_calls(runner.transformer, runner.adapter, batches[0])
-    choice = choose(plan, measured, recipe.targets, Sizes(runner, example), recipe.width, order=recipe.select.order)
-    choice.save(desk.folder, measured)
+    measured = _measured(runner, plan, operations, batches, recipe.select.batches, desk)
+    if processes.is_main():
+        example = example_calls(runner.transformer, runner.adapter, batches[0])
+        choice = choose(plan, measured, recipe.targets, Sizes(runner, example), recipe.width, order=recipe.select.order)
+        choice.save(desk.folder, measured)
+        for path in desk.folder.glob(_NOTES):
+            path.unlink()
+
+
+def _measured(
+    runner: Runner, plan: Plan, candidates: Sequence[Candidate], batches: Batches, count: int, desk: Desk
+) -> list[Measured]:
+    """Measure this process's share of what nobody has measured yet; return the figures of all, in their order."""
+    rank, ranks = processes.world()
+    before = _noted(desk.folder)
+    processes.wait()  # nobody notes anything before all have looked
+    left = [each for each in candidates if str(each) not in before]
+    own = desk.folder / _NOTES.replace("*", str(rank))
+    notes = json.loads(own.read_text()) if own.exists() else {}
+    for number, each in enumerate(measure(runner, plan, left[rank::ranks], batches, count), start=1):
+        notes[str(each.operation)] = [each.error, each.saves]
+        write_json(own, notes)
+        done = min(len(before) + number * ranks, len(candidates))
+        desk.progress(done, len(candidates), f"{each.operation}: {each.error:.3f}")
+    processes.wait()
+    known = _noted(desk.folder)
+    return [Measured(operation=each, error=known[str(each)][0], saves=known[str(each)][1]) for each in candidates]
+
+
+def _noted(folder: Path) -> dict[str, tuple[float, int]]:
+    return {label: figures for path in folder.glob(_NOTES) for label, figures in json.loads(path.read_text()).items()}
 
 
 def measure(
     runner: Runner, plan: Plan, candidates: Sequence[Candidate], batches: Batches, count: int
 ) -> Iterator[Measured]:
     """Yield every candidate with its substitution error over `count` batches; as many others set its linear maps."""
+    if not candidates:
+        return
     held_out = list(batches(0, count))
     example = example_calls(runner.transformer, runner.adapter, held_out[0])
-    stands = [_substitute(runner, plan, candidate, example) for candidate in candidates]
-    for _ in runner.feed(batches(count, 2 * count), [reader for stand in stands for reader in stand.readers]):
-        pass
     velocities = [runner.velocity(batch) for batch in held_out]
-    for candidate, stand in zip(candidates, stands, strict=True):
-        with stand.installed(runner.placement):
-            pairs = zip(held_out, velocities, strict=True)
-            errors = [_relative(runner.velocity(batch), velocity) for batch, velocity in pairs]
-        yield Measured(operation=candidate, error=sum(errors) / len(errors), saves=stand.saves)
+    for start in range(0, len(candidates), _TOGETHER):
+        group = candidates[start : start + _TOGETHER]
+        stands = [_substitute(runner, plan, candidate, example) for candidate in group]
+        for _ in runner.feed(batches(count, 2 * count), [reader for stand in stands for reader in stand.readers]):
+            pass
+        for candidate, stand in zip(group, stands, strict=True):
+            with stand.installed(runner.placement):
+                pairs = zip(held_out, velocities, strict=True)
+                errors = [_relative(runner.velocity(batch), velocity) for batch, velocity in pairs]
+            yield Measured(operation=candidate, error=sum(errors) / len(errors), saves=stand.saves)
 
 
 def ffn_candidates(runner: Runner, width: Width) -> list[FfnSwap]:
@@ -319,7 +356,6 @@ class _Affine:
         output = run_block(self._block, self.stack, reading.arguments, reading.inputs)
         for name, y in reading.target.of(self.stack.streams).items():
             x = getattr(output, name)
-            # Sums of all candidates at once wait on the host: 150 MB each at 3072 features.
             self._moments.setdefault(name, Moments.zeros(x.shape[-1])).add(x, y)
 
     def place(self, device: torch.device) -> None:

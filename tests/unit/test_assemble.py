@@ -13,10 +13,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Form, Interval, Plan, TextRun
+from ppcl_toolkit.running.capture import stack_calls
 from ppcl_toolkit.surgery.assemble import (
     count_parameters,
     drop_blocks,
-    example_calls,
     load_bank,
     reshape,
     standing_in,
@@ -183,10 +183,11 @@ def test_position_dependent_block_needs_a_remap():
     assert last.use_dual_attention
     assert transformer.config["dual_attention_layers"] == (0, 2)
     assert not any(value.is_meta for value in transformer.state_dict().values())
-    calls = example_calls(transformer, SD3, sd3_inputs())[STACK]
     with torch.no_grad():
-        streams = dict(zip(("hidden_states", "encoder_hidden_states"), calls[1], strict=True))
-        assert torch.allclose(last(**calls[0], **streams)[1], kept(**calls[0], **streams)[1], atol=1e-6)
+        calls = stack_calls(transformer, SD3, STACK, sd3_inputs())
+        streams = dict(zip(("hidden_states", "encoder_hidden_states"), calls.streams, strict=True))
+        arguments = calls.arguments[0]
+        assert torch.allclose(last(**arguments, **streams)[1], kept(**arguments, **streams)[1], atol=1e-6)
 
 
 @pytest.mark.parametrize("last", [2, 3])

@@ -1,13 +1,17 @@
 """Selection: errors are measured in the whole teacher, sizes are exact, and targets are nested."""
 
+import json
+
 import pytest
 import torch
 from runs import DUAL, SINGLE, batches, desk, equal, identity, plan_of, runner
 
+from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, TextRun
 from ppcl_toolkit.recipe import Recipe, Target, Width
 from ppcl_toolkit.running.placement import Placement
+from ppcl_toolkit.stages import select as stage
 from ppcl_toolkit.stages.select import Choice, Measured, Sizes, choose, ffn_candidates, measure, parse_size, select
 from ppcl_toolkit.surgery.assemble import count_parameters, example_calls
 
@@ -201,3 +205,31 @@ def test_what_the_recipe_gives_replaces_the_search(teacher, tmp_path):
     asked = recipe({"params": "97%"}, width={"given": given, "ffn_blocks": 0})
     select(teacher, plan_of(teacher), [TEXT], batches(), asked, desk(tmp_path))
     assert [str(operation) for operation in Choice.load(tmp_path).order] == ["transformer_blocks[0] ffn image"]
+
+
+def test_a_killed_measurement_goes_on_where_it_was(teacher, tmp_path, monkeypatch):
+    asked = recipe({"params": "60%"}, width={"ffn_blocks": 10})
+    select(teacher, plan_of(teacher), [RUN, TAIL], batches(size=4), asked, desk(tmp_path / "straight"))
+    killed = desk(tmp_path / "killed")
+
+    def dies(done, *_):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        select(teacher, plan_of(teacher), [RUN, TAIL], batches(size=4), asked, Desk(killed.folder, dies))
+    asked_for = []
+    whole = stage.measure
+    monkeypatch.setattr(stage, "measure", lambda *args: asked_for.append(args[2]) or whole(*args))
+    select(teacher, plan_of(teacher), [RUN, TAIL], batches(size=4), asked, killed)
+    assert len(asked_for[0]) == len(json.loads((killed.folder / "measured.json").read_text())) - 2
+    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in tmp_path.iterdir()]
+    assert files[0] == files[1]
+    assert files[0].keys() == {"measured.json", "order.json", "targets.json"}
+
+
+def test_candidates_of_several_groups_are_measured_as_those_of_one(teacher, measured, monkeypatch):
+    monkeypatch.setattr(stage, "_TOGETHER", 2)
+    found = [each.operation for each in measured]
+    again = list(measure(teacher, plan_of(teacher), found, batches(size=4), 3))
+    assert [each.error for each in again] == [each.error for each in measured]
