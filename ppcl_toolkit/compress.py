@@ -31,6 +31,8 @@ from ppcl_toolkit.stages.select import Choice, parse_size, select
 from ppcl_toolkit.stages.width import distill_width
 from ppcl_toolkit.surgery.assemble import count_parameters, student_of
 
+# Resident or streamed, results are the same: a run that was too large for its device may go on otherwise.
+_RECORDING = {"teacher": {"path", "revision", "dtype", "call"}, "samples": True, "seed": True}
 _DETECTION = {"intervals": True, "width": {"text_threshold"}}
 _CHOICE = {"targets": True, "select": True, "width": {"given", "text_threshold", "text_blocks", "ffn_blocks"}}
 
@@ -46,7 +48,7 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     run.open(recipe.dump())
     teacher, runner = _opened(recipe, device)
 
-    asked = {"source": teacher.source, **_part(recipe, {"teacher", "samples", "seed"})}
+    asked = {"source": teacher.source, **_part(recipe, _RECORDING)}
     record = partial(record_samples, runner, teacher, recipe)
     samples = run.stage("samples", asked, record, load_samples, together=True)
     noised = partial(_noised, recipe, teacher, samples)
@@ -111,9 +113,7 @@ def export_target(out: str | Path, params: str, name: str | None = None) -> dict
 def _opened(recipe: Recipe, device: torch.device) -> tuple[Teacher, Runner]:
     teacher = load_teacher(recipe)
     placement = Placement(device=device, streamed=recipe.teacher.streamed, chunk=recipe.teacher.chunk)
-    runner = Runner(teacher.transformer, teacher.adapter, placement)
-    runner.settle()
-    return teacher, runner
+    return teacher, Runner(teacher.transformer, teacher.adapter, placement)
 
 
 def _noised(recipe: Recipe, teacher: Teacher, samples: Sequence[Sample], stage: str, size: int) -> Batches:

@@ -75,36 +75,34 @@ class Runner:
 
     def feed(self, batches: Iterable[Batch], readers: Sequence[Reader], *, follow: bool = False) -> Iterator[int]:
         """Give every reader its reading of every batch, as the function `feed` does."""
+        self._settle()
         return feed(self.transformer, self.adapter, batches, readers, placement=self.placement, follow=follow)
 
     def blocks(self, stack: str) -> nn.ModuleList:
         """Return the teacher's blocks of a stack."""
         return self.adapter.stack(stack).blocks(self.transformer)
 
-    def settle(self) -> None:
-        """Put the teacher where it rests: it is brought there once, and again after it was elsewhere."""
-        self.placement.settle(self.transformer, self.adapter)
-
     @torch.no_grad()
     def velocity(self, batch: Batch) -> Tensor:
         """Return what the whole teacher predicts for the noised latents of one batch."""
+        self._settle()
         with self.placement.whole(self.transformer, self.adapter):
             return predict(self.transformer, self.adapter, self.placement.bring(batch))
 
     @contextlib.contextmanager
     def calling(self, pipeline: Any) -> Iterator[None]:
         """Let the teacher's own pipeline be called."""
+        self._settle()
         with callable_on(pipeline, self.placement.device, streamed=self.placement.streamed):
             yield
 
-    @contextlib.contextmanager
-    def away(self) -> Iterator[None]:
-        """Have the teacher on the host for a while, so that another model has the device to itself."""
+    def leave(self) -> None:
+        """Have the teacher on the host, so that another model has the device to itself, until it is run again."""
         self.transformer.to(HOST)
-        try:
-            yield
-        finally:
-            self.settle()
+
+    def _settle(self) -> None:
+        # Whoever ran the teacher last may have wanted it elsewhere; where it is there already, this is nothing.
+        self.placement.settle(self.transformer, self.adapter)
 
 
 @dataclass(slots=True)

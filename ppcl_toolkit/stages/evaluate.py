@@ -149,16 +149,16 @@ def evaluate(
             teacher.pipeline, exam, desk.folder / "teacher", source=recipe.teacher.path, progress=reported("teacher")
         )
         wanted = velocities(teacher.transformer, adapter, held_out, device)
-    with runner.away():
-        for variant in variants:
-            name, path = variant["name"], variant["path"]
-            pipeline = load_pipeline(path, getattr(torch, recipe.teacher.dtype))
-            with callable_on(pipeline, device):
-                measure(pipeline, exam, desk.folder / name, source=path, progress=reported(name))
-                error = relative_error(velocities(pipeline.transformer, adapter, held_out, device), wanted)
-            del pipeline
-            if processes.is_main():
-                compare(desk.folder / name, desk.folder / "teacher", velocity_error=error)
+    runner.leave()
+    for variant in variants:
+        name, path = variant["name"], variant["path"]
+        pipeline = load_pipeline(path, getattr(torch, recipe.teacher.dtype))
+        with callable_on(pipeline, device):
+            measure(pipeline, exam, desk.folder / name, source=path, progress=reported(name))
+            error = relative_error(velocities(pipeline.transformer, adapter, held_out, device), wanted)
+        del pipeline
+        if processes.is_main():
+            compare(desk.folder / name, desk.folder / "teacher", velocity_error=error)
 
 
 def summarise(variants: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pipelines on a device that is too small for them: tests of a process that has it; `test_pretend_placement.py` starts it."""
+"""Pipelines on devices that are too small for them; `test_pretend_placement.py` starts a process that has one."""
 
 import pytest
 import tiny
@@ -75,15 +75,13 @@ def test_the_teacher_goes_on_after_its_pipeline(pipeline):
     expected = transformer(**batch)[0]
     for streamed in (False, True):
         runner = Runner(transformer, FLUX, Placement(device=CARD, streamed=streamed))
-        runner.settle()
         with runner.calling(pipeline):
             drawn(pipeline)
         torch.testing.assert_close(runner.velocity(batch).cpu(), expected, rtol=1e-4, atol=1e-4)
         resting = {block.device.type for s in FLUX.stacks for b in s.blocks(transformer) for block in b.parameters()}
         assert resting == {"cpu" if streamed else "cuda"}
-        with runner.away():
-            assert torch.cuda.memory_allocated(CARD) < SCRAPS
-        transformer.to("cpu")
+        runner.leave()
+        assert torch.cuda.memory_allocated(CARD) < SCRAPS
 
 
 @pytest.mark.parametrize("share", [2.0, 0.5])
