@@ -176,7 +176,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("record_stream", &record_stream);
   m.impl("_fused_sdp_choice", &attention);
   // Made of other operators, they would ask for a kernel of CUDA's own further down.
-  for (const auto* name : {"convolution", "convolution_backward"}) m.impl(name, boxed());
+  for (const auto* name : {"convolution", "convolution_backward", "mse_loss"}) m.impl(name, boxed());
   // Views are of the tensor itself, and torch's own kernels ask for no device.
   m.impl("as_strided", &at::native::as_strided_tensorimpl);
   m.impl("view", static_cast<Tensor (*)(const Tensor&, at::IntArrayRef)>(&at::native::view));
