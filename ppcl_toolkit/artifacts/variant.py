@@ -220,7 +220,7 @@ def _run_elsewhere(
         Path(place, "given.json").write_text(json.dumps(map_tensors(dict(kwargs), keep)))
         save_file(tensors, f"{place}/given.safetensors")
         weights = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
-        offload = "" if device == HOST or has_room(weights, device) else "blocks"
+        offload = "" if has_room(weights, device) else "blocks"
         options = [opens, place, str(dtype).split(".")[-1], str(device), offload]
         command = [sys.executable, "-c", _ELSEWHERE, str(folder.resolve()), *options]
         # diffusers copies modelling files there before it runs them.

@@ -137,7 +137,7 @@ def callable_on(pipeline: Any, device: torch.device, *, streamed: bool = False) 
 def computing_on(transformer: nn.Module, device: torch.device) -> Iterator[None]:
     """Let a transformer be called on `device`, block by block where it does not fit; afterwards it is where it was."""
     with _returning([transformer]):
-        if device.type == "cpu" or fits([transformer], device):
+        if fits([transformer], device):
             transformer.to(device)
         else:
             _offload_blocks(transformer, device)
@@ -150,7 +150,9 @@ def fits(modules: Iterable[nn.Module], device: torch.device) -> bool:
 
 
 def has_room(weights: int, device: torch.device) -> bool:
-    """Tell whether so many more bytes of weights fit on `device`."""
+    """Tell whether so many more bytes of weights fit on `device`: on the host, always."""
+    if device.type == "cpu":
+        return True
     return weights + torch.cuda.memory_allocated(device) <= _ROOM * torch.cuda.mem_get_info(device)[1]
 
 

@@ -97,6 +97,7 @@ def _measured(
         desk.progress(done, len(candidates), f"{each.operation}: {each.error:.3f}")
     processes.wait()
     known = _noted(desk.folder)
+    processes.wait()  # nobody clears the notes away before all have read them
     return [Measured(operation=each, error=known[str(each)][0], saves=known[str(each)][1]) for each in candidates]
 
 
