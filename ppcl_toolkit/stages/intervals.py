@@ -5,7 +5,7 @@ N tokens, D features. A curve [M, M] holds cka(u, k) in row u, column k.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self, final
@@ -20,7 +20,7 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Interval, TextRun
 from ppcl_toolkit.recipe import Intervals, Recipe
 from ppcl_toolkit.running.schedule import Batch, Reading, Runner
-from ppcl_toolkit.statistics.cka import ChainedCka
+from ppcl_toolkit.statistics.chains import ChainedCka, Heatmap
 
 Key = tuple[str, int, str]
 """Stack path, block, stream."""
@@ -36,7 +36,7 @@ class Curves(NamedTuple):
     delta: Tensor
     """Eq. 4: the differences of `cka`."""
     heatmap: Tensor
-    """CKA of the outputs of any two blocks (Fig. 5)."""
+    """CKA of the outputs of any two blocks (Fig. 5); of long streams, over the first few samples."""
 
 
 @final
@@ -85,37 +85,50 @@ class Candidates:
         )
 
 
+class Similarities(NamedTuple):
+    """What is summed up of one stream of a stack."""
+
+    chained: ChainedCka
+    plain: Heatmap
+
+
 @final
 class CkaReader:
-    """Hands the outputs of one block, and its probes, to the `ChainedCka` of each stream of its stack."""
+    """Hands the outputs of one block to the sums of each stream of its stack."""
 
-    def __init__(
-        self, stack: Stack, block: int, chains: Mapping[str, ChainedCka], weights: Mapping[Key, Tensor]
-    ) -> None:
+    def __init__(self, stack: Stack, block: int, sums: Mapping[str, Similarities], numbers: Sequence[int]) -> None:
         self.stack = stack
         self.first = self.last = block
         self.reference: tuple[int, int] | None = None
-        self._chains = chains
-        self._weights = weights
-        self._batches = 0
+        self._sums = sums
+        self._numbers = iter(numbers)
+        self._visited = False
         self.hands_on_z = False
         """Whether more than the text leaves this block: it is in a text run of a teacher that is narrow already."""
 
     def read(self, reading: Reading) -> None:
-        """Take one batch's output."""
+        """Take the output of the next batch of `numbers`."""
+        number = next(self._numbers)
         outputs = reading.own(reading.target).of(self.stack.streams)
         text = reading.target.text
         self.hands_on_z = text is not None and text.shape[1] != reading.text_tokens
-        for stream, chain in self._chains.items():
+        for stream, (chained, plain) in self._sums.items():
             if stream in outputs:
-                weight = self._weights.get((self.stack.path, self.last, stream))
-                chain.observe(self._batches, self.last, outputs[stream], weight)
-            if self.last == chain.depth - 1:
-                chain.close(self._batches)
-        self._batches += 1
+                chained.observe(self.last, outputs[stream])
+                plain.observe(number, self.last, outputs[stream])
+            if self.last == plain.depth - 1:
+                plain.close(number, reading.target.image.device)
+        if not self._visited:
+            self._follow()
 
-    def place(self, device: torch.device) -> None:
-        """Move nothing: chains are where the blocks' outputs are."""
+    def place(self, _device: torch.device) -> None:
+        """Follow the chains of all batches that shared a visit: nothing of them moves, nor stays."""
+        self._visited = True
+        self._follow()
+
+    def _follow(self) -> None:
+        for chained, _ in self._sums.values():
+            chained.follow(self.last)
 
 
 def differences(cka: Tensor) -> Tensor:
@@ -188,17 +201,16 @@ def find_intervals(
     """
     adapter, depths = runner.adapter, runner.adapter.depths(runner.transformer)
     _check(adapter, depths, settings)
-    chains: dict[str, dict[str, ChainedCka]] = {
-        s.path: {stream: ChainedCka(depths[s.path]) for stream in s.streams} for s in adapter.stacks
-    }
+    numbers = range(settings.batches)
+    sums = {stack.path: _sums(runner, stack, depths[stack.path], weights) for stack in adapter.stacks}
     readers = [
-        CkaReader(stack, block, chains[stack.path], weights)
+        CkaReader(stack, block, sums[stack.path], numbers)
         for stack in adapter.stacks
         for block in range(depths[stack.path])
     ]
     for done in runner.feed(batches(0, settings.batches), readers):
         progress(done, settings.batches)
-    curves = {path: _curves(by_stream) for path, by_stream in chains.items()}
+    curves = {path: _curves(by_stream) for path, by_stream in sums.items()}
     carrying = {(reader.stack.path, reader.last) for reader in readers if reader.hands_on_z}
     found = {path: _intervals(path, own[settings.stream], settings) for path, own in curves.items()}
     intervals = {path: _within_runs(own, carrying, settings) for path, own in found.items()}
@@ -218,8 +230,20 @@ def detect(
     found.save(desk.folder)
 
 
-def _curves(chains: Mapping[str, ChainedCka]) -> dict[str, Curves]:
-    means = {stream: chain.means() for stream, chain in chains.items()}
+def _sums(runner: Runner, stack: Stack, depth: int, weights: Mapping[Key, Tensor]) -> dict[str, Similarities]:
+    """Nothing yet of every stream; where the whole teacher is on the device, so are the probes."""
+    home = runner.placement.rest
+    placed = {key: weight.to(home) for key, weight in weights.items() if key[0] == stack.path}
+    return {
+        stream: Similarities(
+            ChainedCka([placed.get((stack.path, block, stream)) for block in range(depth)]), Heatmap(depth)
+        )
+        for stream in stack.streams
+    }
+
+
+def _curves(sums: Mapping[str, Similarities]) -> dict[str, Curves]:
+    means = {stream: torch.stack([chained.means(), plain.means()]) for stream, (chained, plain) in sums.items()}
     # NaN stands for a block that returns no text, the last one of SD3.5: the other stream speaks for it.
     means["mean"] = torch.stack(list(means.values())).nanmean(0)
     curves = {}
