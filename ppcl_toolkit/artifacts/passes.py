@@ -35,8 +35,8 @@ class Part(Protocol):
 class Pass:
     """This process's share of the batches `numbers`, and the state of `parts` after those that are done.
 
-    A state that a killed run left in `folder` is continued: the result is the same to the last bit. With `alone`, this
-    process takes all batches.
+    A state that a killed run left in `folder` is continued: the result is the same to the last bit. Whoever writes the
+    result removes the states, `state-*.tmp`. With `alone`, this process takes all batches.
     """
 
     def __init__(
@@ -75,10 +75,6 @@ class Pass:
         """Write the state of this moment."""
         states = {name: part.state() for name, part in self._parts.items()}
         save_tree(self._path, {"done": self._done, "parts": states})
-
-    def forget(self) -> None:
-        """Remove the state: its end is on disk in another form."""
-        self._path.unlink(missing_ok=True)
 
     def add_up(self, device: torch.device) -> None:
         """Replace the parts of all processes by their sums; `device` is where this process exchanges tensors."""

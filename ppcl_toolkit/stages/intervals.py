@@ -14,18 +14,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Adapter, Stack
+from ppcl_toolkit.artifacts.passes import Part, Pass
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Interval, TextRun
 from ppcl_toolkit.recipe import Intervals, Recipe
-from ppcl_toolkit.running.schedule import Batch, Reading, Runner
+from ppcl_toolkit.running.schedule import Batch, Runner
+from ppcl_toolkit.running.similarity import CkaReader, Similarities
 from ppcl_toolkit.statistics.chains import ChainedCka, Heatmap
+from ppcl_toolkit.statistics.trend import differences, text_runs, threshold_intervals, trend_intervals
 
 Key = tuple[str, int, str]
 """Stack path, block, stream."""
-Span = tuple[int, int]
-"""First and last block."""
 
 
 class Curves(NamedTuple):
@@ -85,131 +87,31 @@ class Candidates:
         )
 
 
-class Similarities(NamedTuple):
-    """What is summed up of one stream of a stack."""
-
-    chained: ChainedCka
-    plain: Heatmap
-
-
-@final
-class CkaReader:
-    """Hands the outputs of one block to the sums of each stream of its stack."""
-
-    def __init__(self, stack: Stack, block: int, sums: Mapping[str, Similarities], numbers: Sequence[int]) -> None:
-        self.stack = stack
-        self.first = self.last = block
-        self.reference: tuple[int, int] | None = None
-        self._sums = sums
-        self._numbers = iter(numbers)
-        self._visited = False
-        self.hands_on_z = False
-        """Whether more than the text leaves this block: it is in a text run of a teacher that is narrow already."""
-
-    def read(self, reading: Reading) -> None:
-        """Take the output of the next batch of `numbers`."""
-        number = next(self._numbers)
-        outputs = reading.own(reading.target).of(self.stack.streams)
-        text = reading.target.text
-        self.hands_on_z = text is not None and text.shape[1] != reading.text_tokens
-        for stream, (chained, plain) in self._sums.items():
-            if stream in outputs:
-                chained.observe(self.last, outputs[stream])
-                plain.observe(number, self.last, outputs[stream])
-            if self.last == plain.depth - 1:
-                plain.close(number, reading.target.image.device)
-        if not self._visited:
-            self._follow()
-
-    def place(self, _device: torch.device) -> None:
-        """Follow the chains of all batches that shared a visit: nothing of them moves, nor stays."""
-        self._visited = True
-        self._follow()
-
-    def _follow(self) -> None:
-        for chained, _ in self._sums.values():
-            chained.follow(self.last)
-
-
-def differences(cka: Tensor) -> Tensor:
-    """Eq. 4: delta(u, k) = -(cka(u, k) - cka(u, k - 1)) for k > u, zero elsewhere; [M, M] -> [M, M]."""
-    delta = torch.zeros_like(cka)
-    delta[:, 1:] = -(cka[:, 1:] - cka[:, :-1])
-    return delta.triu(1)
-
-
-def trend_intervals(delta: Tensor, first_block: int = 0) -> list[Span]:
-    """Algorithm 1, stage 1.2: the interval that starts at u ends before the first k where delta(u, k) rises.
-
-    Without a rise it ends with the stack. Intervals cover every block from `first_block` on; one may be a single block.
-    """
-    depth = len(delta)
-    intervals = []
-    u = first_block
-    while u < depth:
-        v = depth - 1
-        for k in range(u + 2, depth):
-            if delta[u, k] > delta[u, k - 1]:
-                v = k - 1
-                break
-        intervals.append((u, v))
-        u = v + 1
-    return intervals
-
-
-def threshold_intervals(cka: Tensor, threshold: float, first_block: int = 0) -> list[Span]:
-    """LP-a of the paper's ablation: an interval ends at the last k with cka(u, k) >= `threshold`."""
-    depth = len(cka)
-    intervals = []
-    u = first_block
-    while u < depth:
-        v = max([k for k in range(u + 1, depth) if cka[u, k] >= threshold], default=u)
-        intervals.append((u, v))
-        u = v + 1
-    return intervals
-
-
-def text_runs(heatmap: Tensor, threshold: float = 0.999) -> list[Span]:
-    """Maximal runs [reference, last] whose blocks all have CKA >= `threshold` with the reference (Appendix 6).
-
-    Runs are disjoint and come deepest first; each reaches as far up as it can.
-    """
-    runs = []
-    last = len(heatmap) - 1
-    while last > 0:
-        alike = (r for r in range(last) if bool((heatmap[r, r + 1 : last + 1] >= threshold).all()))
-        reference = next(alike, last)
-        if reference < last:
-            runs.append((reference, last))
-        last = reference - 1
-    return runs
-
-
 def find_intervals(
     runner: Runner,
     batches: Callable[[int, int], Iterable[Batch]],
     settings: Intervals,
     weights: Mapping[Key, Tensor],
+    desk: Desk,
     *,
     text_threshold: float = 0.999,
-    progress: Callable[..., None],
 ) -> Candidates:
     """Compute the similarity of all blocks on a calibration set, and pick intervals and text runs from it.
 
-    `weights` are those of the probes, by stack path, block and stream; `batches` is as in `fit_probes`.
+    `weights` are those of the probes, by stack path, block and stream; `batches(start, stop)` yields the batches of
+    those numbers, which several processes share. What a killed run left on the desk is continued.
     Raises `PpclError` where `settings` name a stack, block or stream that the transformer has not.
     """
     adapter, depths = runner.adapter, runner.adapter.depths(runner.transformer)
     _check(adapter, depths, settings)
-    numbers = range(settings.batches)
     sums = {stack.path: _sums(runner, stack, depths[stack.path], weights) for stack in adapter.stacks}
-    readers = [
-        CkaReader(stack, block, sums[stack.path], numbers)
-        for stack in adapter.stacks
-        for block in range(depths[stack.path])
-    ]
-    for done in runner.feed(batches(0, settings.batches), readers):
-        progress(done, settings.batches)
+    readers = [CkaReader(s, block, sums[s.path]) for s in adapter.stacks for block in range(depths[s.path])]
+    calibration = Pass("similarities", desk.folder, range(settings.batches), _named(sums, readers))
+    for reader in readers:
+        reader.numbers = iter(calibration.left)
+    for done in calibration.kept(runner.feed(calibration.of(batches), readers)):
+        desk.progress(done, settings.batches)
+    calibration.add_up(runner.placement.device)
     curves = {path: _curves(by_stream) for path, by_stream in sums.items()}
     carrying = {(reader.stack.path, reader.last) for reader in readers if reader.hands_on_z}
     found = {path: _intervals(path, own[settings.stream], settings) for path, own in curves.items()}
@@ -226,8 +128,19 @@ def detect(
 ) -> None:
     """Run the stage: find all candidates, and write them with the curves that they were read from."""
     threshold = recipe.width.text_threshold
-    found = find_intervals(runner, batches, recipe.intervals, weights, text_threshold=threshold, progress=desk.progress)
-    found.save(desk.folder)
+    found = find_intervals(runner, batches, recipe.intervals, weights, desk, text_threshold=threshold)
+    if processes.is_main():
+        found.save(desk.folder)
+        for state in desk.folder.glob("state-*.tmp"):
+            state.unlink()
+
+
+def _named(sums: Mapping[str, Mapping[str, Similarities]], readers: Sequence[CkaReader]) -> dict[str, Part]:
+    parts: dict[str, Part] = {f"{reader.stack.path}.{reader.last}": reader for reader in readers}
+    for path, by_stream in sums.items():
+        for stream, (chained, plain) in by_stream.items():
+            parts |= {f"{path}.{stream}.chained": chained, f"{path}.{stream}.plain": plain}
+    return parts
 
 
 def _sums(runner: Runner, stack: Stack, depth: int, weights: Mapping[Key, Tensor]) -> dict[str, Similarities]:

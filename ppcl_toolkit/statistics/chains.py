@@ -3,7 +3,7 @@
 Shapes: B batch, N tokens, D features, M blocks of a stack.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
@@ -77,10 +77,14 @@ class ChainedCka:
             for by_block in torch.stack(totals).cpu().unbind(1):
                 self._sums[block, present] += by_block
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the sums by name, to be added to those of others or changed in place."""
+    def state(self) -> dict[str, Tensor]:
+        """Return all sums."""
         assert not self._waiting, "chains wait to be followed"
         return {"sums": self._sums, "samples": self._samples}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned, or from such sums of several added up."""
+        self._sums, self._samples = tensors["sums"], tensors["samples"]
 
     def means(self) -> Tensor:
         """Return cka(u, k), [M, M]: the upper triangle, 1 on the diagonal; NaN for blocks that were never observed."""
@@ -118,10 +122,14 @@ class Heatmap:
             self._sums[blocks[:, None], blocks] += similarities([output.to(device) for output in sample]).cpu()
             self._samples[blocks[:, None], blocks] += 1
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the sums by name, to be added to those of others or changed in place."""
+    def state(self) -> dict[str, Tensor]:
+        """Return all sums."""
         assert not self._passing, "a batch is still on its way"
         return {"sums": self._sums, "samples": self._samples}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned, or from such sums of several added up."""
+        self._sums, self._samples = tensors["sums"], tensors["samples"]
 
     def means(self) -> Tensor:
         """Return the symmetric table [M, M], 1 on the diagonal; NaN for blocks that were never observed."""

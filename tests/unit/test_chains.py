@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import ppcl_toolkit.statistics.chains as module
-from ppcl_toolkit.stages.intervals import differences, trend_intervals
 from ppcl_toolkit.statistics.chains import ChainedCka, Heatmap
+from ppcl_toolkit.statistics.trend import differences, trend_intervals
 
 SHAPES = pytest.mark.parametrize("tokens, width", [(7, 5), (5, 7), (6, 6)], ids=["features", "gram", "square"])
 
