@@ -10,6 +10,7 @@ from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.statistics.chains import ChainedCka, Heatmap
 from ppcl_toolkit.statistics.cka import cka
 from ppcl_toolkit.statistics.moments import Moments
 from ppcl_toolkit.surgery.assemble import example_calls, reshape
@@ -77,7 +78,40 @@ def statistics() -> None:
     report("CKA of one batch / X^T X in fp32", median(lambda: cka(x, y)) / product)
 
 
+def detection() -> None:
+    """Eq. 3 and Fig. 5 of one sample and 60 blocks, beside Appendix 6 written out for every pair in fp64."""
+    depth, tokens, width = 60, 256, 64
+    outputs = [torch.randn(1, tokens, width) for _ in range(depth)]
+    weights = [None, *(0.01 * torch.randn(width, width) for _ in range(depth - 1))]
+    center = torch.eye(tokens, dtype=torch.float64) - 1 / tokens
+
+    def gram(x):
+        return center @ (x @ x.T) @ center
+
+    def similarity(k, m):
+        return (k * m).sum() / ((k * k).sum() * (m * m).sum()).sqrt()
+
+    def naive():
+        for u, output in enumerate(outputs):
+            x = output[0].double()
+            for k in range(u + 1, depth):
+                x = x + x @ weights[k].double().T
+                similarity(gram(output[0].double()), gram(x))
+                similarity(gram(output[0].double()), gram(outputs[k][0].double()))
+
+    def ours():
+        chained, plain = ChainedCka(weights), Heatmap(depth)
+        for block, output in enumerate(outputs):
+            chained.observe(block, output)
+            chained.follow(block)
+            plain.observe(0, block, output)
+        plain.close(0, output.device)
+
+    report("detection of 60 blocks, naive / ours", median(naive) / median(ours))
+
+
 if __name__ == "__main__":
     students()
     schedules()
     statistics()
+    detection()

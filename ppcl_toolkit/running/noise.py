@@ -4,10 +4,11 @@ Noise is added in the space in which the transformer sees latents: x_t = (1 - si
 tokens only; reference tokens of edit models follow them unchanged.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, final, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.capture import map_tensors
 from ppcl_toolkit.running.schedule import Batch
+
+Shape = tuple[Any, ...]
+"""Of a sample: the shapes of all its tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +32,39 @@ class Sample:
     """Every other argument of the recorded call but the timestep."""
     reference: Tensor | None = None
     """Tokens behind the noised ones, [1, M, C]."""
+
+
+@final
+class Recorded(Sequence[Sample]):
+    """Samples in files, read anew whenever they are asked for: nothing stays open, and only shapes stay in memory."""
+
+    def __init__(self, paths: Iterable[Path], read: Callable[[Path], Sequence[Sample]]) -> None:
+        """`read` returns the samples of a file, whose tensors may be maps of it."""
+        self._read = read
+        self._places: list[tuple[Path, int]] = []
+        self.shapes: list[Shape] = []
+        """What `shape` says of each sample."""
+        known: dict[Shape, Shape] = {}
+        for path in paths:
+            for index, sample in enumerate(read(path)):
+                found = shape(sample)
+                self._places.append((path, index))
+                self.shapes.append(known.setdefault(found, found))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        path, row = self._places[index]
+        sample = self._read(path)[row]
+        # Copies: every map of a file that is alive counts, and a process may have 65,530.
+        return Sample(**{name: map_tensors(getattr(sample, name), Tensor.clone) for name in Sample.__slots__})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +101,22 @@ class Batches:
         return batch
 
     @cached_property
-    def _alike(self) -> dict[tuple[Any, ...], list[Sample]]:
-        """Samples by the shapes of their tensors: only those of one shape can share a batch."""
-        groups: dict[tuple[Any, ...], list[Sample]] = {}
-        for sample in self.samples:
-            groups.setdefault(_shape(sample), []).append(sample)
+    def _alike(self) -> dict[Shape, list[int]]:
+        """Numbers of samples by the shapes of their tensors: only those of one shape can share a batch."""
+        groups: dict[Shape, list[int]] = {}
+        for number, found in enumerate(self._shapes):
+            groups.setdefault(found, []).append(number)
         return groups
 
+    @cached_property
+    def _shapes(self) -> Sequence[Shape]:
+        return self.samples.shapes if isinstance(self.samples, Recorded) else [shape(s) for s in self.samples]
+
     def _choose(self, generator: torch.Generator) -> list[Sample]:
-        first = self.samples[int(torch.randint(len(self.samples), (), generator=generator))]
-        alike = self._alike[_shape(first)]
+        first = int(torch.randint(len(self.samples), (), generator=generator))
+        alike = self._alike[self._shapes[first]]
         rest = torch.randint(len(alike), (self.size - 1,), generator=generator)
-        return [first, *(alike[i] for i in rest.tolist())]
+        return [self.samples[number] for number in (first, *(alike[i] for i in rest.tolist()))]
 
 
 def collate(calls: Sequence[dict[str, Any]], shared: Sequence[str]) -> dict[str, Any]:
@@ -93,7 +134,8 @@ def collate(calls: Sequence[dict[str, Any]], shared: Sequence[str]) -> dict[str,
     return joined
 
 
-def _shape(sample: Sample) -> tuple[Any, ...]:
+def shape(sample: Sample) -> Shape:
+    """Return the shapes of all tensors of a sample."""
     shapes: list[Any] = [sample.latents.shape, None if sample.reference is None else sample.reference.shape]
     for name in sorted(sample.arguments):
         map_tensors(sample.arguments[name], lambda tensor: shapes.append(tensor.shape))

@@ -5,7 +5,7 @@ N tokens, D features. A curve [M, M] holds cka(u, k) in row u, column k.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self, final
@@ -14,18 +14,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Adapter, Stack
+from ppcl_toolkit.artifacts.passes import Part, Pass
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Interval, TextRun
 from ppcl_toolkit.recipe import Intervals, Recipe
-from ppcl_toolkit.running.schedule import Batch, Reading, Runner
-from ppcl_toolkit.statistics.cka import ChainedCka
+from ppcl_toolkit.running.schedule import Batch, Runner
+from ppcl_toolkit.running.similarity import CkaReader, Similarities
+from ppcl_toolkit.statistics.chains import ChainedCka, Heatmap
+from ppcl_toolkit.statistics.trend import differences, text_runs, threshold_intervals, trend_intervals
 
 Key = tuple[str, int, str]
 """Stack path, block, stream."""
-Span = tuple[int, int]
-"""First and last block."""
 
 
 class Curves(NamedTuple):
@@ -36,7 +38,7 @@ class Curves(NamedTuple):
     delta: Tensor
     """Eq. 4: the differences of `cka`."""
     heatmap: Tensor
-    """CKA of the outputs of any two blocks (Fig. 5)."""
+    """CKA of the outputs of any two blocks (Fig. 5); of long streams, over the first few samples."""
 
 
 @final
@@ -85,120 +87,32 @@ class Candidates:
         )
 
 
-@final
-class CkaReader:
-    """Hands the outputs of one block, and its probes, to the `ChainedCka` of each stream of its stack."""
-
-    def __init__(
-        self, stack: Stack, block: int, chains: Mapping[str, ChainedCka], weights: Mapping[Key, Tensor]
-    ) -> None:
-        self.stack = stack
-        self.first = self.last = block
-        self.reference: tuple[int, int] | None = None
-        self._chains = chains
-        self._weights = weights
-        self._batches = 0
-        self.hands_on_z = False
-        """Whether more than the text leaves this block: it is in a text run of a teacher that is narrow already."""
-
-    def read(self, reading: Reading) -> None:
-        """Take one batch's output."""
-        outputs = reading.own(reading.target).of(self.stack.streams)
-        text = reading.target.text
-        self.hands_on_z = text is not None and text.shape[1] != reading.text_tokens
-        for stream, chain in self._chains.items():
-            if stream in outputs:
-                weight = self._weights.get((self.stack.path, self.last, stream))
-                chain.observe(self._batches, self.last, outputs[stream], weight)
-            if self.last == chain.depth - 1:
-                chain.close(self._batches)
-        self._batches += 1
-
-    def place(self, device: torch.device) -> None:
-        """Move nothing: chains are where the blocks' outputs are."""
-
-
-def differences(cka: Tensor) -> Tensor:
-    """Eq. 4: delta(u, k) = -(cka(u, k) - cka(u, k - 1)) for k > u, zero elsewhere; [M, M] -> [M, M]."""
-    delta = torch.zeros_like(cka)
-    delta[:, 1:] = -(cka[:, 1:] - cka[:, :-1])
-    return delta.triu(1)
-
-
-def trend_intervals(delta: Tensor, first_block: int = 0) -> list[Span]:
-    """Algorithm 1, stage 1.2: the interval that starts at u ends before the first k where delta(u, k) rises.
-
-    Without a rise it ends with the stack. Intervals cover every block from `first_block` on; one may be a single block.
-    """
-    depth = len(delta)
-    intervals = []
-    u = first_block
-    while u < depth:
-        v = depth - 1
-        for k in range(u + 2, depth):
-            if delta[u, k] > delta[u, k - 1]:
-                v = k - 1
-                break
-        intervals.append((u, v))
-        u = v + 1
-    return intervals
-
-
-def threshold_intervals(cka: Tensor, threshold: float, first_block: int = 0) -> list[Span]:
-    """LP-a of the paper's ablation: an interval ends at the last k with cka(u, k) >= `threshold`."""
-    depth = len(cka)
-    intervals = []
-    u = first_block
-    while u < depth:
-        v = max([k for k in range(u + 1, depth) if cka[u, k] >= threshold], default=u)
-        intervals.append((u, v))
-        u = v + 1
-    return intervals
-
-
-def text_runs(heatmap: Tensor, threshold: float = 0.999) -> list[Span]:
-    """Maximal runs [reference, last] whose blocks all have CKA >= `threshold` with the reference (Appendix 6).
-
-    Runs are disjoint and come deepest first; each reaches as far up as it can.
-    """
-    runs = []
-    last = len(heatmap) - 1
-    while last > 0:
-        alike = (r for r in range(last) if bool((heatmap[r, r + 1 : last + 1] >= threshold).all()))
-        reference = next(alike, last)
-        if reference < last:
-            runs.append((reference, last))
-        last = reference - 1
-    return runs
-
-
 def find_intervals(
     runner: Runner,
     batches: Callable[[int, int], Iterable[Batch]],
     settings: Intervals,
     weights: Mapping[Key, Tensor],
+    desk: Desk,
     *,
     text_threshold: float = 0.999,
-    progress: Callable[..., None],
 ) -> Candidates:
     """Compute the similarity of all blocks on a calibration set, and pick intervals and text runs from it.
 
-    `weights` are those of the probes, by stack path, block and stream; `batches` is as in `fit_probes`.
+    `weights` are those of the probes, by stack path, block and stream; `batches(start, stop)` yields the batches of
+    those numbers, which several processes share. What a killed run left on the desk is continued.
     Raises `PpclError` where `settings` name a stack, block or stream that the transformer has not.
     """
     adapter, depths = runner.adapter, runner.adapter.depths(runner.transformer)
     _check(adapter, depths, settings)
-    chains: dict[str, dict[str, ChainedCka]] = {
-        s.path: {stream: ChainedCka(depths[s.path]) for stream in s.streams} for s in adapter.stacks
-    }
-    readers = [
-        CkaReader(stack, block, chains[stack.path], weights)
-        for stack in adapter.stacks
-        for block in range(depths[stack.path])
-    ]
-    for done in runner.feed(batches(0, settings.batches), readers):
-        progress(done, settings.batches)
-    curves = {path: _curves(by_stream) for path, by_stream in chains.items()}
+    sums = {stack.path: _sums(runner, stack, depths[stack.path], weights) for stack in adapter.stacks}
+    readers = [CkaReader(s, block, sums[s.path]) for s in adapter.stacks for block in range(depths[s.path])]
+    calibration = Pass("similarities", desk.folder, range(settings.batches), _named(sums, readers))
+    for reader in readers:
+        reader.numbers = iter(calibration.left)
+    for done in calibration.kept(runner.feed(calibration.of(batches), readers)):
+        desk.progress(done, settings.batches)
+    calibration.add_up(runner.placement.device)
+    curves = {path: _curves(by_stream) for path, by_stream in sums.items()}
     carrying = {(reader.stack.path, reader.last) for reader in readers if reader.hands_on_z}
     found = {path: _intervals(path, own[settings.stream], settings) for path, own in curves.items()}
     intervals = {path: _within_runs(own, carrying, settings) for path, own in found.items()}
@@ -214,12 +128,35 @@ def detect(
 ) -> None:
     """Run the stage: find all candidates, and write them with the curves that they were read from."""
     threshold = recipe.width.text_threshold
-    found = find_intervals(runner, batches, recipe.intervals, weights, text_threshold=threshold, progress=desk.progress)
-    found.save(desk.folder)
+    found = find_intervals(runner, batches, recipe.intervals, weights, desk, text_threshold=threshold)
+    if processes.is_main():
+        found.save(desk.folder)
+        for state in desk.folder.glob("state-*.tmp"):
+            state.unlink()
 
 
-def _curves(chains: Mapping[str, ChainedCka]) -> dict[str, Curves]:
-    means = {stream: chain.means() for stream, chain in chains.items()}
+def _named(sums: Mapping[str, Mapping[str, Similarities]], readers: Sequence[CkaReader]) -> dict[str, Part]:
+    parts: dict[str, Part] = {f"{reader.stack.path}.{reader.last}": reader for reader in readers}
+    for path, by_stream in sums.items():
+        for stream, (chained, plain) in by_stream.items():
+            parts |= {f"{path}.{stream}.chained": chained, f"{path}.{stream}.plain": plain}
+    return parts
+
+
+def _sums(runner: Runner, stack: Stack, depth: int, weights: Mapping[Key, Tensor]) -> dict[str, Similarities]:
+    """Nothing yet of every stream; where the whole teacher is on the device, so are the probes."""
+    home = runner.placement.rest
+    placed = {key: weight.to(home) for key, weight in weights.items() if key[0] == stack.path}
+    return {
+        stream: Similarities(
+            ChainedCka([placed.get((stack.path, block, stream)) for block in range(depth)]), Heatmap(depth)
+        )
+        for stream in stack.streams
+    }
+
+
+def _curves(sums: Mapping[str, Similarities]) -> dict[str, Curves]:
+    means = {stream: torch.stack([chained.means(), plain.means()]) for stream, (chained, plain) in sums.items()}
     # NaN stands for a block that returns no text, the last one of SD3.5: the other stream speaks for it.
     means["mean"] = torch.stack(list(means.values())).nanmean(0)
     curves = {}

@@ -4,20 +4,23 @@ Shapes: B batch, N tokens, D features.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, final
+from typing import Any, Self, final
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Stack
+from ppcl_toolkit.artifacts.passes import Pass
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.recipe import Probe
 from ppcl_toolkit.running.capture import Streams
+from ppcl_toolkit.running.placement import HOST
 from ppcl_toolkit.running.schedule import Batch, Reading, Runner
 from ppcl_toolkit.statistics.moments import Moments
 
@@ -58,7 +61,7 @@ class ProbeReader:
         self.stack = stack
         self.first = self.last = block
         self.reference: tuple[int, int] | None = None
-        # On the CPU unless placed: 150 MB per block and stream at 3072 features, more than a device has to spare.
+        # On the host unless placed: 150 MB per block and stream at 3072 features, more than a device has to spare.
         self.moments: dict[str, Moments] = {}
 
     def read(self, reading: Reading) -> None:
@@ -72,22 +75,43 @@ class ProbeReader:
         """Move the sums."""
         self.moments = {stream: moments.to(device) for stream, moments in self.moments.items()}
 
+    def state(self) -> dict[str, Tensor]:
+        """Return all sums."""
+        return {
+            f"{stream}.{name}": total for stream, sums in self.moments.items() for name, total in sums.tensors().items()
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+        by_stream: dict[str, dict[str, Tensor]] = {}
+        for key, total in tensors.items():
+            stream, name = key.split(".")
+            by_stream.setdefault(stream, {})[name] = total
+        self.moments = {stream: Moments.from_tensors(sums) for stream, sums in by_stream.items()}
+
 
 @final
 class ProbeTrainer:
-    """Trains the probes of one block on Eq. 2, one AdamW step per reading, with the optimizer of Sec. 4.1."""
+    """Trains the probes of one block on Eq. 2, one AdamW step per reading, with the optimizer of Sec. 4.1.
+
+    Weights and the optimizer's averages are on the device during a visit, or a reading, and otherwise on the host:
+    those of all blocks would take three times as much as their weights.
+    """
 
     def __init__(self, stack: Stack, block: int, weights: Mapping[str, Tensor], learning_rate: float) -> None:
         self.stack = stack
         self.first = self.last = block
         self.reference: tuple[int, int] | None = None
         self.weights = {stream: nn.Parameter(weight.clone()) for stream, weight in weights.items()}
+        self._visited = False
         self._optimizer = torch.optim.AdamW(
             self.weights.values(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.02
         )
 
     def read(self, reading: Reading) -> None:
         """Make one step on one batch: each stream's squared error, summed over features, averaged over tokens."""
+        if not self._visited:
+            self._move(reading.target.image.device)
         with torch.enable_grad():
             losses = []
             for stream, (x_BND, y_BND) in _pairs(reading).items():
@@ -96,9 +120,30 @@ class ProbeTrainer:
             torch.stack(losses).sum().backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
+        if not self._visited:
+            self._move(HOST)
 
     def place(self, device: torch.device) -> None:
-        """Move the weights and the optimizer's averages."""
+        """Move the weights and the optimizer's averages, for all readings of a visit."""
+        self._visited = True
+        self._move(device)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the weights and the optimizer's averages and step counters."""
+        found = {}
+        for stream, weight in self.weights.items():
+            found[f"{stream}.weight"] = weight.detach()
+            found.update({f"{stream}.{name}": value for name, value in self._optimizer.state[weight].items()})
+        return found
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+        for stream, weight in self.weights.items():
+            own = {key.split(".")[1]: value for key, value in tensors.items() if key.split(".")[0] == stream}
+            weight.data = own.pop("weight")
+            self._optimizer.state[weight] = own
+
+    def _move(self, device: torch.device) -> None:
         for weight in self.weights.values():
             weight.data = weight.data.to(device)
             state = self._optimizer.state[weight]
@@ -106,37 +151,72 @@ class ProbeTrainer:
             state.update({name: value.to(device) for name, value in state.items() if value.ndim})
 
 
-def fit_probes(
-    runner: Runner, batches: Callable[[int, int], Iterable[Batch]], settings: Probe, progress: Callable[..., None]
-) -> Probes:
-    """Fit a probe to every block and stream in one pass (Eq. 1); `settings.steps` trains them further (Eq. 2).
+def probe(runner: Runner, batches: Callable[[int, int], Iterable[Batch]], section: Probe, desk: Desk) -> None:
+    """Run the stage: fit all probes, and write them.
 
-    `batches(start, stop)` yields the batches of those numbers; training goes on with numbers that Eq. 1 has not seen.
-    Raises `PpclError` where the tokens are too few.
+    Several processes share the batches of Eq. 1; one of them solves it, and trains on.
     """
-    total = settings.batches + settings.steps
+    with_sums = sum_up(runner, batches, section, desk)
+    if processes.is_main():
+        fit_probes(runner, batches, section, desk, with_sums).save(desk.folder)
+        for state in desk.folder.glob("state-*.tmp"):
+            state.unlink()
+
+
+def sum_up(
+    runner: Runner, batches: Callable[[int, int], Iterable[Batch]], settings: Probe, desk: Desk
+) -> list[ProbeReader]:
+    """Return readers that hold the sums of Eq. 1 over `settings.batches` batches, those of all processes.
+
+    `batches(start, stop)` yields the batches of those numbers. What a killed run left on the desk is continued.
+    """
     stacks = runner.adapter.stacks
     readers = [ProbeReader(stack, block) for stack in stacks for block in range(len(runner.blocks(stack.path)))]
-    for done in runner.feed(batches(0, settings.batches), readers):
-        progress(done, total)
+    sums = Pass("sums", desk.folder, range(settings.batches), _named(readers))
+    for done in sums.kept(runner.feed(sums.of(batches), readers)):
+        desk.progress(done, settings.batches + settings.steps)
+    if settings.steps:
+        # Training may be killed, too.
+        sums.save()
+    sums.add_up(runner.placement.device)
+    return readers
+
+
+def fit_probes(
+    runner: Runner,
+    batches: Callable[[int, int], Iterable[Batch]],
+    settings: Probe,
+    desk: Desk,
+    readers: Sequence[ProbeReader],
+) -> Probes:
+    """Fit a probe to every block and stream from their sums (Eq. 1); `settings.steps` trains them further (Eq. 2).
+
+    Training goes on with batches that Eq. 1 has not seen. Raises `PpclError` where the tokens are too few.
+    """
     moments = {(r.stack.path, r.first, stream): found for r in readers for stream, found in r.moments.items()}
     weights = {key: found.solve(settings.ridge).float() for key, found in moments.items()}
     if settings.steps:
-        device = runner.placement.rest
-        trainers = [ProbeTrainer(r.stack, r.first, _of(weights, r, device), settings.learning_rate) for r in readers]
-        for done in runner.feed(batches(settings.batches, total), trainers):
-            progress(settings.batches + done, total)
-        weights = {
-            (t.stack.path, t.first, stream): weight.detach().cpu()
-            for t in trainers
-            for stream, weight in t.weights.items()
-        }
+        weights = _trained(runner, batches, settings, desk, [(reader, _of(weights, reader)) for reader in readers])
     return Probes(weights, {key: moments[key].unexplained(weight) for key, weight in weights.items()})
 
 
-def probe(runner: Runner, batches: Callable[[int, int], Iterable[Batch]], section: Probe, desk: Desk) -> None:
-    """Run the stage: fit all probes, and write them."""
-    fit_probes(runner, batches, section, desk.progress).save(desk.folder)
+def _trained(
+    runner: Runner,
+    batches: Callable[[int, int], Iterable[Batch]],
+    settings: Probe,
+    desk: Desk,
+    starts: Sequence[tuple[ProbeReader, Mapping[str, Tensor]]],
+) -> dict[Key, Tensor]:
+    total = settings.batches + settings.steps
+    trainers = [ProbeTrainer(r.stack, r.first, weights, settings.learning_rate) for r, weights in starts]
+    training = Pass("training", desk.folder, range(settings.batches, total), _named(trainers), alone=True)
+    for done in training.kept(runner.feed(training.of(batches), trainers)):
+        desk.progress(settings.batches + done, total)
+    return {(t.stack.path, t.first, stream): weight.detach() for t in trainers for stream, weight in t.weights.items()}
+
+
+def _named(readers: Sequence[Any]) -> dict[str, Any]:
+    return {f"{reader.stack.path}.{reader.first}": reader for reader in readers}
 
 
 def _pairs(reading: Reading) -> dict[str, tuple[Tensor, Tensor]]:
@@ -145,8 +225,8 @@ def _pairs(reading: Reading) -> dict[str, tuple[Tensor, Tensor]]:
     return {stream: (x, y) for stream, x, y in pairs if x is not None and y is not None}
 
 
-def _of(weights: Mapping[Key, Tensor], reader: ProbeReader, device: torch.device) -> dict[str, Tensor]:
-    return {stream: weights[reader.stack.path, reader.first, stream].to(device) for stream in reader.moments}
+def _of(weights: Mapping[Key, Tensor], reader: ProbeReader) -> dict[str, Tensor]:
+    return {stream: weights[reader.stack.path, reader.first, stream] for stream in reader.moments}
 
 
 def _join(key: Key) -> str:

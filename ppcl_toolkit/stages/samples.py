@@ -20,7 +20,7 @@ from ppcl_toolkit.artifacts.storage import Desk, load_tree, save_tree
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Recipe, Samples
 from ppcl_toolkit.running.images import check_call, check_edits, read_image, read_pairs
-from ppcl_toolkit.running.noise import Sample
+from ppcl_toolkit.running.noise import Recorded, Sample
 from ppcl_toolkit.running.record import denoised, encoded
 from ppcl_toolkit.running.schedule import Runner
 
@@ -45,9 +45,9 @@ def record_samples(runner: Runner, teacher: Teacher, recipe: Recipe, desk: Desk)
             desk.progress(min(start + section.batch, len(items)), len(items))
 
 
-def load_samples(folder: Path) -> list[Sample]:
-    """Read what `record_samples` wrote."""
-    return [Sample(**sample) for path in sorted(folder.glob("*.safetensors")) for sample in load_tree(path)]
+def load_samples(folder: Path) -> Recorded:
+    """Return what `record_samples` wrote; a sample is read when it is asked for. `PpclError` for a damaged file."""
+    return Recorded(sorted(folder.glob("*.safetensors")), _read)
 
 
 def prompts(section: Samples, seed: int) -> list[str]:
@@ -74,6 +74,10 @@ def _items(section: Samples, seed: int) -> Sequence[Item]:
     if section.images:
         return read_pairs(section.images, "samples.images")[: section.count]
     return [(prompt, None) for prompt in prompts(section, seed)][: section.count]
+
+
+def _read(path: Path) -> list[Sample]:
+    return [Sample(**sample) for sample in load_tree(path)]
 
 
 def _record(teacher: Teacher, recipe: Recipe, items: Sequence[Item], seed: int) -> list[Sample]:

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ppcl_toolkit.statistics.cka import ChainedCka, Kernel, cka, heatmap
+import ppcl_toolkit.statistics.cka as module
+from ppcl_toolkit.statistics.cka import Gram, centred, cka, fewest_rows, heatmap
 
 
 def features(*shape, seed=0):
@@ -51,7 +52,7 @@ def test_cka_sees_other_linear_maps():
 
 def test_low_precision_is_computed_in_fp32_and_large_values_stay_in_range():
     x = features(1, 30, 12).to(torch.bfloat16)
-    assert Kernel.of(x).matrix.dtype == torch.float32
+    assert centred(x).dtype == torch.float32
     torch.testing.assert_close(cka(x.float() * 1e15, x.float() * 1e-15), torch.ones(1, dtype=torch.float64))
     # Massive activations in one feature, as in trained transformers.
     outlier = x.double() + 0.0
@@ -76,66 +77,42 @@ def test_equal_tokens_are_like_nothing(shape):
     assert not cka(same, same).any()
 
 
-def test_heatmap_is_all_pairs():
-    activations = [features(2, 9, 4, seed=s) for s in range(3)]
+@pytest.mark.parametrize("slab", [2**26, 40], ids=["whole", "token by token"])
+@pytest.mark.parametrize("shape", [(2, 9, 4), (2, 4, 9)], ids=["features", "gram"])
+def test_heatmap_is_all_pairs(monkeypatch, slab, shape):
+    monkeypatch.setattr(module, "_SLAB", slab)
+    activations = [features(*shape, seed=s) for s in range(3)]
     table = heatmap(activations)
     assert table.shape == (3, 3)
     for i in range(3):
         for j in range(3):
-            torch.testing.assert_close(table[i, j], cka(activations[i], activations[j]).mean())
+            pairs = zip(activations[i], activations[j], strict=True)
+            torch.testing.assert_close(table[i, j], sum(naive(a, b) for a, b in pairs) / 2)
 
 
-def test_kernels_of_different_shapes_do_not_compare():
+def test_activations_that_do_not_vary_are_like_nothing_in_a_heatmap():
+    x = features(1, 9, 4).float()
+    table = heatmap([x, x[:, :1].expand(1, 9, 4), x])
+    torch.testing.assert_close(table, torch.tensor([[1, 0, 1], [0, 0, 0], [1, 0, 1]], dtype=torch.float64))
+
+
+def test_features_of_different_tokens_do_not_compare():
     with pytest.raises(AssertionError):
-        Kernel.of(features(1, 4, 9)).similarity(Kernel.of(features(1, 9, 4)))
+        cka(features(1, 4, 9), features(1, 9, 4))
 
 
-def observed(outputs, weights, batches=((0, 1, 2),)):
-    """Feed samples in groups, all blocks of a group before the next group, or block by block."""
-    chained = ChainedCka(len(outputs))
-    for number, rows in enumerate(batches):
-        for block, output in enumerate(outputs):
-            chained.observe(number, block, output[list(rows)], weights[block])
-        chained.close(number)
-    return chained.means()
+@pytest.mark.parametrize("tokens", [1, 255, 256, 257, 1100, 2050])
+def test_a_gram_matrix_in_bands_is_the_whole(tokens):
+    x, y = features(2, tokens, 3), features(2, tokens, 3, seed=1)
+    expected = torch.stack([((a @ a.T) * (b @ b.T)).sum() for a, b in zip(x, y, strict=True)])
+    torch.testing.assert_close(Gram.of(x).inner(Gram.of(y)), expected)
 
 
-def test_chains_are_equation_3_written_out():
-    outputs = [features(3, 7, 5, seed=s).float() for s in range(4)]
-    weights = [None, *(0.3 * features(5, 5, seed=10 + s).float() for s in range(3))]
-    chained, plain = observed(outputs, weights)
-    for u in range(4):
-        assert chained[u, u] == 1.0
-        x = outputs[u].double()
-        for k in range(u + 1, 4):
-            x = x + x @ weights[k].T.double()
-            expected = sum(naive(a.double(), b) for a, b in zip(outputs[u], x, strict=True)) / 3
-            assert float(chained[u, k]) == pytest.approx(float(expected), abs=1e-5)
-            assert chained[k, u] == 0.0
-    torch.testing.assert_close(plain, heatmap(outputs), atol=1e-5, rtol=0)
-
-
-def test_samples_count_alike_however_they_are_batched():
-    outputs = [features(3, 7, 5, seed=s).float() for s in range(3)]
-    weights = [None, *(0.3 * features(5, 5, seed=10 + s).float() for s in range(2))]
-    whole = observed(outputs, weights)
-    torch.testing.assert_close(observed(outputs, weights, ((0,), (1, 2))), whole, atol=1e-6, rtol=0)
-    streamed = ChainedCka(3)
-    for block, output in enumerate(outputs):
-        for number in range(3):
-            streamed.observe(number, block, output[number, None], weights[block])
-    with pytest.raises(AssertionError, match="on its way"):
-        streamed.means()
-    for number in range(3):
-        streamed.close(number)
-    torch.testing.assert_close(streamed.means(), whole, atol=1e-6, rtol=0)
-
-
-def test_a_block_that_was_never_observed_has_no_number():
-    chained = ChainedCka(3)
-    for block in range(2):
-        chained.observe(0, block, features(1, 7, 5, seed=block), torch.zeros(5, 5) if block else None)
-    chained.close(0)
-    table, plain = chained.means()
-    assert table[:2, 2].isnan().all() and plain[2, :2].isnan().all()
-    assert not table[:2, :2].isnan().any() and table.diagonal().tolist() == [1.0, 1.0, 1.0]
+@pytest.mark.parametrize("shape", [(2, 40, 6), (2, 6, 6), (2, 3, 6)])
+def test_fewer_rows_have_the_same_covariance(shape):
+    x = features(*shape)
+    # Rows that depend on each other, and a sample of zeros.
+    x[0, 1], x[1] = x[0, 0], 0.0
+    rows = fewest_rows(x)
+    assert rows.shape == (2, min(shape[1:]), 6)
+    torch.testing.assert_close(rows.mT @ rows, x.mT @ x)

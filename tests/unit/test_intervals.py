@@ -1,23 +1,21 @@
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import flux_inputs, flux_transformer
 
+import ppcl_toolkit.artifacts.passes as passes
 from ppcl_toolkit.adapter import load_adapter
+from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Interval, TextRun
-from ppcl_toolkit.recipe import Intervals
+from ppcl_toolkit.recipe import Intervals, Recipe
 from ppcl_toolkit.running.capture import Streams
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Reading, Runner
-from ppcl_toolkit.stages.intervals import (
-    Candidates,
-    differences,
-    find_intervals,
-    text_runs,
-    threshold_intervals,
-    trend_intervals,
-)
+from ppcl_toolkit.stages.intervals import Candidates, detect, find_intervals
 from ppcl_toolkit.statistics.cka import cka, heatmap
+from ppcl_toolkit.statistics.trend import differences, text_runs, threshold_intervals, trend_intervals
 
 FLUX = load_adapter("flux")
 DUAL, SINGLE = FLUX.stacks
@@ -141,14 +139,14 @@ def probe_weights(transformer):
     }
 
 
+SILENT = Desk(Path("nowhere"), lambda *_: None)
+"""Nothing is written in the first five minutes."""
+
+
 def found(transformer, placement=None, kind=Runner, **settings):
     runner = kind(transformer, FLUX, placement or Placement())
     settings = Intervals(batches=3, **settings)
-    return find_intervals(runner, batches, settings, probe_weights(transformer), progress=silent)
-
-
-def silent(done, total):
-    assert done <= total
+    return find_intervals(runner, batches, settings, probe_weights(transformer), SILENT)
 
 
 def outputs(transformer, stack, stream):
@@ -221,8 +219,8 @@ def test_text_runs_are_only_searched_where_text_has_its_own_weights():
         batches,
         Intervals(batches=1),
         probe_weights(transformer),
+        SILENT,
         text_threshold=0.0,
-        progress=silent,
     ).text_runs
     assert runs == (TextRun(stack=DUAL.path, reference=0, last=3),)
 
@@ -279,3 +277,69 @@ def test_saved_is_loaded(tmp_path):
         assert set(loaded.curves[path]) == set(streams) == {"image", "text", "mean"}
         for stream, curves in streams.items():
             assert all(torch.equal(a, b) for a, b in zip(curves, loaded.curves[path][stream], strict=True))
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_a_killed_search_goes_on_to_the_same_bits(tmp_path, monkeypatch, at, streamed):
+    transformer = flux_transformer(dual=3, single=2)
+    runner = Runner(transformer, FLUX, Placement(chunk=2 if streamed else 1, streamed=streamed))
+    target = {"name": "half", "params": "50%"}
+    recipe = Recipe.model_validate({"teacher": {"path": "x"}, "intervals": {"batches": 5}, "targets": [target]})
+    weights = probe_weights(transformer)
+    whole = find_intervals(runner, batches, recipe.intervals, weights, SILENT)
+    monkeypatch.setattr(passes, "SECONDS", 0.0)
+    asked = []
+
+    def recorded(start, stop):
+        asked.append(start)
+        return batches(start, stop)
+
+    def kill(done, _):
+        if done >= at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        detect(runner, recorded, weights, recipe, Desk(tmp_path, kill))
+    detect(runner, recorded, weights, recipe, Desk(tmp_path, lambda *_: None))
+    # Nothing is done twice.
+    assert asked == list(range(5))
+    again = Candidates.load(tmp_path)
+    assert (again.intervals, again.text_runs) == (whole.intervals, whole.text_runs)
+    for path, streams in whole.curves.items():
+        for stream, curves in streams.items():
+            assert all(torch.equal(a, b) for a, b in zip(curves, again.curves[path][stream], strict=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["candidates.json", "curves.safetensors"]
+
+
+def test_what_a_narrow_teacher_hands_on_is_known_after_a_kill(tmp_path, monkeypatch):
+    class WithZ(Runner):
+        """Behind block 2, z travels behind the text."""
+
+        def feed(self, batches, readers, **_):
+            for number, _batch in enumerate(batches):
+                for reader in readers:
+                    x = torch.randn(1, 40, 32, generator=torch.Generator().manual_seed(number))
+                    own = Streams(x, torch.cat([x, x], dim=1) if reader.last == 2 else x)
+                    reader.read(Reading({}, own, own, text_tokens=40))
+                yield number + 1
+
+    def ends(desk):
+        runner = WithZ(flux_transformer(dual=3, single=3), FLUX, Placement())
+        settings = Intervals(batches=2, strategy="threshold", threshold=0.0)
+        return find_intervals(runner, batches, settings, probe_weights(runner.transformer), desk).intervals
+
+    def kill(done, _):
+        if done == 2:
+            raise Killed
+
+    whole = ends(SILENT)
+    assert whole[DUAL.path] == (Interval(stack=DUAL.path, first=0, last=1),)
+    monkeypatch.setattr(passes, "SECONDS", 0.0)
+    with pytest.raises(Killed):
+        ends(Desk(tmp_path, kill))
+    assert ends(Desk(tmp_path, lambda *_: None)) == whole

@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.statistics.moments import Moments
+from ppcl_toolkit.statistics.moments import Moments, in_parts
 
 TOKENS, FEATURES = 60, 7
 
@@ -108,6 +108,61 @@ def test_too_few_tokens_are_an_error_without_a_ridge_and_solved_with_one():
     with pytest.raises(PpclError, match="3 tokens of 7 features, ridge 0"):
         moments.solve(0.0)
     assert moments.unexplained(moments.solve(1e-9)) < 1e-5
+
+
+def spread(kind, mean, tokens=3000, width=64):
+    """Inputs and outputs [T, D] of a block whose features are unequal, or have a mean far from zero, in bf16."""
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(tokens, width, generator=g, dtype=torch.float64)
+    if kind == "all sizes":
+        x = x * torch.arange(1, width + 1) ** -1.5 @ torch.linalg.qr(torch.randn(width, width, generator=g).double()).Q
+    if kind == "two huge":
+        x[:, 5:7] *= 300
+    x[:, 3] += mean
+    weight = torch.randn(width, width, generator=g, dtype=torch.float64) / width**0.5
+    y = x + 0.03 * x.std(0) * torch.tanh(x / x.std() @ weight.T)
+    return x.bfloat16(), y.bfloat16()
+
+
+@pytest.mark.parametrize("mean", [0.0, 5000.0], ids=["centred", "far mean"])
+@pytest.mark.parametrize("kind", ["equal", "all sizes", "two huge"])
+def test_products_in_fp32_by_parts_fit_the_same_maps_as_fp64(kind, mean):
+    x, y = spread(kind, mean)
+    exact = Moments.zeros(x.shape[1])
+    exact.add(x, y)
+    count = torch.tensor(float(len(x)), dtype=torch.float64)
+    parts, plain = Moments(*in_parts(x, y), count), Moments(*in_fp32(x, y), count)
+    for name, total in exact.tensors().items():
+        assert parts.tensors()[name].dtype == torch.float64
+        torch.testing.assert_close(parts.tensors()[name], total, rtol=1e-8, atol=1e-8 * float(total.abs().max()))
+    best = exact.solve()
+    missed, error = exact.unexplained(best), (parts.solve() - best).norm() / best.norm()
+    # What is left unexplained, by the exact sums: of the energy of the updates, and of what the best map leaves.
+    assert abs(exact.unexplained(parts.solve()) - missed) < 1e-9
+    assert parts.unexplained(best) == pytest.approx(missed, abs=1e-8)
+    assert error < 1e-5
+    # The parts are there for a reason: one product in fp32 is further off.
+    assert (plain.solve(1e-5) - exact.solve(1e-5)).norm() > 3 * (parts.solve(1e-5) - exact.solve(1e-5)).norm()
+
+
+def in_fp32(x, y):
+    x, d = x.float(), y.float() - x.float()
+    return [v.double() for v in (x.T @ x, d.T @ x, x.sum(0), d.sum(0), d.square().sum())]
+
+
+@pytest.mark.parametrize("count", [1, 255, 257, 2048, 2050])
+def test_parts_of_any_size_are_the_whole(count):
+    x, y = (side.reshape(-1, FEATURES)[:count].bfloat16() for side in tokens(count=2100))
+    whole = counted((x, y)).tensors().values()
+    for part, total in zip(in_parts(x, y), whole, strict=False):
+        torch.testing.assert_close(part, total, rtol=1e-7, atol=1e-7 * float(total.abs().max()))
+
+
+def test_a_feature_that_is_always_zero_or_the_same_has_no_part_of_its_own():
+    x, y = (side.reshape(-1, FEATURES).bfloat16() for side in tokens())
+    x[:, 2], y[:, 2], x[:, 4], y[:, 4] = 0.0, 0.0, 7.0, 7.0
+    for part, total in zip(in_parts(x, y), counted((x, y)).tensors().values(), strict=False):
+        torch.testing.assert_close(part, total, rtol=1e-7, atol=1e-7 * float(total.abs().max()))
 
 
 def test_values_that_are_no_numbers_are_an_error():

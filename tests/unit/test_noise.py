@@ -1,13 +1,14 @@
 """Noised batches: a number is a batch, and noise is x_t = (1 - sigma) x_0 + sigma noise on the noised tokens."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from runs import FLUX, batches, runner, sample
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.running.noise import Batches, collate
+from ppcl_toolkit.running.noise import Batches, Recorded, collate
 
 
 def same(one, other):
@@ -100,3 +101,47 @@ def test_lists_are_joined_and_other_values_must_agree():
     assert collate(calls, ()) == {"shapes": [(1, 3, 3), (1, 4, 4)], "scale": 1.0, "none": None}
     with pytest.raises(PpclError, match=r"samples of one batch differ in scale: 1.0 and others; use batch: 1"):
         collate([{"scale": 1.0}, {"scale": 2.0}], ())
+
+
+def in_files(samples, each=1):
+    """Samples as files of `each` hold them; `opened` lists the files that were read."""
+    opened = []
+
+    def read(path):
+        opened.append(path)
+        return samples[int(path.name) * each : (int(path.name) + 1) * each]
+
+    return Recorded([Path(str(i)) for i in range(len(samples) // each)], read), opened
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_batches_of_recorded_samples_are_those_of_samples_in_memory(each):
+    mixed = [sample(0), sample(1, side=4), sample(2, text_tokens=3), sample(3), sample(4, side=4), sample(5)]
+    mixed[5] = dataclasses.replace(mixed[5], reference=torch.ones(1, 2, 4))
+    recorded, _ = in_files(mixed, each)
+    one, other = (Batches(samples=samples, adapter=FLUX, size=3, seed=2) for samples in (mixed, recorded))
+    assert all(same(a, b) for a, b in zip(one(0, 30), other(0, 30), strict=True))
+
+
+def test_recorded_samples_are_a_sequence_that_reads_what_is_asked_for():
+    samples = [sample(i) for i in range(4)]
+    recorded, opened = in_files(samples, each=2)
+    assert len(recorded) == 4 and [path.name for path in opened] == ["0", "1"]
+    opened.clear()
+    assert torch.equal(recorded[2].latents, samples[2].latents)
+    assert torch.equal(recorded[-1].arguments["guidance"], samples[3].arguments["guidance"])
+    assert [path.name for path in opened] == ["1", "1"]
+    assert [float(s.latents.sum()) for s in recorded[1:3]] == [float(s.latents.sum()) for s in samples[1:3]]
+    with pytest.raises(IndexError):
+        recorded[4]
+    # What is read belongs to the reader alone.
+    recorded[0].latents.zero_()
+    assert samples[0].latents.any()
+
+
+def test_only_the_samples_of_a_batch_are_read_for_it():
+    recorded, opened = in_files([sample(i) for i in range(50)])
+    drawn = Batches(samples=recorded, adapter=FLUX, size=3, seed=2)
+    opened.clear()
+    drawn[0]
+    assert len(opened) == 3

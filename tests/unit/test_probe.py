@@ -1,23 +1,31 @@
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import flux_inputs, flux_transformer
 from torch import nn
 
+import ppcl_toolkit.artifacts.passes as passes
 from ppcl_toolkit.adapter import load_adapter
+from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Probe
 from ppcl_toolkit.running.capture import Streams, bind, unpack
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Reading, Runner
-from ppcl_toolkit.stages.probe import ProbeReader, Probes, ProbeTrainer, fit_probes
+from ppcl_toolkit.stages.probe import ProbeReader, Probes, ProbeTrainer, fit_probes, probe, sum_up
 
 FLUX = load_adapter("flux")
 DUAL, SINGLE = FLUX.stacks
 LINEAR = 2
 
 
-def silent(done, total):
-    assert done <= total
+def fit(runner, batches, settings, folder=None, progress=lambda *_: None):
+    """All that the stage does on one process."""
+    with tempfile.TemporaryDirectory() as own:
+        desk = Desk(folder or Path(own), progress)
+        return fit_probes(runner, batches, settings, desk, sum_up(runner, batches, settings, desk))
 
 
 def batches(start, stop):
@@ -60,7 +68,7 @@ def reading(x, update_weight):
 
 def test_a_block_that_is_linear_is_recovered():
     transformer, truth = linear_flux()
-    probes = fit_probes(Runner(transformer, FLUX), batches, Probe(batches=12, ridge=1e-12), silent)
+    probes = fit(Runner(transformer, FLUX), batches, Probe(batches=12, ridge=1e-12))
     for stream, weight in truth.items():
         key = (DUAL.path, LINEAR, stream)
         torch.testing.assert_close(probes.weights[key], weight, atol=2e-3, rtol=0)
@@ -70,7 +78,7 @@ def test_a_block_that_is_linear_is_recovered():
 
 def test_every_block_and_stream_has_equation_1():
     transformer = flux_transformer(dual=2, single=2)
-    probes = fit_probes(Runner(transformer, FLUX), batches, Probe(batches=3, ridge=1e-3), silent)
+    probes = fit(Runner(transformer, FLUX), batches, Probe(batches=3, ridge=1e-3))
     assert set(probes.weights) == set(probes.unexplained)
     for stack in FLUX.stacks:
         for block in range(2):
@@ -89,9 +97,9 @@ def test_every_block_and_stream_has_equation_1():
 def test_streamed_and_resident_fits_are_the_same_bits():
     transformer = flux_transformer(dual=2, single=1)
     settings = Probe(batches=4, ridge=1e-3, steps=3, learning_rate=1e-3)
-    resident = fit_probes(Runner(transformer, FLUX), batches, settings, silent)
+    resident = fit(Runner(transformer, FLUX), batches, settings)
     streamed = Runner(transformer, FLUX, Placement(chunk=3, streamed=True))
-    other = fit_probes(streamed, batches, settings, silent)
+    other = fit(streamed, batches, settings)
     assert other.unexplained == resident.unexplained
     assert all(torch.equal(other.weights[key], weight) for key, weight in resident.weights.items())
 
@@ -104,10 +112,10 @@ def test_training_starts_from_equation_1_and_takes_fresh_batches():
         asked.append((start, stop))
         return batches(start, stop)
 
-    closed = fit_probes(Runner(transformer, FLUX), batches, Probe(batches=3, ridge=1e-3), silent)
+    closed = fit(Runner(transformer, FLUX), batches, Probe(batches=3, ridge=1e-3))
     settings = Probe(batches=3, ridge=1e-3, steps=2, learning_rate=1e-5)
-    trained = fit_probes(Runner(transformer, FLUX), recorded, settings, silent)
-    assert asked == [(0, 3), (3, 5)]
+    trained = fit(Runner(transformer, FLUX), recorded, settings)
+    assert [number for start, stop in asked for number in range(start, stop)] == list(range(5))
     for key, weight in closed.weights.items():
         moved = (trained.weights[key] - weight).abs().max()
         assert 0 < moved < 3e-5
@@ -150,14 +158,55 @@ def test_a_stream_that_a_block_does_not_return_has_no_probe():
 
 def test_too_few_tokens_are_an_error():
     with pytest.raises(PpclError, match="take more tokens"):
-        fit_probes(Runner(flux_transformer(dual=1, single=1), FLUX), batches, Probe(batches=1, ridge=1e-300), silent)
+        fit(Runner(flux_transformer(dual=1, single=1), FLUX), batches, Probe(batches=1, ridge=1e-300))
 
 
 def test_saved_is_loaded(tmp_path):
-    probes = fit_probes(Runner(flux_transformer(dual=1, single=1), FLUX), batches, Probe(batches=2, ridge=1e-3), silent)
+    probes = fit(Runner(flux_transformer(dual=1, single=1), FLUX), batches, Probe(batches=2, ridge=1e-3))
     probes.save(tmp_path)
     loaded = Probes.load(tmp_path)
     assert loaded.unexplained == probes.unexplained
     assert list(loaded.unexplained) == list(probes.unexplained)
     assert set(loaded.weights) == set(probes.weights)
     assert all(torch.equal(loaded.weights[key], weight) for key, weight in probes.weights.items())
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
+@pytest.mark.parametrize("at", [1, 3, 4, 6, 7])
+def test_a_killed_fit_goes_on_to_the_same_bits(tmp_path, monkeypatch, at, streamed):
+    transformer = flux_transformer(dual=2, single=1)
+    settings = Probe(batches=4, ridge=1e-3, steps=4, learning_rate=1e-3)
+    runner = Runner(transformer, FLUX, Placement(chunk=2 if streamed else 1, streamed=streamed))
+    whole = fit(runner, batches, settings)
+    monkeypatch.setattr(passes, "SECONDS", 0.0)
+    asked = []
+
+    def recorded(start, stop):
+        asked.append(start)
+        return batches(start, stop)
+
+    def kill(done, _):
+        if done >= at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        probe(runner, recorded, settings, Desk(tmp_path, kill))
+    first = len(asked)
+    probe(runner, recorded, settings, Desk(tmp_path, lambda *_: None))
+    # Nothing is done twice.
+    assert first <= len(asked) == 8
+    found = Probes.load(tmp_path)
+    assert found.unexplained == whole.unexplained
+    assert all(torch.equal(found.weights[key], weight) for key, weight in whole.weights.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["probes.safetensors"]
+
+
+def test_a_short_fit_leaves_no_state_on_its_way(tmp_path):
+    seen = []
+    settings = Probe(batches=3, ridge=1e-3)
+    fit(Runner(flux_transformer(dual=1, single=1), FLUX), batches, settings, tmp_path, lambda *at: seen.append(at))
+    assert seen == [(1, 3), (2, 3), (3, 3)] and not list(tmp_path.iterdir())

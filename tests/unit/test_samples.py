@@ -1,6 +1,8 @@
 """Samples are what the pipeline really passes and really makes."""
 
 import copy
+import resource
+from pathlib import Path
 
 import pytest
 import tiny
@@ -106,6 +108,35 @@ def test_files_that_are_there_are_kept(record, tmp_path):
     for one, other in zip(whole, again, strict=True):
         assert torch.equal(one.latents, other.latents)
         assert torch.equal(one.arguments["encoder_hidden_states"], other.arguments["encoder_hidden_states"])
+
+
+def maps_of(folder):
+    return sum(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists the maps of a process")
+def test_many_files_need_neither_many_open_files_nor_many_maps(record, tmp_path):
+    record(count=1, batch=1)
+    (first,) = (tmp_path / "out").iterdir()
+    for number in range(1, 300):
+        (tmp_path / "out" / f"{number:06d}.safetensors").hardlink_to(first)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 8, before[1]))
+    try:
+        samples = load_samples(tmp_path / "out")
+        kept = list(Batches(samples=samples, adapter=FLUX, size=4, seed=0)(0, 100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(samples) == 300 and len(kept) == 100
+    assert maps_of(tmp_path / "out") == 0
+
+
+def test_a_damaged_file_is_named_before_anything_is_read(record, tmp_path):
+    record(count=2, batch=1)
+    path = tmp_path / "out" / "000001.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(PpclError, match=r"000001.safetensors is damaged"):
+        load_samples(tmp_path / "out")
 
 
 def test_classifier_free_guidance_gives_two_samples_a_prompt(pipeline, record):
