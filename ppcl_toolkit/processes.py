@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from ppcl_toolkit.errors import PpclError
@@ -45,6 +46,18 @@ def gathered(said: Sequence[str]) -> list[str]:
     """Return what all processes say, in their order, without repeats."""
     _, count = world()
     return list(dict.fromkeys(gather_object(list(said)) if count > 1 else said))
+
+
+def agreed(value: Any) -> Any:
+    """Return what the main process says; all ask together."""
+    _, count = world()
+    return broadcast_object_list([value])[0] if count > 1 else value
+
+
+def messages_on(device: torch.device) -> torch.device:
+    """Return where a tensor must be to be sent to another process: on `device`, or on the host."""
+    _, count = world()
+    return device if count > 1 and "nccl" in torch.distributed.get_backend() else torch.device("cpu")
 
 
 def average(value: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Speed of the hot paths, as ratios of medians within one run: `make bench`. Machines differ, ratios hardly do."""
 
 import copy
+import itertools
 
 import tiny
 import torch
@@ -8,8 +9,11 @@ from torch.utils.benchmark import Timer
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
+from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.running.pipelined import UNDER_WAY
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.running.slices import slices
 from ppcl_toolkit.statistics.chains import ChainedCka, Heatmap
 from ppcl_toolkit.statistics.cka import cka
 from ppcl_toolkit.statistics.moments import Moments
@@ -110,7 +114,47 @@ def detection() -> None:
     report("detection of 60 blocks, naive / ours", median(naive) / median(ours))
 
 
+BATCHES = 300
+"""Of the schedules that are counted, in which every block takes one unit of time, and training a student three."""
+
+
+def alone(spans) -> float:
+    """Batches per unit of time that one process trains on."""
+    return 1 / (1 + max(last for _, last in spans) + 3 * len(spans))
+
+
+def by_segments(spans, count: int) -> float:
+    """The same where each process runs all of the teacher for its share of the segments."""
+    shares = (spans[rank::count] for rank in range(count))
+    return 1 / max(1 + own[-1][1] + 3 * len(own) for own in shares if own)
+
+
+def sliced(spans, count: int) -> float:
+    """The same in a pipeline of slices, from the first batch to the last, with as many under way as there may be."""
+    parts = slices([1] * (1 + max(last for _, last in spans)), spans, count)
+    times = [len(part.blocks) + 3 * len(part.spans) for part in parts]
+    begun, ended = ([[0.0] * BATCHES for _ in times] for _ in range(2))
+    for batch, rank in itertools.product(range(BATCHES), range(len(times))):
+        arrived = ended[rank - 1][batch] if rank else 0.0
+        free = ended[rank][batch - 1] if batch else 0.0
+        begun[rank][batch] = max(arrived, free)
+        ended[rank][batch] = begun[rank][batch] + times[rank]
+        # Handing a batch on waits until the next process has taken one of the batches before.
+        if rank + 1 < len(times) and batch >= UNDER_WAY:
+            ended[rank][batch] = max(ended[rank][batch], begun[rank + 1][batch - UNDER_WAY])
+    return BATCHES / ended[-1][-1]
+
+
+def pipelines() -> None:
+    """Counted: how many times one device several are, for Qwen-Image's 60 equal blocks with the paper's intervals."""
+    spans = [(interval.first, interval.last) for interval in Recipe.load("paper_qwen_image").intervals.given]
+    for count in (2, 4, 8):
+        report(f"{count} slices of a teacher / one device, counted", sliced(spans, count) / alone(spans))
+        report(f"{count} whole teachers, segments shared out / one, counted", by_segments(spans, count) / alone(spans))
+
+
 if __name__ == "__main__":
+    pipelines()
     students()
     schedules()
     statistics()

@@ -5,7 +5,7 @@ their turn comes, with what reads them. Pipelines come with as many of their par
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -51,14 +51,23 @@ class Placement:
         """Return nested tensors where activations wait."""
         return moved(value, self.rest)
 
-    def settle(self, transformer: nn.Module, adapter: Adapter) -> None:
-        """Put a teacher to rest: its blocks where they wait, everything else on the device."""
+    def settle(self, transformer: nn.Module, adapter: Adapter, held: Collection[tuple[str, int]] | None = None) -> None:
+        """Put a teacher to rest: its blocks where they wait, everything else on the device.
+
+        Blocks that are not `held`, by path of their stack and number, are on the host.
+        """
         inside = tuple(f"{stack.path}." for stack in adapter.stacks)
         for name, tensor in _tensors(transformer):
-            tensor.data = tensor.data.to(self.rest if name.startswith(inside) else self.device)
+            if not name.startswith(inside):
+                tensor.data = tensor.data.to(self.device)
+        for stack in adapter.stacks:
+            for index, block in enumerate(stack.blocks(transformer)):
+                place = self.rest if held is None or (stack.path, index) in held else HOST
+                for _, tensor in _tensors(block):
+                    tensor.data = tensor.data.to(place)
 
     @contextlib.contextmanager
-    def visit(self, module: nn.Module, others: Iterable[Placed] = ()) -> Iterator[None]:
+    def visit(self, module: nn.Module | None, others: Iterable[Placed] = ()) -> Iterator[None]:
         """Have a module, and others that move themselves, on the device for a while.
 
         Weights that do not learn go home to the very memory that they came from: nothing is copied back.
@@ -66,7 +75,7 @@ class Placement:
         if not self.streamed:
             yield
             return
-        homes = [(tensor, tensor.data) for _, tensor in _tensors(module)]
+        homes = [(tensor, tensor.data) for _, tensor in (_tensors(module) if module else [])]
         for tensor, home in homes:
             tensor.data = home.to(self.device)
         for other in others:

@@ -31,17 +31,19 @@ _INIT_BATCHES = 8
 
 def distill_depth(runner: Runner, plans: Sequence[Plan], batches: Batches, section: Depth, desk: Desk) -> list[str]:
     """Train one block per interval of `plans` and bank it; return the segments that stopped early, and why."""
-    forms = shared_out([form for form in trained_forms(plans) if form.is_stock], section.split)
+    forms = [form for form in trained_forms(plans) if form.is_stock]
+    keys = [form.key for form in forms]
+    sliced, own = shared_out(runner, forms, batches, section)
     segments = []
-    for form, student in zip(forms, initial_students(runner, forms, batches, section.init), strict=True):
+    for form, student in zip(own, initial_students(sliced, own, batches, section.init), strict=True):
         # Masters are fp32: half-precision updates vanish in half-precision weights.
         student = student.float().requires_grad_(True)
         optimization = Optimization(form.key, [student], section, exchange=section.split == "samples")
         stack = runner.adapter.stack(form.stack)
         segments.append(Segment(form, stack, student, optimization, LOSSES[section.loss]))
     follow_from = {"teacher": None, "student": 0, "mixed": section.steps // 2}[section.inputs]
-    stopped = train_segments(runner, segments, batches, section, desk, follow_from=follow_from)
-    finish(desk.folder)
+    stopped = train_segments(sliced, segments, batches, section, desk, keys=keys, follow_from=follow_from)
+    finish(desk.folder, keys)
     return stopped
 
 

@@ -35,9 +35,10 @@ def distill_width(
         known = bank.joined(desk.folder)
         processes.wait()  # nobody banks before all have looked
         if any(form.key not in known for form in wave):
-            segments = _segments(runner, shared_out(wave, section.split), known, batches, section)
-            stopped += train_segments(runner, segments, batches, section, desk)
-    finish(desk.folder)
+            sliced, own = shared_out(runner, wave, batches, section)
+            segments = _segments(sliced, own, known, batches, section)
+            stopped += train_segments(sliced, segments, batches, section, desk, keys=[form.key for form in wave])
+    finish(desk.folder, [form.key for form in forms])
     return stopped
 
 

@@ -1,10 +1,12 @@
 """Train segments side by side, with checkpoints, and bank what they become."""
 
 import json
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from torch import nn
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.storage import Desk, save_tree
@@ -12,6 +14,7 @@ from ppcl_toolkit.plan import Form
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.training import loop
+from ppcl_toolkit.training.loop import Optimization
 from ppcl_toolkit.training.segment import Segment
 
 
@@ -31,50 +34,108 @@ def train_segments(
     settings: Settings,
     desk: Desk,
     *,
+    keys: Sequence[str],
     follow_from: int | None = None,
 ) -> list[str]:
-    """Train this process's `segments` for `settings.steps` steps and bank each by its key; return who stopped early.
+    """Train this process's `segments` for `settings.steps` steps and bank each by its key; return what went wrong.
 
-    A state on the desk is continued. From step `follow_from` on, inputs come from the students' own path.
+    `keys` are those of all processes' segments. A state on the desk is continued, whatever number of processes left it.
+    From step `follow_from` on, inputs come from the students' own path.
     """
     rank, ranks = processes.world()
-    stride, writer = (1, rank) if settings.split == "segments" else (ranks, 0)
-    own, parts = segments, {s.form.key: (s.student, s.optimization) for s in segments}
-    # Of these segments: a stage that trains in waves may be killed between two of them.
-    state = desk.folder / f"state-{writer}-{zlib.crc32(' '.join(parts).encode()):08x}.safetensors.tmp"
-    done = loop.load_state(state, parts)
+    shared = settings.split == "segments"
+    stride, writes = (1, True) if shared else (ranks, rank == 0)
+    states = _States(desk.folder, keys, {s.form.key: (s.student, s.optimization) for s in segments})
+    done = states.load()
     turn = settings.steps if follow_from is None else follow_from
     for end, follow in ((turn, False), (settings.steps, True)):
         numbers = range(done * stride + rank % stride, end * stride, stride)
         wanted = (batches[number] for number in numbers)
         start = done
-        for count in runner.feed(wanted, own, follow=follow) if own else ():
+        for count in runner.feed(wanted, segments, follow=follow):
             before, done = done, start + count
-            if done // settings.checkpoint_every > before // settings.checkpoint_every:
-                loop.save_state(state, done, parts, write=rank == writer)
-            desk.progress(done, settings.steps, _note(own))
-    if rank == writer:
-        _bank(own, desk.folder, rank)
-        state.unlink(missing_ok=True)
-    processes.wait()
-    return [s.optimization.stopped for s in own if s.optimization.stopped]
+            if writes and done // settings.checkpoint_every > before // settings.checkpoint_every:
+                states.save(done)
+            desk.progress(done, settings.steps, _note(segments))
+    if writes:
+        _bank(segments, desk.folder, rank)
+    processes.wait()  # until all is banked, a run goes on from states
+    if writes:
+        states.forget()
+    return [s.optimization.stopped for s in segments if s.optimization.stopped]
 
 
-def shared_out(forms: Sequence[Form], split: str) -> list[Form]:
-    """Return the forms that this process trains, before anything is made of them: all, or its share of `segments`."""
-    rank, ranks = processes.world()
-    return list(forms[rank::ranks] if split == "segments" else forms)
+def shared_out(
+    runner: Runner, forms: Sequence[Form], batches: Batches, settings: Settings
+) -> tuple[Runner, list[Form]]:
+    """Return how this process runs the teacher, and those of `forms` that it trains, before anything is made of them.
+
+    With `split: segments` that is a slice of the teacher, and the segments that are read there; else all of both.
+    """
+    if settings.split == "segments" and forms:
+        runner = runner.pipelined(forms, batches[0])
+    # Students are copies of blocks, made where those are.
+    runner.settle()
+    return runner, [form for form in forms if runner.has(form)]
 
 
-def finish(folder: Path) -> None:
+def finish(folder: Path, keys: Sequence[str]) -> None:
     """Join the curves of all processes, {segment key: [[step, loss], ...]}, in `losses.json`; forget all states."""
     if processes.is_main():
-        curves = {}
-        for path in sorted(folder.glob("losses-*.json")):
+        whole = folder / "losses.json"
+        parts = sorted(folder.glob("losses-*.json"))
+        curves: dict[str, Any] = {}
+        for path in [whole, *parts] if whole.exists() else parts:
             curves.update(json.loads(path.read_text()))
-        (folder / "losses.json").write_text(json.dumps(curves))
-        for state in folder.glob("state-*.tmp"):
-            state.unlink()
+        # In one order, whoever trained what.
+        _write(whole, {key: curves[key] for key in keys})
+        for leftover in [*parts, *folder.glob("state-*.tmp"), *folder.glob(".state-*.partial")]:
+            leftover.unlink(missing_ok=True)  # its process may be at it
+
+
+@dataclass(frozen=True, slots=True)
+class _States:
+    """Segments on their way, on disk: a file for each and step, so that other processes can go on with them.
+
+    Processes are not at the same step at the same time: a file goes when every segment has a later one.
+    """
+
+    folder: Path
+    keys: Sequence[str]
+    parts: Mapping[str, tuple[nn.Module, Optimization]]
+
+    def load(self) -> int:
+        """Restore the last step that all segments have; return it, 0 where there is none."""
+        step: int = processes.agreed(max(set.intersection(*map(self._steps, self.keys)) if self.keys else {0}))
+        for key in self.parts if step else ():
+            loop.load_state(self._path(key, step), {key: self.parts[key]})
+        processes.wait()  # nobody writes before all have read
+        return step
+
+    def save(self, step: int) -> None:
+        """Write this process's segments after `step` steps."""
+        for key, part in self.parts.items():
+            loop.save_state(self._path(key, step), step, {key: part})
+        passed = min(max(self._steps(key)) for key in self.keys)
+        self._remove(lambda found: found < passed)
+
+    def forget(self) -> None:
+        """Remove the states of this process's segments."""
+        self._remove(lambda _: True)
+
+    def _remove(self, unwanted: Callable[[int], bool]) -> None:
+        for key in self.parts:
+            for step in self._steps(key):
+                if step and unwanted(step):
+                    self._path(key, step).unlink(missing_ok=True)
+
+    def _steps(self, key: str) -> set[int]:
+        """Return the steps at which there is a state, and 0."""
+        found = self.folder.glob(f"state-{key}-*.safetensors.tmp")
+        return {0, *(int(path.name.split(".safetensors")[0].rpartition("-")[2]) for path in found)}
+
+    def _path(self, key: str, step: int) -> Path:
+        return self.folder / f"state-{key}-{step}.safetensors.tmp"
 
 
 def _bank(segments: Sequence[Segment], folder: Path, rank: int) -> None:
@@ -82,11 +143,15 @@ def _bank(segments: Sequence[Segment], folder: Path, rank: int) -> None:
     path = folder / f"losses-{rank}.json"
     curves = json.loads(path.read_text()) if path.exists() else {}
     curves.update({s.form.key: s.optimization.losses for s in segments})
+    _write(path, curves)
+    for segment in segments:
+        save_tree(folder / f"{segment.form.key}.safetensors", dict(segment.student.state_dict()))
+
+
+def _write(path: Path, curves: Mapping[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(curves))
     partial.replace(path)
-    for segment in segments:
-        save_tree(folder / f"{segment.form.key}.safetensors", dict(segment.student.state_dict()))
 
 
 def _note(segments: Sequence[Segment]) -> str:

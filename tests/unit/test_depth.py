@@ -72,7 +72,6 @@ def test_every_interval_is_banked_with_its_curve(tmp_path):
     assert equal(run.transformer.state_dict(), before)
     assert {path.name for path in tmp_path.iterdir()} == {
         "losses.json",
-        "losses-0.json",
         *(f"{key}.safetensors" for key in KEYS),
     }
 

@@ -1,0 +1,169 @@
+"""Work that one process does, or several share out: a test runs it here, and with torch.distributed.run as a script."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+from runs import DUAL, FLUX, SINGLE, batches, desk, plan_of, runner
+
+from ppcl_toolkit import processes
+from ppcl_toolkit.adapter import load_adapter
+from ppcl_toolkit.artifacts.storage import Bank, save_tree
+from ppcl_toolkit.plan import FfnSwap, Interval, TextRun
+from ppcl_toolkit.recipe import Depth, Width
+from ppcl_toolkit.running.capture import Streams
+from ppcl_toolkit.running.passage import Place
+from ppcl_toolkit.running.placement import Placement
+from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.stages.depth import distill_depth
+from ppcl_toolkit.stages.width import distill_width
+
+QWEN, SD3 = load_adapter("qwen_image"), load_adapter("sd3")
+TEACHERS = {
+    "flux": (tiny.flux_transformer, FLUX, [tiny.flux_inputs(seed=seed, text_tokens=5 + seed % 2) for seed in range(5)]),
+    "sd3": (tiny.sd3_transformer, SD3, [tiny.sd3_inputs()] * 2),
+    "qwen_image": (tiny.qwen_image_transformer, QWEN, [tiny.qwen_image_inputs()] * 2),
+}
+PLACES = {
+    "flux": [
+        Place(DUAL.path, 0, 0),
+        Place(DUAL.path, 0, 2),
+        Place(DUAL.path, 1, 2),
+        Place(DUAL.path, 3, 3, (0, 1)),
+        Place(SINGLE.path, 0, 1),
+        Place(SINGLE.path, 2, 2),
+    ],
+    "sd3": [Place(SD3.stacks[0].path, 0, 1), Place(SD3.stacks[0].path, 2, 3), Place(SD3.stacks[0].path, 3, 3, (0, 1))],
+    "qwen_image": [Place(QWEN.stacks[0].path, block, block, (0, 0) if block == 3 else None) for block in range(4)],
+}
+PATH = [Place(DUAL.path, 0, 1), Place(DUAL.path, 2, 3), Place(SINGLE.path, 1, 2)]
+"""Readers of which each follows the one before."""
+INTERVALS = (
+    Interval(stack=DUAL.path, first=0, last=1),
+    Interval(stack=DUAL.path, first=2, last=3),
+    Interval(stack=SINGLE.path, first=0, last=2),
+)
+NARROW = (
+    Interval(stack=DUAL.path, first=1, last=2),
+    TextRun(stack=DUAL.path, reference=1, last=5),
+    FfnSwap(stack=DUAL.path, block=0, streams=("image", "text")),
+    FfnSwap(stack=DUAL.path, block=4, streams=("image",)),
+)
+DEPTHS = {
+    "teacher": {},
+    "student": {"inputs": "student"},
+    "mixed": {"inputs": "mixed", "init": "best"},
+    "streamed": {"inputs": "mixed"},
+}
+STREAMED = Placement(streamed=True, chunk=2)
+
+
+class Recorder:
+    """Keeps what it reads; as a follower it answers with its target plus one."""
+
+    def __init__(self, adapter, place):
+        self.stack = adapter.stack(place.stack)
+        _, self.first, self.last, self.reference = place
+        self.seen = []
+
+    def read(self, reading):
+        self.seen.append(reading)
+
+    def place(self, device):
+        pass
+
+    def respond(self, reading):
+        return Streams(reading.target.image + 1, reading.target.text)
+
+
+def readings(name, places, out, placement=None, *, follow=False):
+    """Write what readers at `places` of a teacher read, a file for each."""
+    make, adapter, inputs = TEACHERS[name]
+    recorders = [Recorder(adapter, place) for place in places]
+    run = Runner(make().requires_grad_(False), adapter, placement or Placement()).pipelined(recorders, inputs[0])
+    counts = list(run.feed(inputs, recorders, follow=follow))
+    assert counts in ([], [*range(run.placement.chunk, len(inputs), run.placement.chunk), len(inputs)])
+    out.mkdir(parents=True, exist_ok=True)
+    for place, recorder in zip(places, recorders, strict=True):
+        assert bool(recorder.seen) == run.has(recorder)
+        if recorder.seen:
+            seen = [{"in": [*r.inputs], "out": [*r.target], "packed": r.packed_text} for r in recorder.seen]
+            save_tree(out / f"{'-'.join(map(str, place))}.safetensors", seen)
+
+
+def deep(folder, how, wrap=lambda noised: noised):
+    """Distil intervals by the stage itself."""
+    run = runner(placement=STREAMED if how == "streamed" else Placement())
+    section = Depth(**{"steps": 6, "learning_rate": 1e-3, "checkpoint_every": 2, "split": "segments", **DEPTHS[how]})
+    distill_depth(run, [plan_of(run, *INTERVALS)], wrap(batches()), section, desk(folder))
+
+
+def wide(folder):
+    """Distil an interval, and the narrow forms that are trained from it, by the stages themselves."""
+    run = runner(6, 2)
+    plans = [plan_of(run, *NARROW)]
+    depth = Depth(steps=1, learning_rate=1e-3, split="segments")
+    distill_depth(run, plans, batches(), depth, desk(folder / "depth"))
+    processes.wait()
+    section = Width(steps=3, learning_rate=1e-3, batches=4, checkpoint_every=2, split="segments")
+    distill_width(run, plans, Bank(folder / "depth"), batches(), section, desk(folder / "width"))
+
+
+def everything(out):
+    """All of it, in one folder."""
+    for name, places in PLACES.items():
+        readings(name, places, out / "readings" / name)
+    readings("flux", PLACES["flux"], out / "readings" / "streamed", STREAMED)
+    readings("flux", PATH, out / "readings" / "follow", follow=True)
+    for how in DEPTHS:
+        deep(out / "depth" / how, how)
+    wide(out / "wide")
+
+
+class Deadly:
+    """Batches of which one kills the process that looks at it."""
+
+    def __init__(self, noised, at, note):
+        self._noised, self._at, self._note = noised, at, note
+
+    def __call__(self, start, stop):
+        return self._noised(start, stop)
+
+    def __getitem__(self, number):
+        if number == self._at:
+            self._note.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self._noised[number]
+
+
+def doomed(out, rank, at, how):
+    """Distil until one of the processes is killed at a batch, and a file beside `out` says so."""
+    if processes.world()[0] != int(rank):
+        return deep(out, how)
+    note = out.with_name(f"{out.name}.killed")
+    return deep(out, how, wrap=lambda noised: Deadly(noised, int(at), note))
+
+
+WORK = {"everything": everything, "deep": deep, "doomed": doomed}
+
+
+def launched(count, work, out, *arguments):
+    """Start `work` in `count` processes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
+        + [__file__, work, str(out), *arguments],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    processes.pick_device("cpu")
+    WORK[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
