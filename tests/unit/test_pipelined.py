@@ -152,8 +152,8 @@ def test_one_of_four_is_killed_and_another_number_goes_on_to_the_same_bytes(alon
     if count is None:
         asked = []
         pipelines.deep(folder, how, wrap=lambda noised: Noting(noised, asked))
-        assert asked == [*range(asked[0], 6)]
-        assert asked[0] in (2, 4)
+        # The very first is the example by which slices are balanced.
+        assert asked in ([0, 2, 3, 4, 5], [0, 4, 5])
     else:
         finished(pipelines.launched(count, "deep", folder, how))
     assert files(folder) == files(alone / "depth" / how)
