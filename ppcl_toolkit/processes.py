@@ -57,7 +57,7 @@ def agreed(value: Any) -> Any:
 def messages_on(device: torch.device) -> torch.device:
     """Return where a tensor must be to be sent to another process: on `device`, or on the host."""
     _, count = world()
-    return device if count > 1 and "nccl" in torch.distributed.get_backend() else torch.device("cpu")
+    return device if count > 1 and "nccl" in torch.distributed.get_backend_config() else torch.device("cpu")
 
 
 def average(value: Tensor) -> float:

@@ -46,7 +46,7 @@ class Runner:
         _, ranks = processes.world()
         if ranks == 1:
             return self
-        costs = block_costs(self.transformer, self.adapter, self.placement.bring(example))
+        costs = block_costs(self.transformer, self.adapter, example)
         share = Share.of(costs, self.adapter.depths(self.transformer), [Place.of(each) for each in wanted])
         return replace(self, share=share)
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl_toolkit.adapter import Adapter, Stack
 from ppcl_toolkit.running.capture import Arguments, Streams, map_tensors, stack_calls
+from ppcl_toolkit.running.placement import device_of, moved
 
 Span = tuple[int, int]
 """First and last block of a reader."""
@@ -72,6 +73,7 @@ def _slice(units: Sequence[_Unit]) -> Slice:
 
 def block_costs(transformer: nn.Module, adapter: Adapter, batch: Mapping[str, Any]) -> list[int]:
     """Count the floating-point operations of every block's forward, without weights and without running any."""
+    batch = moved(dict(batch), device_of(transformer, adapter))
     costs, before = [], None
     for stack in adapter.stacks:
         calls = stack_calls(transformer, adapter, stack.path, batch, before)
