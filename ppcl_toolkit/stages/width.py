@@ -35,11 +35,16 @@ def distill_width(
         known = bank.joined(desk.folder)
         processes.wait()  # nobody banks before all have looked
         if any(form.key not in known for form in wave):
-            sliced, own = shared_out(runner, wave, batches, section)
-            segments = _segments(sliced, own, known, batches, section)
-            stopped += train_segments(sliced, segments, batches, section, desk, keys=[form.key for form in wave])
+            # In a function of its own: when it returns, nothing of a wave is kept.
+            stopped += _train(runner, wave, known, batches, section, desk)
     finish(desk.folder, [form.key for form in forms])
     return stopped
+
+
+def _train(runner: Runner, wave: Sequence[Form], bank: Bank, batches: Batches, section: Width, desk: Desk) -> list[str]:
+    sliced, own = shared_out(runner, wave, batches, section)
+    segments = _segments(sliced, own, bank, batches, section)
+    return train_segments(sliced, segments, batches, section, desk, keys=[form.key for form in wave])
 
 
 def narrow_block(runner: Runner, form: Form, bank: Mapping[str, dict[str, Tensor]], example: Mapping) -> nn.Module:
@@ -71,7 +76,12 @@ def _stock_block(runner: Runner, form: Form) -> nn.Module:
 def _segments(runner: Runner, forms: Sequence[Form], bank: Bank, batches: Batches, section: Width) -> list[Segment]:
     example = example_calls(runner.transformer, runner.adapter, batches[0])
     students = [narrow_block(runner, form, bank, example) for form in forms]
-    wider = [wider_block(runner, form, bank, example) for form in forms]
+    # Whose z is aligned with that of the block that it was: nothing else of that block is needed, and it never learns.
+    dtype = batches.dtype
+    wider = [
+        wider_block(runner, f, bank, example).to(dtype).requires_grad_(False) if f.narrow_text and not f.ffn else None
+        for f in forms
+    ]
     stacks = [runner.adapter.stack(form.stack) for form in forms]
     fits = [LinearFit(*each) for each in zip(forms, stacks, students, wider, strict=True)]
     for _ in runner.feed(batches(0, section.batches), fits):

@@ -117,7 +117,7 @@ class Segment(_Reads):
 class LinearFit(_Reads):
     """Least squares for the new linear maps of a narrow block, from its wider form and the teacher's output."""
 
-    def __init__(self, form: Form, stack: Stack, narrow: nn.Module, wider: nn.Module) -> None:
+    def __init__(self, form: Form, stack: Stack, narrow: nn.Module, wider: nn.Module | None) -> None:
         super().__init__(form, stack)
         self._narrow, self._wider = narrow, wider
         self._moments: dict[str, Moments] = {}
@@ -138,6 +138,7 @@ class LinearFit(_Reads):
         elif self.form.narrow_text:
             assert reading.packed_text is not None
             h_BND, z_BND = reading.packed_text.chunk(2, dim=1)
+            assert self._wider is not None
             self._add(LINEAR_Z, z_BND, text_of(self._wider, self.stack, reading))
             # SD3's last block returns no text, so there is no map for it.
             if self.form.text == "end" and reading.target.text is not None:
@@ -146,7 +147,8 @@ class LinearFit(_Reads):
     def place(self, device: torch.device) -> None:
         """Move both blocks."""
         self._narrow.to(device)
-        self._wider.to(device)
+        if self._wider is not None:
+            self._wider.to(device)
 
     def solve(self, ridge: float) -> float:
         """Set the maps; return the share of the outputs' energy that the worst of them misses."""
