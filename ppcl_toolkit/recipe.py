@@ -136,7 +136,10 @@ class Distillation(Training):
     """What training segment by segment adds."""
 
     split: Literal["samples", "segments"] = "samples"
-    """What several processes share out: samples, averaging gradients, or whole segments, exchanging nothing."""
+    """What several processes share out: samples, averaging gradients; or segments, each with the blocks it learns from.
+
+    Segments are pipelined: hidden states go from process to process, gradients never, and results are those of one.
+    """
 
 
 class Depth(Distillation):

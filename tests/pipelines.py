@@ -20,6 +20,7 @@ from ppcl_toolkit.running.passage import Place
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.stages.depth import distill_depth
+from ppcl_toolkit.stages.probe import ProbeReader, ProbeTrainer
 from ppcl_toolkit.stages.width import distill_width
 
 QWEN, SD3 = load_adapter("qwen_image"), load_adapter("sd3")
@@ -113,10 +114,33 @@ def wide(folder):
     distill_width(run, plans, Bank(folder / "depth"), batches(), section, desk(folder / "width"))
 
 
+def probed(name, out):
+    """Fit the probes of a teacher, and train them on; write those of this process, a file for each block."""
+    make, adapter, inputs = TEACHERS[name]
+    run = Runner(make().requires_grad_(False), adapter)
+    readers = [ProbeReader(s, block) for s in adapter.stacks for block in range(len(run.blocks(s.path)))]
+    run = run.pipelined(readers, inputs[0])
+    own = [reader for reader in readers if run.has(reader)]
+    fed(run, inputs, own)
+    starts = [{stream: sums.solve(1e-3).float() for stream, sums in reader.moments.items()} for reader in own]
+    trainers = [ProbeTrainer(r.stack, r.first, start, 1e-3) for r, start in zip(own, starts, strict=True)]
+    fed(run, inputs, trainers)
+    out.mkdir(parents=True, exist_ok=True)
+    for trainer in trainers:
+        save_tree(out / f"{trainer.stack.path}-{trainer.first}.safetensors", trainer.weights)
+
+
+def fed(run, inputs, readers):
+    """Feed readers to the end."""
+    for _ in run.feed(inputs, readers):
+        pass
+
+
 def everything(out):
     """All of it, in one folder."""
     for name, places in PLACES.items():
         readings(name, places, out / "readings" / name)
+        probed(name, out / "probes" / name)
     readings("flux", PLACES["flux"], out / "readings" / "streamed", STREAMED)
     readings("flux", PATH, out / "readings" / "follow", follow=True)
     for how in DEPTHS:

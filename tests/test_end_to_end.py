@@ -272,7 +272,8 @@ def test_two_processes_make_one_run(world, reference):
     out = world / "together"
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     one_target = "targets=[{name: small, params: 80%}]"
-    finished(started(world, out, "never", one_target, "finetune.steps=4", launcher=launcher))
+    settings = (one_target, "finetune.steps=4", "depth.split=segments")
+    finished(started(world, out, "never", *settings, launcher=launcher))
     summary = json.loads((out / "summary.json").read_text())
     assert [variant["name"] for variant in summary["variants"]] == ["small"]
     assert not [*out.rglob("*.partial"), *out.rglob("*.tmp")]

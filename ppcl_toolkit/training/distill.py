@@ -62,7 +62,7 @@ def train_segments(
     processes.wait()  # until all is banked, a run goes on from states
     if writes:
         states.forget()
-    return [s.optimization.stopped for s in segments if s.optimization.stopped]
+    return [*_idle(runner), *(s.optimization.stopped for s in segments if s.optimization.stopped)]
 
 
 def shared_out(
@@ -152,6 +152,11 @@ def _write(path: Path, curves: Mapping[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(curves))
     partial.replace(path)
+
+
+def _idle(runner: Runner) -> list[str]:
+    idle = runner.share.idle if runner.share else 0
+    return [f"{idle} processes had nothing to do: there are fewer blocks and segments than processes"] if idle else []
 
 
 def _note(segments: Sequence[Segment]) -> str:
