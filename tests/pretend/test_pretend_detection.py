@@ -1,0 +1,17 @@
+"""Detection on a device: what it computes, and what it leaves there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import device
+
+
+def test_detection_on_the_device_is_the_hosts():
+    checks = Path(__file__).with_name("detection_checks.py")
+    command = [sys.executable, "-m", "pytest", str(checks), "-p", "no:cacheprovider"]
+    ends = {**device.environment(memory=200_000_000), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=ends, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert re.search(r"^[.]{13}\s", done.stdout, flags=re.M), done.stdout
