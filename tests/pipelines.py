@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import tiny
@@ -17,6 +18,7 @@ from ppcl_toolkit.plan import FfnSwap, Interval, TextRun
 from ppcl_toolkit.recipe import Depth, Width
 from ppcl_toolkit.running.capture import Streams
 from ppcl_toolkit.running.passage import Place
+from ppcl_toolkit.running.pipelined import UNDER_WAY
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.stages.depth import distill_depth
@@ -60,6 +62,7 @@ DEPTHS = {
     "mixed": {"inputs": "mixed", "init": "best"},
     "streamed": {"inputs": "mixed"},
 }
+BATCHES = 8
 STREAMED = Placement(streamed=True, chunk=2)
 
 
@@ -136,6 +139,39 @@ def fed(run, inputs, readers):
         pass
 
 
+class Patient(Recorder):
+    """Ends a batch only when the first process has begun later ones: it must not wait for this one."""
+
+    def __init__(self, adapter, place, begun):
+        super().__init__(adapter, place)
+        self._begun = begun
+
+    def read(self, reading):
+        super().read(reading)
+        awaited = self._begun.with_name(f"begun-{len(self.seen) - 1 + UNDER_WAY}")
+        for _ in range(6000):
+            if awaited.exists() or len(self.seen) + UNDER_WAY > BATCHES:
+                return
+            time.sleep(0.01)
+        raise TimeoutError(f"{awaited} is not there")
+
+
+def overlapping(out):
+    """Run batches of which the last reader ends none before others are on their way."""
+    make, adapter, inputs = TEACHERS["flux"]
+    out.mkdir(parents=True, exist_ok=True)
+    last = Patient(adapter, PATH[-1], out / "begun")
+    run = Runner(make().requires_grad_(False), adapter).pipelined([last], inputs[0])
+
+    def noted():
+        for number in range(BATCHES):
+            if processes.world()[0] == 0:
+                (out / f"begun-{number}").touch()
+            yield inputs[number % len(inputs)]
+
+    fed(run, noted(), [last])
+
+
 def everything(out):
     """All of it, in one folder."""
     for name, places in PLACES.items():
@@ -172,7 +208,7 @@ def doomed(out, rank, at, how):
     return deep(out, how, wrap=lambda noised: Deadly(noised, int(at), note))
 
 
-WORK = {"everything": everything, "deep": deep, "doomed": doomed}
+WORK = {"everything": everything, "overlapping": overlapping, "deep": deep, "doomed": doomed}
 
 
 def launched(count, work, out, *arguments):

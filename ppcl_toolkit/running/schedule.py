@@ -62,7 +62,9 @@ class Runner:
         gives readings to those readers alone that are its own, and all processes feed the same batches.
         """
         depths = self.adapter.depths(self.transformer)
-        share = self.share or Share.whole(depths, [Place.of(reader) for reader in readers])
+        places = [Place.of(reader) for reader in readers]
+        share = self.share or Share.whole(depths, places)
+        assert set(places) <= set(share.places), "a pipeline is balanced for its readers before they read"
         legs = share.legs(self.adapter, depths, readers)
         if not legs:
             return
@@ -105,6 +107,7 @@ class Runner:
     @torch.no_grad()
     def velocity(self, batch: Batch) -> Tensor:
         """Return what the whole teacher predicts for the noised latents of one batch."""
+        assert self.share is None, "this runner has a slice of the teacher"
         self.settle()
         with self.placement.whole(self.transformer, self.adapter):
             return predict(self.transformer, self.adapter, self.placement.bring(batch))

@@ -161,6 +161,12 @@ def test_one_of_four_is_killed_and_another_number_goes_on_to_the_same_bytes(alon
     assert files(folder) == files(alone / "depth" / how)
 
 
+def test_a_process_is_at_later_batches_while_the_next_is_at_this_one(tmp_path):
+    """The last reader would wait for ever where a batch had to arrive before the next one begins."""
+    finished(pipelines.launched(2, "overlapping", tmp_path))
+    assert len(list(tmp_path.glob("begun-*"))) == pipelines.BATCHES
+
+
 class Noting:
     """Batches that note which of them are asked for."""
 
