@@ -41,9 +41,11 @@ def pick_device(name: str) -> torch.device:
         raise PpclError(f"device: {name!r} is asked for, and torch finds no GPU; use auto or cpu")
     state = _state(cpu=name == "cpu")
     _check_launch(state.num_processes)
-    # Of several processes each has a GPU of its own, whatever number is asked for. Hosts have no number.
-    device = state.device if wanted is None or wanted.index is None or state.num_processes > 1 else wanted
-    return torch.device("cpu") if device.type == "cpu" else device
+    # Of several processes each has a GPU of its own, whatever number is asked for. An earlier run of this process may
+    # have asked for another kind of device.
+    own = wanted is None or (wanted.type == state.device.type and (wanted.index is None or state.num_processes > 1))
+    device = state.device if own or wanted is None else wanted
+    return torch.device("cpu") if device.type == "cpu" else device  # hosts have no number
 
 
 def is_main() -> bool:
