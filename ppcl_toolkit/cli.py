@@ -45,9 +45,14 @@ def main() -> None:
     except Exception as error:
         # What typer raises for words that it does not know carries its own exit code and message.
         code = getattr(error, "exit_code", None)
-        if code is None:
+        if code is not None:
+            _stop(f"error: {getattr(error, 'format_message', lambda: '')()}", code)
+        from ppcl_toolkit.trouble import explained
+
+        known = explained(error)
+        if known is None:
             raise
-        _stop(f"error: {getattr(error, 'format_message', lambda: '')()}", code)
+        _stop(f"error: {known}", 1)
 
 
 @app.command()

@@ -26,7 +26,7 @@ PLACES = {
     "jinja2": ("ppcl_toolkit/stages/report.py", "ppcl_toolkit/surgery/modelling.py"),
 }
 FLOORS = (
-    ("ppcl_toolkit/errors.py", "ppcl_toolkit/adapter.py", "ppcl_toolkit/plan.py", "ppcl_toolkit/processes.py"),
+    tuple(f"ppcl_toolkit/{name}.py" for name in ("errors", "trouble", "adapter", "plan", "ties", "processes")),
     ("ppcl_toolkit/statistics/",),
     ("ppcl_toolkit/running/",),
     ("ppcl_toolkit/surgery/",),

@@ -4,7 +4,7 @@ A stage works in `<name>.partial/` and appears as `<name>/` by one rename, so wh
 its result lies what it was made from; a finished stage is only read again by a recipe that asks for the same.
 """
 
-import errno
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.trouble import writing
 
 Result = TypeVar("Result")
 _MADE_FROM, _WARNINGS = "made_from.json", "warnings.json"
@@ -50,6 +51,7 @@ class Workspace:
     def __init__(self, path: str | Path, *, progress: Progress = silent) -> None:
         self.path = Path(path)
         self._progress = progress if processes.is_main() else silent
+        self._at = ("start", 0, 1)
         self._after = ""
         self.warnings: list[str] = []
         """What stages had to say that a user should know, theirs or of the runs before."""
@@ -62,12 +64,22 @@ class Workspace:
         """Make the folder, and note what was asked and on what; an earlier note stays until `close`."""
         if processes.is_main() and not (self.path / "recipe.yaml").exists():
             self._describe(recipe)
-        processes.wait()
+        processes.watch()
+        self._wait()
 
     def close(self, recipe: str) -> None:
-        """Note what all stages were made from."""
+        """Note what all stages were made from; the processes of the run part here."""
         if processes.is_main():
             self._describe(recipe)
+        processes.part()
+
+    def _tell(self, stage: str, done: int, total: int, note: str = "") -> None:
+        self._at = (stage, done, total)
+        processes.tell(f"{stage} {done}/{total}")
+        self._progress(stage, done, total, note)
+
+    def _wait(self) -> None:
+        processes.wait(lambda said: self._progress(*self._at, said))
 
     def _describe(self, recipe: str) -> None:
         with writing(self.path):
@@ -102,11 +114,11 @@ class Workspace:
             self._prepare(name, made_from, partial)
             if together or processes.is_main():
                 with writing(partial):
-                    said = make(Desk(partial, lambda done, total, note="": self._progress(name, done, total, note)))
+                    said = make(Desk(partial, functools.partial(self._tell, name)))
                     said = processes.gathered(said or ()) if together else said
                     if said and processes.is_main():
                         write_json(partial / _WARNINGS, list(said))
-            processes.wait()
+            self._wait()
             self._finish(name, partial, final, seconds=round(time.monotonic() - started, 3))
         self.warnings += _read_json(final / _WARNINGS) or []
         self._after = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
@@ -123,13 +135,13 @@ class Workspace:
                 partial.mkdir(parents=True, exist_ok=True)
                 write_json(partial / _MADE_FROM, made_from)
             self._note(name, "started")
-        processes.wait()
+        self._wait()
 
     def _finish(self, name: str, partial: Path, final: Path, **facts: Any) -> None:
         if processes.is_main():
             partial.rename(final)
             self._note(name, "finished", **facts)
-        processes.wait()
+        self._wait()
 
     def _check(self, name: str, found: Any, wanted: Mapping[str, Any]) -> None:
         if found is None:
@@ -152,25 +164,6 @@ class Workspace:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "stage": stage, "event": event, **facts}
         with writing(self.path), (self.path / "events.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-
-
-class writing:
-    """Turn what the disk refuses into one sentence."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or (isinstance(error, SafetensorError) and "No space left" in str(error)):
-            raise PpclError(
-                f"the disk is full: cannot write {self._path}; what is finished is kept, run again with more room"
-            ) from error
-        if isinstance(error, PermissionError):
-            raise PpclError(f"no permission to write {error.filename or self._path}") from error
 
 
 def write_text(path: Path, text: str) -> None:

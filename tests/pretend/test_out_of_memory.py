@@ -1,0 +1,52 @@
+"""A device that is too small ends a command with one line, and the same command goes on where there is more room."""
+
+import subprocess
+import sys
+
+import device
+import pytest
+import tiny
+from test_end_to_end import RECIPE
+
+OVERRIDES = ("device=auto", "targets=[{name: small, params: 55%}]", "depth.steps=3", "finetune.steps=2")
+FITS_ALL_BUT_FINE_TUNING = 3_000_000
+"""Bytes; training single blocks takes 2.1 MB beside the teacher, and the whole student 3.9 MB."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory")
+    tiny.flux_pipeline(5, 3).save_pretrained(folder / "teacher")
+    (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(6)))
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    return folder
+
+
+def commanded(world, memory):
+    asked = ["compress", "--recipe", str(world / "recipe.yaml"), "--out", str(world / "out")]
+    options = [word for override in OVERRIDES for word in ("--set", override)]
+    return subprocess.run(
+        [sys.executable, "-m", "ppcl_toolkit.cli", *asked, *options],
+        env={**device.environment(memory=memory), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_out_of_memory_is_one_line_and_more_memory_goes_on(world):
+    done = commanded(world, FITS_ALL_BUT_FINE_TUNING)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    *_, last = done.stderr.splitlines()
+    made = world / "out" / "finetune" / "small"
+    assert last.startswith(f"error: out of memory on the device while making {made}.partial (CUDA out of memory.")
+    assert "what is finished is kept" in last
+    assert "`teacher.streamed: true`" in last
+    kept = {path: path.stat().st_mtime_ns for path in (world / "out" / "depth").rglob("*")}
+    assert kept
+    assert not made.exists()
+    done = commanded(world, 100_000_000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert kept == {path: path.stat().st_mtime_ns for path in (world / "out" / "depth").rglob("*")}
+    assert (world / "out" / "summary.json").exists()

@@ -1,0 +1,146 @@
+"""Runs of `compress` that are looked at stage by stage, on the device."""
+
+import functools
+import importlib
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from giants import Giant, giant, operations
+from torch import nn
+
+from ppcl_toolkit.artifacts.pipeline import Teacher
+from ppcl_toolkit.artifacts.storage import save_tree
+from ppcl_toolkit.artifacts.workspace import Workspace
+from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.running.noise import Sample
+
+PATH = importlib.import_module("ppcl_toolkit.compress")
+"""The module; the package has a function of that name."""
+_MAY_FAIL = ("finetune", "export", "evaluate")
+"""Stages without whose results others can be run."""
+
+
+@dataclass
+class Stage:
+    """What one stage took."""
+
+    name: str
+    seconds: float = 0.0
+    peak: int = 0
+    error: str = ""
+
+
+def stages(path: str, recipe: str, overrides: list[str], *, tiny: bool) -> list[Stage]:
+    """Compress a giant, with made-up samples, and measure every stage; what fails ends it, but says so."""
+    found: list[Stage] = []
+    model = giant(path, tiny=tiny, samples=2)
+    asked = fitting(Recipe.load(recipe, overrides), model)
+    pipeline = SimpleNamespace(transformer=model.transformer, components={"transformer": model.transformer})
+    teacher = Teacher(pipeline, model.adapter, model.adapter.family, path)
+    stage = functools.partial(_watched, found, model)
+    with (
+        tempfile.TemporaryDirectory() as out,
+        mock.patch.object(PATH, "load_teacher", lambda _: teacher),
+        mock.patch.object(PATH, "export", _run_student),
+        mock.patch.object(PATH, "write_report", lambda _: None),
+        mock.patch.object(Workspace, "stage", lambda run, *given, **options: stage(run, *given, **options)),
+    ):
+        try:
+            PATH.compress(asked, out)
+        except Exception:
+            if not found or not found[-1].error:
+                raise
+    return found
+
+
+def fitting(recipe: Recipe, model: Giant) -> Recipe:
+    """Return a recipe without the operations on blocks that a model does not have."""
+    given = operations(recipe, model.plan.depths)
+    intervals = recipe.intervals.model_copy(update={"given": tuple(g for g in given if g in recipe.intervals.given)})
+    width = recipe.width.model_copy(update={"given": tuple(g for g in given if g in recipe.width.given)})
+    return recipe.model_copy(update={"intervals": intervals, "width": width})
+
+
+_stage = Workspace.stage
+
+
+def _watched(
+    found: list[Stage], model: Giant, run: Workspace, name: str, settings: Any, make: Any, load: Any, **options: Any
+) -> Any:
+    kind = name.split("/")[0]
+    found.append(Stage(kind))
+    if kind == "samples":
+        make = functools.partial(_write_samples, model)
+    if kind == "evaluate":
+        make = functools.partial(_velocity, *make.args)
+    if kind in ("export", "evaluate"):
+        load = lambda _: {}  # noqa: E731
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    began = time.monotonic()
+    try:
+        return _stage(run, name, settings, make, load, **options)
+    except Exception as error:
+        found[-1].error = " ".join(str(error).split()) or type(error).__name__
+        if kind not in _MAY_FAIL:
+            raise
+        return {} if kind != "finetune" else None
+    finally:
+        torch.cuda.synchronize()
+        found[-1].seconds = time.monotonic() - began
+        found[-1].peak = torch.cuda.max_memory_allocated()
+
+
+def _write_samples(model: Giant, desk: Any) -> None:
+    fields = [{name: getattr(sample, name) for name in Sample.__slots__} for sample in model.samples]
+    save_tree(desk.folder / "000000.safetensors", fields)
+
+
+def _run_student(*given: Any, device: torch.device, **_: Any) -> None:
+    """Stand for the export: one call of the student that would be written."""
+    student = next(each for each in given if isinstance(each, nn.Module))
+    example = next(each for each in given if isinstance(each, dict))
+    with torch.no_grad():
+        velocity = student.to(device)(**{n: v.to(device) if torch.is_tensor(v) else v for n, v in example.items()})[0]
+    assert velocity.isfinite().all()
+
+
+def _velocity(runner: Any, *given: Any) -> None:
+    """Stand for the evaluation: one call of the teacher, as velocity errors need it."""
+    batches = next(each for each in given if hasattr(each, "samples") and hasattr(each, "seed"))
+    assert runner.velocity(batches[0]).isfinite().all()
+
+
+def contract(family: str, folder: Path, schedules: list[str]) -> Iterator[tuple[str, float]]:
+    """Yield the velocity error of a tiny pipeline's variant, made on the CPU and then on the card."""
+    from worlds import made
+
+    from ppcl_toolkit.stages import evaluate
+
+    world = made(family, folder)
+    world.teacher.pipeline.save_pretrained(folder / "teacher")
+    given = [{"stack": "transformer_blocks", "first": 2, "last": 3}]
+    recipe = world.recipe(
+        intervals={"batches": 1, "batch": 2, "strategy": "given", "given": given},
+        select={"batches": 1, "batch": 2},
+        depth={"steps": 4, "batch": 2},
+        width={"steps": 2, "batch": 2, "ffn_blocks": 1},
+        finetune={"steps": 2, "batch": 2},
+        export={"dtype": "float32"},
+        targets=[{"name": "small", "params": "85%"}],
+    )
+    # Memory on the CPU, for which further processes start, is compared with nothing here.
+    with mock.patch.object(evaluate, "_resident_growth", lambda *_: None):
+        for schedule in ("on the CPU", *schedules):
+            device = "cpu" if schedule == "on the CPU" else "cuda"
+            section = recipe.teacher.model_copy(update={"streamed": schedule == "streamed"})
+            asked = recipe.model_copy(update={"device": device, "teacher": section})
+            summary = PATH.compress(asked, folder / schedule.replace(" ", "-"))
+            yield schedule, summary["variants"][0]["velocity_error"]
