@@ -22,7 +22,7 @@ from ppcl_toolkit.running.schedule import Batch, Runner
 from ppcl_toolkit.stages.depth import distill_depth
 from ppcl_toolkit.stages.evaluate import evaluate, summarise
 from ppcl_toolkit.stages.export import Variant, export
-from ppcl_toolkit.stages.finetune import finetune, load_weights
+from ppcl_toolkit.stages.finetune import finetune, load_weights, record_velocities
 from ppcl_toolkit.stages.intervals import Candidates, detect
 from ppcl_toolkit.stages.probe import Probes, probe
 from ppcl_toolkit.stages.report import write_report
@@ -30,10 +30,12 @@ from ppcl_toolkit.stages.samples import load_samples, record_samples
 from ppcl_toolkit.stages.select import Choice, parse_size, select
 from ppcl_toolkit.stages.width import distill_width
 from ppcl_toolkit.surgery.assemble import count_parameters, student_of
+from ppcl_toolkit.training.targets import Velocities
 
 # Resident or streamed, results are the same: a run that was too large for its device may go on otherwise.
 _RECORDING = {"teacher": {"path", "revision", "dtype", "call"}, "samples": True, "seed": True}
 _DETECTION = {"intervals": True, "width": {"text_threshold"}}
+_ANSWERS = {"finetune": {"steps", "batch", "features"}}
 _CHOICE = {"targets": True, "select": True, "width": {"given", "text_threshold", "text_blocks", "ffn_blocks"}}
 
 
@@ -66,14 +68,17 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     wide = partial(distill_width, runner, plans, depth, noised("width", recipe.width.batch), recipe.width)
     bank = run.stage("width", recipe.width, wide, depth.joined, together=True)
 
+    batches = noised("finetune", recipe.finetune.batch)
+    answers = partial(record_velocities, runner, plans, batches, recipe.finetune)
+    velocities = run.stage("velocities", _part(recipe, _ANSWERS), answers, Velocities, together=True)
     variants = []
     for name, plan in choice.plans.items():
-        batches = noised("finetune", recipe.finetune.batch)
-        tune = partial(finetune, runner, plan, bank, batches, recipe.finetune)
+        tune = partial(finetune, runner, plan, bank, batches, velocities, recipe.finetune)
         tuned = run.stage(f"finetune/{name}", recipe.finetune, tune, Path, together=True)
         variant = _variant(recipe, run.path, name, teacher.whole(plan))
         make = partial(_export, teacher, runner, variant, plan, (bank, tuned), batches[0])
         variants.append(run.stage(f"export/{name}", recipe.export, make, variant.read))
+    velocities.discard()
 
     batches = noised("evaluate", recipe.samples.batch)
     compare = partial(evaluate, runner, teacher, recipe, variants, batches)

@@ -178,6 +178,10 @@ class Finetune(Training):
 
     steps: Count = 1000
     batch: PositiveInt = 4
+    optimizer: Literal["auto", "adamw", "adamw8bit", "adafactor"] = "auto"
+    """adamw takes 16 bytes a parameter, adamw8bit 4.1, adafactor 2; `auto` is the first that fits."""
+    offload: Literal["auto", "none", "blocks"] = "auto"
+    """`blocks`: all but the block at work rests on the host, and blocks compute again in the backward pass."""
     gradient_checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass instead of keeping them."""
     shard: bool = False

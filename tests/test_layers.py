@@ -21,7 +21,12 @@ PLACES = {
         "ppcl_toolkit/dry_run.py",
         "ppcl_toolkit/shapes/",
     ),
-    "transformers": ("ppcl_toolkit/artifacts/pipeline.py", "ppcl_toolkit/shapes/"),
+    "transformers": (
+        "ppcl_toolkit/artifacts/pipeline.py",
+        "ppcl_toolkit/training/optimizers.py",
+        "ppcl_toolkit/shapes/",
+    ),
+    "torchao": ("ppcl_toolkit/training/optimizers.py",),
     "matplotlib": ("ppcl_toolkit/stages/figures.py", "ppcl_toolkit/shapes/"),
     "jinja2": ("ppcl_toolkit/stages/report.py", "ppcl_toolkit/surgery/modelling.py"),
 }

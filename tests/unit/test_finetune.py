@@ -1,7 +1,10 @@
 """Fine-tuning: the student nears the teacher's velocity, and goes on bit by bit where it was killed."""
 
 import json
+import math
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,15 +12,19 @@ from runs import DUAL, batches, desk, equal, plan_of, runner
 from torch import multiprocessing
 
 from ppcl_toolkit import processes
-from ppcl_toolkit.artifacts.storage import Bank
+from ppcl_toolkit.artifacts.storage import Bank, Desk
+from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval
 from ppcl_toolkit.recipe import Depth, Finetune, Width
+from ppcl_toolkit.running.capture import Streams
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.stages.depth import distill_depth
-from ppcl_toolkit.stages.finetune import finetune, load_weights
+from ppcl_toolkit.stages.finetune import finetune, load_weights, record_velocities
 from ppcl_toolkit.stages.width import distill_width
 from ppcl_toolkit.surgery.assemble import student_of
 from ppcl_toolkit.training import loop
+from ppcl_toolkit.training.losses import relative_mse
+from ppcl_toolkit.training.targets import Velocities
 
 OPERATIONS = (
     Interval(stack=DUAL.path, first=1, last=2),
@@ -47,9 +54,15 @@ def bank(teacher, tmp_path_factory):
     return Bank(folder / "depth", folder / "width")
 
 
-def tuned(teacher, bank, folder, noised=None, operations=OPERATIONS, **changes):
+def tuned(teacher, bank, folder, noised=None, operations=OPERATIONS, killed_at=None, **changes):
+    def progress(done, _total, note=""):
+        if done == killed_at:
+            raise Killed(note)
+
     plan = plan_of(teacher, *operations)
-    stopped = finetune(teacher, plan, bank, noised or batches(), section(**changes), desk(folder))
+    velocities = Velocities(desk(folder / "velocities").folder)
+    asked = section(**changes)
+    stopped = finetune(teacher, plan, bank, noised or batches(), velocities, asked, Desk(folder, progress))
     processes.wait()
     return load_weights(folder), json.loads((folder / "losses.json").read_text()), stopped
 
@@ -63,7 +76,7 @@ def test_the_loss_falls_and_the_student_is_nearer(teacher, bank, tmp_path):
     student = student_of(teacher.transformer, teacher.adapter, plan_of(teacher, *OPERATIONS), bank, one[0])
     with torch.no_grad():
         before = (student(**one[100])[0] - teacher.velocity(one[100])).square().mean()
-        student.load_state_dict(weights)
+        student.load_state_dict(weights, assign=True)
         after = (student(**one[100])[0] - teacher.velocity(one[100])).square().mean()
     assert after < before
 
@@ -74,6 +87,81 @@ def test_the_loss_is_the_mean_squared_velocity_error(teacher, bank, tmp_path):
     with torch.no_grad():
         error = (student(**batches()[0])[0] - teacher.velocity(batches()[0])).square().mean()
     assert losses[0][1] == pytest.approx(float(error), rel=1e-5)
+
+
+def of_dtype(dtype):
+    """A teacher, and batches with conditioning in the dtype in which its pipeline would have made it."""
+    teacher, noised = runner(), batches(dtype=dtype)
+    teacher.transformer.to(dtype)
+    for each in noised.samples:
+        for name in ("encoder_hidden_states", "pooled_projections"):
+            each.arguments[name] = each.arguments[name].to(dtype)
+    return teacher, noised
+
+
+@pytest.mark.parametrize(("dtype", "features"), [(torch.float32, 0.1), (torch.bfloat16, 0.0)])
+def test_recorded_targets_train_as_a_teacher_in_the_loop_does_bit_by_bit(tmp_path, bank, dtype, features):
+    teacher, noised = of_dtype(dtype)
+    plan = plan_of(teacher, *OPERATIONS)
+    weights, losses, _ = tuned(teacher, bank, tmp_path, noised, features=features, warmup=0, clip=None)
+
+    student = student_of(teacher.transformer, teacher.adapter, plan, bank, noised[0])
+    for parameter in student.parameters():
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+    student.requires_grad_(True)
+    adamw = torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.02)
+    ends = [
+        teacher.adapter.stack(DUAL.path).blocks(teacher.transformer)[2],
+        teacher.adapter.stack(DUAL.path).blocks(student)[1],
+    ]
+    values, seen = [], []
+    for block in ends:
+        block.register_forward_hook(lambda _module, _arguments, output: seen.append(output))
+    for step in range(5):
+        seen.clear()
+        adamw.param_groups[0]["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / 5))
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            with torch.no_grad():
+                wanted = teacher.transformer(**noised[step])[0]
+            loss = (student(**noised[step])[0].float() - wanted.float()).square().mean()
+            if features:
+                text, image = (Streams(*each) for each in zip(*seen, strict=True))
+                loss = loss + features * relative_mse(Streams(image[1], text[1]), Streams(image[0], text[0]))
+        loss.backward()
+        adamw.step()
+        adamw.zero_grad()
+        values.append(float(loss.detach()))
+    assert [value for _, value in losses] == values
+    assert equal(weights, {name: value.to(dtype) for name, value in student.state_dict().items()})
+
+
+def test_targets_are_recorded_once_for_all_sizes(teacher, bank, tmp_path, monkeypatch):
+    calls = []
+    own = type(teacher).velocity
+    monkeypatch.setattr(type(teacher), "velocity", lambda self, batch: calls.append(1) or own(self, batch))
+    other = (Interval(stack=DUAL.path, first=0, last=1), Interval(stack=DUAL.path, first=2, last=3))
+    plans, asked = [plan_of(teacher, *operations) for operations in (OPERATIONS, other)], section(features=0.1)
+    seen = []
+    record_velocities(teacher, plans, batches(), asked, desk(tmp_path, seen))
+    assert [entry[:2] for entry in seen] == [(step, 5) for step in range(1, 6)]
+    velocities = Velocities(tmp_path)
+    assert list(velocities[4].features) == [(DUAL.path, 2), (DUAL.path, 1), (DUAL.path, 3)]
+    assert torch.equal(velocities[4].velocity, own(teacher, batches()[4]))
+    finetune(teacher, plans[0], bank, batches(), velocities, asked, desk(tmp_path / "one"))
+    assert len(calls) == 5
+    (tmp_path / "000003.safetensors").unlink()
+    record_velocities(teacher, plans, batches(), asked, desk(tmp_path))
+    assert len(calls) == 6
+    velocities.discard()
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_answers_that_the_disk_has_no_room_for_are_refused_at_once(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(PpclError, match=r"answers to 5 batches take .* GB, .* fewer finetune.steps") as caught:
+        record_velocities(teacher, [], batches(), section(), desk(tmp_path))
+    assert "features" not in str(caught.value)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_a_teacher_is_its_own_perfect_student(teacher, bank, tmp_path):
@@ -101,17 +189,9 @@ def test_the_teacher_stays_as_it_is_and_every_parameter_of_the_student_moves(tmp
 def test_resumed_equals_uninterrupted_bit_by_bit(teacher, bank, tmp_path, at):
     whole, losses, _ = tuned(teacher, bank, tmp_path / "whole", features=0.1)
 
-    class Dying:
-        dtype = torch.float32
-
-        def __getitem__(self, number):
-            if number == at:
-                raise Killed
-            return batches()[number]
-
     with pytest.raises(Killed):
-        tuned(teacher, bank, tmp_path / "killed", Dying(), features=0.1)
-    assert (tmp_path / "killed" / "state.safetensors.tmp").exists() == (at == 4)
+        tuned(teacher, bank, tmp_path / "killed", killed_at=at, features=0.1)
+    assert (tmp_path / "killed" / "state.json.tmp").exists() == (at == 4)
     resumed, curve, _ = tuned(teacher, bank, tmp_path / "killed", features=0.1)
     assert equal(whole, resumed)
     assert losses == curve
@@ -136,6 +216,40 @@ def test_feature_terms_and_checkpointing_are_options(teacher, bank, tmp_path):
     assert equal(plain, checkpointed)
 
 
+KINDS = [
+    ("adamw", torch.float32),
+    ("adamw", torch.bfloat16),
+    ("adamw8bit", torch.bfloat16),
+    ("adafactor", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "dtype"), KINDS)
+def test_blocks_that_rest_on_the_host_learn_the_same_bit_by_bit(bank, tmp_path, optimizer, dtype):
+    teacher, noised = of_dtype(dtype)
+    changes = {"optimizer": optimizer, "features": 0.1, "learning_rate": 1e-2, "steps": 3}
+    plain, losses, _ = tuned(teacher, bank, tmp_path / "plain", noised, offload="none", **changes)
+    moved, curve, _ = tuned(teacher, bank, tmp_path / "moved", noised, offload="blocks", **changes)
+    assert curve == losses
+    assert equal(plain, moved)
+    assert {value.dtype for value in moved.values()} == {dtype}
+
+
+@pytest.mark.parametrize("offload", ["none", "blocks"])
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adafactor"])
+def test_lean_optimizers_go_on_bit_by_bit_where_they_were_killed(bank, tmp_path, optimizer, offload):
+    teacher, noised = of_dtype(torch.bfloat16)
+    changes = {"optimizer": optimizer, "offload": offload, "learning_rate": 1e-2}
+    whole, losses, _ = tuned(teacher, bank, tmp_path / "whole", noised, **changes)
+    with pytest.raises(Killed):
+        tuned(teacher, bank, tmp_path / "killed", noised, killed_at=4, **changes)
+    with pytest.raises(PpclError, match=f"was trained with optimizer {optimizer}, and adamw is chosen"):
+        tuned(teacher, bank, tmp_path / "killed", noised, optimizer="adamw")
+    resumed, curve, _ = tuned(teacher, bank, tmp_path / "killed", noised, **changes)
+    assert curve == losses
+    assert equal(whole, resumed)
+
+
 def one_of_two(rank, bank, folder):
     addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29587", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ.update(addresses | {"WORLD_SIZE": "2"})
@@ -150,16 +264,8 @@ def one_of_two(rank, bank, folder):
     assert all(torch.allclose(value, whole[name], rtol=1e-4, atol=1e-6) for name, value in sharded.items())
     processes.wait()
 
-    class Dying:
-        dtype = torch.float32
-
-        def __getitem__(self, number):
-            if number >= 8:
-                raise Killed
-            return batches()[number]
-
     with pytest.raises(Killed):
-        tuned(runner(), bank, folder / "killed", Dying(), shard=True, **changes)
+        tuned(runner(), bank, folder / "killed", killed_at=4, shard=True, **changes)
     processes.wait()
     resumed, again, _ = tuned(runner(), bank, folder / "killed", shard=True, gradient_checkpointing=True, **changes)
     assert curve == again

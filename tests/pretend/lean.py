@@ -1,0 +1,158 @@
+"""Training on the pretended device in less memory than weights and moments take: `test_lean.py` starts it."""
+
+import gc
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import DUAL, batches, desk, plan_of, runner
+from torch import nn
+
+from ppcl_toolkit.artifacts.storage import Bank
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.plan import Interval
+from ppcl_toolkit.recipe import Depth, Finetune
+from ppcl_toolkit.running.placement import Placement
+from ppcl_toolkit.stages.depth import distill_depth
+from ppcl_toolkit.stages.finetune import finetune, load_weights
+from ppcl_toolkit.training.loop import Optimization
+from ppcl_toolkit.training.means import Job, Machine, means_of
+from ppcl_toolkit.training.offload import Offload
+from ppcl_toolkit.training.targets import Velocities
+
+WIDTH, BLOCKS, TOKENS = 256, 12, 4
+MEMORY = 80_000_000
+KINDS = ("adamw", "adamw8bit", "adafactor")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x, scale):
+        return x + scale * self.down(torch.tanh(self.up(x)))
+
+
+class Tower(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+        self.enter, self.leave = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+
+    def forward(self, x):
+        x = self.enter(x)
+        for block in self.blocks:
+            x = block(x, scale=self.scale * 0.1)
+        return self.leave(x)
+
+
+def trained(kind, device, offload, steps=3, dtype=None):
+    """The losses, the weights and the most memory of a training."""
+    gc.collect()
+    dtype = dtype or (torch.float32 if kind == "adamw" else torch.bfloat16)
+    tower, device = Tower().to(dtype), torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    if not offload:
+        tower.to(device)
+    section = Finetune(steps=10, learning_rate=1e-3, warmup=0, clip=0.5)
+    optimization = Optimization("it", [tower], section, optimizer=kind, device=device)
+    if offload:
+        Offload(tower, tower.blocks, optimization.rule, device)
+    for step in range(steps):
+        x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(step)).to(device, dtype)
+        optimization.step((tower(x) - x.flip(-1)).float().square().mean())
+        assert not optimization.stopped
+        if offload:
+            assert {parameter.device.type for parameter in tower.blocks.parameters()} == {"cpu"}
+    most = torch.cuda.max_memory_allocated() - before
+    weights = {name: value.detach().cpu() for name, value in tower.state_dict().items()}
+    return [loss for _, loss in optimization.losses], weights, most
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_that_come_and_go_learn_what_blocks_that_stay_learn(kind):
+    stay, weights, much = trained(kind, "cuda", offload=False)
+    come, others, little = trained(kind, "cuda", offload=True)
+    assert stay == come
+    # The host's own AdamW sums in another order than the fused kernel of a device.
+    close = {"rtol": 0, "atol": 1e-6} if kind == "adamw" else {"rtol": 0, "atol": 0}
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, **close)
+    assert little < much / 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_training_takes_what_was_planned(kind, offload):
+    params = sum(p.numel() for p in Tower().parameters())
+    block = sum(p.numel() for p in Block().parameters())
+    job = Job(
+        params=params,
+        block_params=BLOCKS * block,
+        largest_block=block,
+        largest_weight=4 * WIDTH * WIDTH,
+        activations=0,
+        block_inputs=0,
+        half=kind != "adamw",
+    )
+    machine = Machine(device_bytes=MEMORY, host_bytes=MEMORY)
+    planned = means_of(job, machine, kind, "blocks" if offload else "none").bytes_on_device
+    _, _, most = trained(kind, "cuda", offload=offload)
+    assert 0.5 * planned < most < 1.15 * planned
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_device_learns_what_the_host_learns(kind):
+    there, weights, _ = trained(kind, "cuda", offload=True)
+    here, others, _ = trained(kind, "cpu", offload=True)
+    assert there == pytest.approx(here, rel=1e-3)
+    # Rounded up on one, rounded down on the other: a step of bf16.
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("optimizer", "streamed"), [("adamw", False), ("adamw8bit", True), ("adafactor", False)])
+def test_fine_tuning_on_a_card_gives_the_hosts_student(tmp_path, optimizer, streamed):
+    operations = (Interval(stack=DUAL.path, first=1, last=2),)
+    results = []
+    for name, offload, placement in (
+        ("host", "none", Placement()),
+        ("card", "none", Placement(device=torch.device("cuda"), streamed=streamed)),
+        ("moved", "blocks", Placement(device=torch.device("cuda"), streamed=streamed)),
+    ):
+        run = runner(placement=placement)
+        plan, bank = plan_of(run, *operations), tmp_path / name / "bank"
+        distill_depth(run, [plan], batches(), Depth(steps=0), desk(bank))
+        section = Finetune(
+            steps=3, batch=2, learning_rate=1e-3, features=0.1, optimizer=optimizer, offload=offload, warmup=0
+        )
+        velocities = Velocities(desk(tmp_path / name / "velocities").folder)
+        said = finetune(run, plan, Bank(bank), batches(), velocities, section, desk(tmp_path / name))
+        assert not said
+        assert {p.device.type for p in run.transformer.parameters()} == {"cpu"}
+        results.append(load_weights(tmp_path / name))
+    host, card, moved = results
+    for name, value in host.items():
+        torch.testing.assert_close(card[name], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(moved[name], card[name], rtol=0, atol=1e-6 if optimizer == "adamw" else 0)
+
+
+def test_what_fits_is_chosen_and_said_and_what_fits_in_no_way_is_refused(tmp_path, monkeypatch):
+    run = runner(placement=Placement(device=torch.device("cuda")))
+    plan, section = plan_of(run), Finetune(steps=1, batch=2)
+    velocities = Velocities(desk(tmp_path / "velocities").folder)
+    assert finetune(run, plan, Bank(), batches(), velocities, section, desk(tmp_path / "roomy")) == []
+
+    student = 4 * sum(p.numel() for p in run.transformer.parameters())
+    small = SimpleNamespace(total_memory=int(2.5 * student))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: small)
+    (said,) = finetune(run, plan, Bank(), batches(), velocities, section, desk(tmp_path / "small"))
+    assert "fine-tuning is made to fit: optimizer adamw8bit, offload blocks" in said
+    small.total_memory = 1000
+    with pytest.raises(PpclError, match=r"fits in no way: there are 0.0 GB of the device .* optimizer adafactor"):
+        finetune(run, plan, Bank(), batches(), velocities, section, desk(tmp_path / "none"))
