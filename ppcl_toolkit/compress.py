@@ -17,7 +17,7 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan, trained_forms
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.running.noise import Batches, Sample
-from ppcl_toolkit.running.placement import Placement
+from ppcl_toolkit.running.placement import Placement, host_bytes
 from ppcl_toolkit.running.schedule import Batch, Runner
 from ppcl_toolkit.stages.depth import distill_depth
 from ppcl_toolkit.stages.evaluate import evaluate, summarise
@@ -117,7 +117,9 @@ def export_target(out: str | Path, params: str, name: str | None = None) -> dict
 
 def _opened(recipe: Recipe, device: torch.device) -> tuple[Teacher, Runner]:
     teacher = load_teacher(recipe)
-    placement = Placement(device=device, streamed=recipe.teacher.streamed, chunk=recipe.teacher.chunk)
+    given = recipe.teacher
+    waiting = host_bytes() // 2 if given.waiting_gb is None else int(given.waiting_gb * 1e9)
+    placement = Placement(device=device, streamed=given.streamed, chunk=given.chunk, waiting=waiting)
     return teacher, Runner(teacher.transformer, teacher.adapter, placement)
 
 

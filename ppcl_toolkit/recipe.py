@@ -39,6 +39,8 @@ class Teacher(Section):
     """One block on the device at a time, for models larger than its memory."""
     chunk: PositiveInt = 8
     """Batches that share one visit of a streamed block."""
+    waiting_gb: PositiveFloat | None = None
+    """Gigabytes of the host in which blocks that learn wait, when streamed; more wait on disk. Default: half of all."""
     call: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of every call of the pipeline: steps, guidance, height, width, ..."""
 

@@ -5,6 +5,7 @@ their turn comes, with what reads them. Pipelines come with as many of their par
 """
 
 import contextlib
+import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -37,6 +38,8 @@ class Placement:
     """Blocks come to the device one at a time, and activations wait on the host."""
     chunk: int = 1
     """Batches that share one visit of a block, when streamed."""
+    waiting: int | None = None
+    """Bytes of the host in which blocks that learn may wait, when streamed; more of them wait in files."""
 
     @property
     def rest(self) -> torch.device:
@@ -116,6 +119,12 @@ def moved(value: Any, device: torch.device) -> Any:
         return known[id(tensor)]
 
     return map_tensors(value, move)
+
+
+def host_bytes() -> int:
+    """Return what the host has for this process: its memory, shared out over the processes that torchrun put there."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def device_of(transformer: nn.Module, adapter: Adapter) -> torch.device:

@@ -6,7 +6,7 @@ Every interval [u, v] has one student block, which sees the teacher's input to u
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import final
 
 import torch
@@ -25,6 +25,7 @@ from ppcl_toolkit.training.distill import finish, shared_out, train_segments
 from ppcl_toolkit.training.loop import Optimization
 from ppcl_toolkit.training.losses import LOSSES
 from ppcl_toolkit.training.segment import Segment
+from ppcl_toolkit.training.shelf import Shelf
 
 _INIT_BATCHES = 8
 
@@ -34,36 +35,37 @@ def distill_depth(runner: Runner, plans: Sequence[Plan], batches: Batches, secti
     forms = [form for form in trained_forms(plans) if form.is_stock]
     keys = [form.key for form in forms]
     sliced, own = shared_out(runner, forms, batches, section)
-    segments = []
+    segments, shelf = [], Shelf(desk.folder, runner.placement.waiting)
     for form, student in zip(own, initial_students(sliced, own, batches, section.init), strict=True):
         # Masters are fp32: half-precision updates vanish in half-precision weights.
         student = student.float().requires_grad_(True)
         optimization = Optimization(form.key, [student], section, exchange=section.split == "samples")
         stack = runner.adapter.stack(form.stack)
         segments.append(Segment(form, stack, student, optimization, LOSSES[section.loss]))
+        if runner.placement.streamed:
+            segments[-1].wait_on(shelf)
     follow_from = {"teacher": None, "student": 0, "mixed": section.steps // 2}[section.inputs]
     stopped = train_segments(sliced, segments, batches, section, desk, keys=keys, follow_from=follow_from)
     finish(desk.folder, keys)
     return stopped
 
 
-def initial_students(runner: Runner, forms: Sequence[Form], batches: Batches, init: str) -> list[nn.Module]:
-    """Return what each interval's student starts from: block u, the best block or the mean, shaped for its place."""
-    starts = _starts(runner, forms, batches, init)
-    transformer, adapter = runner.transformer, runner.adapter
-    return [standing_in(transformer, adapter, form, start) for form, start in zip(forms, starts, strict=True)]
+def initial_students(runner: Runner, forms: Sequence[Form], batches: Batches, init: str) -> Iterator[nn.Module]:
+    """Yield what each interval's student starts from: block u, the best block or the mean, shaped for its place."""
+    for form, start in zip(forms, _starts(runner, forms, batches, init), strict=True):
+        yield standing_in(runner.transformer, runner.adapter, form, start)
 
 
-def _starts(runner: Runner, forms: Sequence[Form], batches: Batches, init: str) -> list[nn.Module]:
+def _starts(runner: Runner, forms: Sequence[Form], batches: Batches, init: str) -> Iterator[nn.Module]:
     runs = [list(runner.blocks(form.stack))[form.first : form.last + 1] for form in forms]
     if init == "average":
-        return [_average(run) for run in runs]
+        return (_average(run) for run in runs)
     if init == "best":
         readers = [_BestBlock(f, runner.adapter.stack(f.stack), run) for f, run in zip(forms, runs, strict=True)]
         for _ in runner.feed(batches(0, _INIT_BATCHES), readers):
             pass
-        return [copy.deepcopy(reader.best()) for reader in readers]
-    return [copy.deepcopy(run[0]) for run in runs]
+        return (copy.deepcopy(reader.best()) for reader in readers)
+    return (copy.deepcopy(run[0]) for run in runs)
 
 
 @final

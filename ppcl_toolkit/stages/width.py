@@ -22,6 +22,7 @@ from ppcl_toolkit.training.distill import finish, shared_out, train_segments
 from ppcl_toolkit.training.loop import Optimization
 from ppcl_toolkit.training.losses import LOSSES
 from ppcl_toolkit.training.segment import LinearFit, Segment
+from ppcl_toolkit.training.shelf import Shelf
 
 
 def distill_width(
@@ -43,7 +44,7 @@ def distill_width(
 
 def _train(runner: Runner, wave: Sequence[Form], bank: Bank, batches: Batches, section: Width, desk: Desk) -> list[str]:
     sliced, own = shared_out(runner, wave, batches, section)
-    segments = _segments(sliced, own, bank, batches, section)
+    segments = _segments(sliced, own, bank, batches, section, Shelf(desk.folder, runner.placement.waiting))
     return train_segments(sliced, segments, batches, section, desk, keys=[form.key for form in wave])
 
 
@@ -73,7 +74,9 @@ def _stock_block(runner: Runner, form: Form) -> nn.Module:
     return standing_in(runner.transformer, runner.adapter, form, block)
 
 
-def _segments(runner: Runner, forms: Sequence[Form], bank: Bank, batches: Batches, section: Width) -> list[Segment]:
+def _segments(
+    runner: Runner, forms: Sequence[Form], bank: Bank, batches: Batches, section: Width, shelf: Shelf
+) -> list[Segment]:
     example = example_calls(runner.transformer, runner.adapter, batches[0])
     students = [narrow_block(runner, form, bank, example) for form in forms]
     # Whose z is aligned with that of the block that it was: nothing else of that block is needed, and it never learns.
@@ -93,5 +96,7 @@ def _segments(runner: Runner, forms: Sequence[Form], bank: Bank, batches: Batche
         optimization = Optimization(form.key, [student], section, exchange=section.split == "samples")
         segment = Segment(form, stack, student, optimization, LOSSES[section.loss])
         segment.wider, segment.alignment = origin, section.alignment
+        if runner.placement.streamed:
+            segment.wait_on(shelf)
         segments.append(segment)
     return segments

@@ -4,7 +4,7 @@ Weights of segments in training are fp32; under bf16 teachers the forward runs i
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,10 +80,10 @@ class Optimization:
         """Take no more steps."""
         self.stopped = f"{self.name} stopped at step {self.done + 1}: {why}; its last good state is kept"
 
-    def to(self, device: torch.device) -> None:
-        """Move the optimizer's moments, when a streamed schedule moves the weights."""
+    def place(self, move: Callable[[str, Tensor], Tensor]) -> None:
+        """Move the optimizer's moments, each by its name, when a streamed schedule moves the weights."""
         assert isinstance(self.rule, Masters), "what steps in the backward pass keeps its moments beside its weights"
-        self.rule.to(device)
+        self.rule.place(move)
 
     def state(self) -> dict[str, Any]:
         """Return what `load_state` needs to go on exactly here."""

@@ -12,7 +12,7 @@ import importlib.util
 import itertools
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, final
 
@@ -109,13 +109,14 @@ class Masters:
         shares = {i: {n: spread(v, self.parameters[i]) for n, v in state.items()} for i, state in states.items()}
         self._optimizer.load_state_dict({"state": shares, "param_groups": groups})
 
-    def to(self, device: torch.device) -> None:
+    def place(self, move: Callable[[str, Tensor], Tensor]) -> None:
         """Move the moments, when a streamed schedule moves the weights."""
-        for state in self._optimizer.state.values():
+        for index, parameter in enumerate(self.parameters):
+            state = self._optimizer.state.get(parameter, {})
             for key, value in state.items():
                 # The count of steps lives on the CPU, but for the fused kernel.
                 if isinstance(value, Tensor) and (value.ndim or self._fused):
-                    state[key] = value.to(device)
+                    state[key] = move(f"{index} {key}", value)
 
 
 @final

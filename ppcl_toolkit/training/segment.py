@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from ppcl_toolkit.adapter import Stack, Stream
 from ppcl_toolkit.plan import Form
 from ppcl_toolkit.running.capture import Streams, joint_text, run_block
+from ppcl_toolkit.running.placement import HOST
 from ppcl_toolkit.running.schedule import Reading
 from ppcl_toolkit.statistics.moments import Moments
 from ppcl_toolkit.training.loop import Optimization, autocast
 from ppcl_toolkit.training.losses import Loss, relative_mse
+from ppcl_toolkit.training.shelf import Shelf
 
 LINEAR_Z, LINEAR_H = "linear_text_z", "linear_text_h"
 """Names of the maps of Eq. 8 in a narrow block; those of Eq. 9 are `linear_ffn_image` and `linear_ffn_text`."""
@@ -66,6 +68,12 @@ class Segment(_Reads):
         """The block that this one was narrowed from, with its z."""
         self.alignment = 0.0
         """Weight of Eq. 12."""
+        self._shelf = Shelf()
+
+    def wait_on(self, shelf: Shelf) -> None:
+        """Wait on that shelf between visits, from now on."""
+        self._shelf = shelf
+        self.place(HOST)
 
     def read(self, reading: Reading) -> None:
         """Take one training step on a batch."""
@@ -84,11 +92,16 @@ class Segment(_Reads):
         return Streams(output.image.to(dtype), None if output.text is None else output.text.to(dtype))
 
     def place(self, device: torch.device) -> None:
-        """Move the student, and the optimizer's moments with it."""
-        self.student.to(device)
+        """Move the student, and the optimizer's moments with it; on the host each tensor has its place on a shelf."""
+
+        def move(name: str, tensor: Tensor) -> Tensor:
+            return self._shelf.put(f"{self.form.key} {name}", tensor) if device.type == "cpu" else tensor.to(device)
+
+        for name, tensor in (*self.student.named_parameters(), *self.student.named_buffers()):
+            tensor.data = move(name, tensor.data)
         if self.wider is not None:
             self.wider.to(device)
-        self.optimization.to(device)
+        self.optimization.place(move)
 
     def _objective(self, reading: Reading) -> Tensor:
         with _watch(self.form, self.student, self.stack) as seen:

@@ -153,12 +153,12 @@ def test_students_of_several_plans_are_trained_once(tmp_path):
     assert sorted(Bank(tmp_path)) == sorted(KEYS[:2])
 
 
+@pytest.mark.parametrize("waiting", [None, 0], ids=["in memory", "in files"])
 @pytest.mark.parametrize("inputs", ["teacher", "student", "mixed"])
-def test_streamed_equals_resident_bit_by_bit(tmp_path, inputs):
+def test_streamed_equals_resident_bit_by_bit(tmp_path, inputs, waiting):
     resident, losses, _ = distilled(tmp_path / "resident", inputs=inputs)
-    streamed, curves, _ = distilled(
-        tmp_path / "streamed", run=runner(placement=Placement(streamed=True, chunk=2)), inputs=inputs
-    )
+    placement = Placement(streamed=True, chunk=2, waiting=waiting)
+    streamed, curves, _ = distilled(tmp_path / "streamed", run=runner(placement=placement), inputs=inputs)
     assert all(equal(resident[key], streamed[key]) for key in KEYS)
     assert losses == curves
 
