@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -32,8 +33,10 @@ RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
 def main() -> None:
     """Run a command; a user's mistake is one line, and an interrupted run says how it goes on."""
     warnings.filterwarnings("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    for library in ("transformers", "diffusers", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         app(standalone_mode=False)
     except PpclError as error:
