@@ -8,56 +8,28 @@ smaller targets go on from larger ones, so that one bank serves all.
     select: {batches: 4, batch: 8}
 """
 
-import contextlib
-import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from pydantic import TypeAdapter
-from torch import Tensor, nn
 
 from ppcl_toolkit import processes
-from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.artifacts.workspace import write_json
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Form, Interval, Operation, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe, Target, Width
-from ppcl_toolkit.running.capture import bind, passing, rerouted, run_block
 from ppcl_toolkit.running.noise import Batches
-from ppcl_toolkit.running.placement import Placement
-from ppcl_toolkit.running.schedule import Reading, Runner
-from ppcl_toolkit.statistics.moments import Moments
-from ppcl_toolkit.surgery.assemble import example_calls, standing_in
-from ppcl_toolkit.surgery.narrow import narrow
-from ppcl_toolkit.training.segment import LinearFit
+from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.surgery.assemble import example_calls
+from ppcl_toolkit.training.substitution import Candidate, Measured, measure, placed, size_of, thinned
 
-Candidate = Interval | TextRun | FfnSwap
-_TOGETHER = 16
-"""Candidates that share a pass of the teacher: the sums of each take 150 MB of the host per stream of 3072 features."""
 _NOTES = "measured-*.json"
 """What each process has measured: {label: [error, parameters saved]}."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """A candidate, what it costs and what it saves."""
-
-    operation: Candidate
-    error: float
-    """Relative velocity error |v - v_teacher| / |v_teacher| with this candidate alone, untrained."""
-    saves: int
-    """Transformer parameters."""
-
-    @property
-    def price(self) -> float:
-        """Error per parameter saved."""
-        return self.error / max(self.saves, 1)
 
 
 def select(
@@ -103,27 +75,6 @@ def _measured(
 
 def _noted(folder: Path) -> dict[str, tuple[float, int]]:
     return {label: figures for path in folder.glob(_NOTES) for label, figures in json.loads(path.read_text()).items()}
-
-
-def measure(
-    runner: Runner, plan: Plan, candidates: Sequence[Candidate], batches: Batches, count: int
-) -> Iterator[Measured]:
-    """Yield every candidate with its substitution error over `count` batches; as many others set its linear maps."""
-    if not candidates:
-        return
-    held_out = list(batches(0, count))
-    example = example_calls(runner.transformer, runner.adapter, held_out[0])
-    velocities = [runner.velocity(batch) for batch in held_out]
-    for start in range(0, len(candidates), _TOGETHER):
-        group = candidates[start : start + _TOGETHER]
-        stands = [_substitute(runner, plan, candidate, example) for candidate in group]
-        for _ in runner.feed(batches(count, 2 * count), [reader for stand in stands for reader in stand.readers]):
-            pass
-        for candidate, stand in zip(group, stands, strict=True):
-            with stand.installed(runner.placement):
-                pairs = zip(held_out, velocities, strict=True)
-                errors = [_relative(runner.velocity(batch), velocity) for batch, velocity in pairs]
-            yield Measured(operation=candidate, error=sum(errors) / len(errors), saves=stand.saves)
 
 
 def ffn_candidates(runner: Runner, width: Width) -> list[FfnSwap]:
@@ -208,8 +159,8 @@ class Sizes:
     def __init__(self, runner: Runner, example: Mapping[str, Any]) -> None:
         self._runner, self._example = runner, example
         self._known: dict[tuple[Any, ...], int] = {}
-        self._rest = _size(runner.transformer) - sum(
-            _size(block) for stack in runner.adapter.stacks for block in runner.blocks(stack.path)
+        self._rest = size_of(runner.transformer) - sum(
+            size_of(block) for stack in runner.adapter.stacks for block in runner.blocks(stack.path)
         )
 
     def __call__(self, plan: Plan) -> int:
@@ -219,10 +170,10 @@ class Sizes:
     def _block(self, form: Form) -> int:
         key = (form.stack, form.first, form.last, form.text, form.ffn)
         if key not in self._known:
-            block = _placed(self._runner, form)
+            block = placed(self._runner, form)
             if not form.is_stock:
-                block = _thin(block, self._runner.adapter.stack(form.stack), form, self._example[form.stack])
-            self._known[key] = _size(block)
+                block = thinned(block, self._runner.adapter.stack(form.stack), form, self._example[form.stack])
+            self._known[key] = size_of(block)
         return self._known[key]
 
 
@@ -296,110 +247,5 @@ def _without(plan: Plan, operation: Candidate) -> Plan | None:
         return None
 
 
-@dataclass(slots=True)
-class _Stand:
-    """What takes the place of a candidate's blocks while it is measured."""
-
-    blocks: list[tuple[nn.Module, Any]]
-    """Blocks and the forwards that run instead."""
-    readers: list[Any]
-    saves: int
-    thin: list[nn.Module] = field(default_factory=list)
-    """Narrow blocks among them: what they have of their own is brought to the device when they run."""
-
-    @contextlib.contextmanager
-    def installed(self, placement: Placement) -> Iterator[None]:
-        for reader in self.readers:
-            reader.solve(1e-6)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(placement.visiting(*self.thin))
-            for block, forward in self.blocks:
-                stack.enter_context(rerouted(block, forward))
-            yield
-
-
-def _substitute(runner: Runner, plan: Plan, candidate: Candidate, example: dict[str, Any]) -> _Stand:
-    stack = runner.adapter.stack(candidate.stack)
-    blocks = runner.blocks(candidate.stack)
-    if isinstance(candidate, Interval):
-        run = list(blocks)[candidate.first : candidate.last + 1]
-        affine = _Affine(stack, candidate, run[0])
-        forwards = [(run[0], affine.forward), *((block, passing(block, stack)) for block in run[1:])]
-        student = _placed(runner, Form(stack.path, candidate.first, candidate.last))
-        return _Stand(forwards, [affine], sum(_size(block) for block in run) - _size(student))
-    forwards, readers, thin_blocks, saves = [], [], [], 0
-    for form in plan.with_operations([candidate]).forms():
-        if form.stack == candidate.stack and not form.is_stock:
-            block = blocks[form.first]
-            thin = _thin(block, stack, form, example[form.stack])
-            forwards.append((block, thin.__call__))
-            thin_blocks.append(thin)
-            if not form.is_teacher:
-                readers.append(LinearFit(form, stack, thin, block))
-                saves += _size(block) - _size(thin)
-    return _Stand(forwards, readers, saves, thin_blocks)
-
-
-@final
-class _Affine:
-    """An interval's first block with a least-squares map behind it, per stream."""
-
-    reference: tuple[int, int] | None = None
-
-    def __init__(self, stack: Stack, interval: Interval, block: nn.Module) -> None:
-        self.stack, self.first, self.last = stack, interval.first, interval.last
-        self._block = block
-        self._own = block.forward
-        self._moments: dict[str, Moments] = {}
-        self._maps: dict[str, Tensor] = {}
-
-    def read(self, reading: Reading) -> None:
-        output = run_block(self._block, self.stack, reading.arguments, reading.inputs)
-        for name, y in reading.target.of(self.stack.streams).items():
-            x = getattr(output, name)
-            self._moments.setdefault(name, Moments.zeros(x.shape[-1])).add(x, y)
-
-    def place(self, device: torch.device) -> None:
-        self._block.to(device)
-
-    def solve(self, ridge: float) -> None:
-        self._maps = {name: m.solve(ridge, bias=True) for name, m in self._moments.items()}
-        self._moments = {}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        arguments, streams = bind(self._block, self.stack, args, kwargs)
-        given = {self.stack.argument(name): value for name, value in streams.of(self.stack.streams).items()}
-        output = self._own(**arguments, **given)
-        values = output if isinstance(output, tuple) else (output,)
-        mapped = [self._map(name, value) for name, value in zip(self.stack.returns, values, strict=True)]
-        return tuple(mapped) if isinstance(output, tuple) else mapped[0]
-
-    def _map(self, name: str, x: Tensor) -> Tensor:
-        if name not in self._maps:  # Nobody reads the text behind SD3's last block.
-            return x
-        weight = self._maps[name].to(x)
-        return x + x @ weight[:, :-1].T + weight[:, -1]
-
-
-def _placed(runner: Runner, form: Form) -> nn.Module:
-    """Return the block of a form as it stands in the student, before anything of it is narrow."""
-    return standing_in(runner.transformer, runner.adapter, form, runner.blocks(form.stack)[form.first])
-
-
-def _thin(block: nn.Module, stack: Stack, form: Form, example: tuple[Any, Any]) -> nn.Module:
-    """Return a narrow copy that shares what it keeps with `block`."""
-    thin = copy.deepcopy(block, {id(p): p for p in block.parameters()})
-    narrow(thin, stack, form, *example)
-    return thin
-
-
 def _write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _relative(velocity: Tensor, teacher: Tensor) -> float:
-    return float((velocity - teacher).norm() / teacher.norm())

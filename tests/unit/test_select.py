@@ -14,6 +14,7 @@ from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.stages import select as stage
 from ppcl_toolkit.stages.select import Choice, Measured, Sizes, choose, ffn_candidates, measure, parse_size, select
 from ppcl_toolkit.surgery.assemble import count_parameters, example_calls
+from ppcl_toolkit.training import substitution
 
 PAIR = Interval(stack=DUAL.path, first=0, last=1)
 RUN = Interval(stack=DUAL.path, first=1, last=3)
@@ -229,7 +230,7 @@ def test_a_killed_measurement_goes_on_where_it_was(teacher, tmp_path, monkeypatc
 
 
 def test_candidates_of_several_groups_are_measured_as_those_of_one(teacher, measured, monkeypatch):
-    monkeypatch.setattr(stage, "_TOGETHER", 2)
+    monkeypatch.setattr(substitution, "_TOGETHER", 2)
     found = [each.operation for each in measured]
     again = list(measure(teacher, plan_of(teacher), found, batches(size=4), 3))
     assert [each.error for each in again] == [each.error for each in measured]
