@@ -30,6 +30,7 @@ from ppcl_toolkit.stages.samples import load_samples, record_samples
 from ppcl_toolkit.stages.select import Choice, parse_size, select
 from ppcl_toolkit.stages.width import distill_width
 from ppcl_toolkit.surgery.assemble import count_parameters, student_of
+from ppcl_toolkit.training.means import check_optimizer
 from ppcl_toolkit.training.targets import Velocities
 
 # Resident or streamed, results are the same: a run that was too large for its device may go on otherwise.
@@ -46,6 +47,7 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     "drop_percent", "rmse", ...}], "warnings": [...]}. Raises `PpclError` for bad input; finished stages are never lost.
     """
     device = processes.pick_device(recipe.device)
+    check_optimizer(recipe.finetune.optimizer)
     run = Workspace(out, progress=progress)
     run.open(recipe.dump())
     teacher, runner = _opened(recipe, device)

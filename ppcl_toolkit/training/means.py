@@ -1,5 +1,6 @@
 """How a student is trained in the memory that there is: which optimizer, and where its blocks rest between steps."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,15 @@ class Means:
         )
 
 
+def check_optimizer(optimizer: str) -> None:
+    """Raise a `PpclError` for an optimizer whose package is not installed."""
+    if not _is_installed(optimizer):
+        raise PpclError(
+            f"finetune.optimizer: {optimizer} needs the package torchao: pip install 'ppcl-toolkit[lowmem]'; or take "
+            "auto, adamw or adafactor"
+        )
+
+
 def choose_means(job: Job, machine: Machine, optimizer: str = "auto", offload: str = "auto") -> Means:
     """Return the first means that fit, of those asked for; where none is, a `PpclError` with what each would take.
 
@@ -86,7 +96,7 @@ def choose_means(job: Job, machine: Machine, optimizer: str = "auto", offload: s
     asked = [
         means_of(job, machine, kind, rest)
         for kind, rest in _ORDER
-        if optimizer in ("auto", kind)
+        if (kind == optimizer or (optimizer == "auto" and _is_installed(kind)))
         and offload in ("auto", rest)
         and _possible(kind, rest, machine.ranks, spread=spread)
     ]
@@ -103,6 +113,7 @@ def choose_means(job: Job, machine: Machine, optimizer: str = "auto", offload: s
         raise PpclError(
             f"fine-tuning fits in no way: there are {machine.device_bytes / GB:.1f} GB of the device and "
             f"{machine.host_bytes / GB:.1f} GB of the host, and it takes at least {'; or '.join(map(str, asked))}"
+            + ("" if _is_installed("adamw8bit") else "; with ppcl-toolkit[lowmem] there is adamw8bit, too")
         )
     return chosen
 
@@ -206,6 +217,10 @@ def _free_on_host() -> int:
     except (OSError, KeyError):
         # Other systems than Linux tell how much there is, not how much of it is free.
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _is_installed(optimizer: str) -> bool:
+    return optimizer != "adamw8bit" or importlib.util.find_spec("torchao") is not None
 
 
 def _possible(optimizer: str, offload: str, ranks: int, *, spread: bool) -> bool:

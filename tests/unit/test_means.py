@@ -1,11 +1,13 @@
 """The means of fine-tuning are the first that fit; what each takes is a sum that can be done by hand."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.training.means import Job, Machine, choose_means, job_of, means_of
+from ppcl_toolkit.training.means import Job, Machine, check_optimizer, choose_means, job_of, means_of
 
 GB = 10**9
 FLUX = Job(  # 8B, batch 4 at 1024 pixels, blocks computing again
@@ -99,3 +101,13 @@ def test_activations_are_what_autograd_keeps():
     again = job_of(model, list(model.blocks), lambda: model(x), recomputed=True)
     assert again.activations == kept.block_inputs == again.block_inputs
     assert (kept.params, kept.block_params, kept.largest_block, kept.largest_weight) == (960, 816, 272, 256)
+
+
+def test_an_optimizer_that_is_not_installed_is_not_chosen_and_refused_by_name(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert choose_means(FLUX, card(80, 64)).optimizer != "adamw8bit"
+    check_optimizer("auto")
+    with pytest.raises(PpclError, match=r"adamw8bit needs the package torchao: pip install 'ppcl-toolkit\[lowmem\]'"):
+        check_optimizer("adamw8bit")
+    with pytest.raises(PpclError, match=r"with ppcl-toolkit\[lowmem\] there is adamw8bit, too"):
+        choose_means(FLUX, card(8, 8))
