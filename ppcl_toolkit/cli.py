@@ -249,11 +249,11 @@ def list_recipes() -> None:
 
 
 @recipes_app.command()
-def show(name: Annotated[str, typer.Argument(help="Shipped recipe.")]) -> None:
+def show(name: Annotated[str, typer.Argument(help="Shipped recipe; or slurm, a job for several machines.")]) -> None:
     """Print a shipped recipe, comments and all: a start for one of your own."""
-    from ppcl_toolkit.recipe import find_recipe
+    from ppcl_toolkit.recipe import shipped_text
 
-    typer.echo(find_recipe(name).read_text(), nl=False)
+    typer.echo(shipped_text(name), nl=False)
 
 
 @recipes_app.command()

@@ -295,6 +295,13 @@ def find_recipe(source: str | Path) -> Path:
     raise PpclError(f"no recipe {str(source)!r}: give a YAML file or one of {', '.join(shipped_recipes())}")
 
 
+def shipped_text(name: str) -> str:
+    """Return a recipe as it is written, or `slurm`: a job for several machines of a cluster."""
+    if name == "slurm":
+        return (importlib.resources.files("ppcl_toolkit.recipes") / "slurm.sh").read_text()
+    return find_recipe(name).read_text()
+
+
 def _override(data: dict[str, Any], override: str) -> None:
     dotted, equals, value = override.partition("=")
     if not equals or not dotted:

@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
 from test_end_to_end import RECIPE, contents
+
+from ppcl_toolkit.recipe import shipped_text
 
 RUN = """
 import os, signal, sys
@@ -163,3 +166,40 @@ def test_accelerate_with_fsdp_but_no_gpu_starts_processes_that_know_each_other(t
     (tmp_path / "who.py").write_text(f"import sys; from ppcl_toolkit import processes; {says}")
     done = ended([*ACCELERATE, "--use_fsdp", "--num_processes=2", "--main_process_port=0", str(tmp_path / "who.py")])
     assert sorted(done.stdout.splitlines()) == ["False (1, 2)", "True (0, 2)"], done.stderr[-2000:]
+
+
+SRUN = """#!/usr/bin/env bash
+# Stands for SLURM: its options are dropped, and the task is started once for each machine of the job.
+while [[ $1 == --* ]]; do shift; done
+tasks=()
+for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do "$@" & tasks+=($!); done
+for task in "${tasks[@]}"; do wait "$task" || exit 1; done
+"""
+SCONTROL = """#!/usr/bin/env bash
+[[ "$*" == "show hostnames $SLURM_JOB_NODELIST" ]] && printf '127.0.0.1\\nother\\n'
+"""
+
+
+def test_the_slurm_job_runs_on_two_machines(world, tmp_path):
+    """Two launchers that find each other: all that the job does but SLURM's own."""
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "job.sh").write_text(shipped_text("slurm"))
+    slurm = {
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "7",
+        "SLURM_CPUS_PER_TASK": "1",
+    }
+    own = {"RECIPE": str(world / "recipe.yaml"), "OUT": str(tmp_path / "out"), "PROCESSES": "1", "PORT": "29631"}
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    ends = {**os.environ, **slurm, **own, "PATH": path, "HF_HUB_OFFLINE": "1"}
+    overrides = [word for override in (*SHORT, "evaluate.count=1") for word in ("--set", override)]
+    command = ["bash", str(tmp_path / "job.sh"), *overrides]
+    done = subprocess.run(command, env=ends, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report: ") == 1
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["variants"]
+    # Two that did not know each other would both have begun every stage, and printed the table.
+    assert len(set(started(tmp_path / "out"))) == len(started(tmp_path / "out")) > 5

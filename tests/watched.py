@@ -19,7 +19,7 @@ from ppcl_toolkit.artifacts.pipeline import Teacher
 from ppcl_toolkit.artifacts.storage import save_tree
 from ppcl_toolkit.artifacts.workspace import Workspace
 from ppcl_toolkit.recipe import Recipe
-from ppcl_toolkit.running.noise import Sample
+from ppcl_toolkit.running.noise import Batches, Sample
 
 PATH = importlib.import_module("ppcl_toolkit.compress")
 """The module; the package has a function of that name."""
@@ -114,7 +114,7 @@ def _run_student(*given: Any, device: torch.device, **_: Any) -> None:
 
 def _velocity(runner: Any, *given: Any) -> None:
     """Stand for the evaluation: one call of the teacher, as velocity errors need it."""
-    batches = next(each for each in given if hasattr(each, "samples") and hasattr(each, "seed"))
+    batches = next(each for each in given if isinstance(each, Batches))
     assert runner.velocity(batches[0]).isfinite().all()
 
 
