@@ -2,7 +2,14 @@
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median as middle
 
+import bench_depth
 import tiny
 import torch
 from torch.utils.benchmark import Timer
@@ -28,9 +35,9 @@ def median(function) -> float:
         return Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=1).median
 
 
-def report(name: str, ratio: float) -> None:
-    """One line of the table."""
-    print(f"{name:64} {ratio:6.2f}")  # noqa: T201
+def report(name: str, ratio: float, goal: str = "") -> None:
+    """One line of the table, and what it shall be."""
+    print(f"{name:64} {ratio:6.2f}  {goal}".rstrip(), flush=True)  # noqa: T201
 
 
 def students() -> None:
@@ -153,7 +160,38 @@ def pipelines() -> None:
         report(f"{count} whole teachers, segments shared out / one, counted", by_segments(spans, count) / alone(spans))
 
 
+def depth() -> None:
+    """A step of depth distillation beside what it must take; streamed beside resident; two processes beside one.
+
+    On CPUs streaming copies nothing: what is seen is its bookkeeping. Medians of ratios, each of neighbours in time.
+    """
+    resident, streamed = bench_depth.teacher(), bench_depth.teacher(Placement(streamed=True, chunk=4))
+    steps, over, slower = [], [], []
+    for _ in range(3):
+        with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+            step = bench_depth.seconds_of_a_step(resident, Path(one))
+            steps.append(step)
+            over.append(step / bench_depth.floor(resident))
+            slower.append(bench_depth.seconds_of_a_step(streamed, Path(other)) / step)
+    report("depth, a step / teacher's and 3 x students' forwards", middle(over), "goal: at most 1.10")
+    report("depth, streamed by 4 / resident", middle(slower), "goal: at most 1.50")
+    cores = len(os.sched_getaffinity(0))
+    said = "goal: at least 1.80" if cores >= 2 else f"goal: at least 1.80 on 2 cores; here is {cores}"
+    report("depth, steps a second of 2 processes / of 1 (gloo)", middle(steps) / of_two(), said)
+
+
+def of_two() -> float:
+    """Seconds of a depth step that two processes share, one core each: the median over both and three runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = ["--nproc-per-node=2", "--standalone", str(Path(__file__).with_name("bench_depth.py")), folder]
+        command = [sys.executable, "-m", "torch.distributed.run", *script]
+        done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=True)
+    return middle(map(float, done.stdout.split()))
+
+
 if __name__ == "__main__":
+    torch.set_num_threads(1)
+    depth()
     pipelines()
     students()
     schedules()
