@@ -32,7 +32,9 @@ WAYS = {
     "adafactor, bf16": {"optimizer": "adafactor"},
     "adamw8bit, bf16, offload blocks": {"optimizer": "adamw8bit", "offload": "blocks"},
 }
+UNTRAINED = "untrained"
 HELD_OUT = 4
+_SIZE = {"height": 32, "width": 32, "max_sequence_length": 16}
 
 
 @contextlib.contextmanager
@@ -46,13 +48,13 @@ def _desk(folder: Path) -> Desk:
     return Desk(folder, lambda *_, **__: None)
 
 
-def measured(steps: int, ways: Mapping[str, Mapping[str, str]] = WAYS, *, rate: float = 1e-3) -> dict[str, dict]:
+def measured(steps: int, ways: Mapping[str, Mapping[str, str]] = WAYS, *, rate: float = 1e-4) -> dict[str, dict]:
     """Train one student each way; return its losses and its relative error on batches that it never saw."""
     pick_device("cpu")
     recipe = Recipe.model_validate(
         {
-            "teacher": {"path": "shapes", "dtype": "bfloat16", "call": {"num_inference_steps": 2}},
-            "samples": {"count": 8, "batch": 8},
+            "teacher": {"path": "shapes", "dtype": "bfloat16", "call": {**_SIZE, "num_inference_steps": 4}},
+            "samples": {"count": 32, "batch": 8},
             "targets": [{"name": "one", "params": "90%"}],
         }
     )
@@ -60,17 +62,18 @@ def measured(steps: int, ways: Mapping[str, Mapping[str, str]] = WAYS, *, rate: 
     runner = Runner(teacher.transformer, teacher.adapter, Placement())
     plan = teacher.plan()
     path, depth = max(plan.depths.items(), key=lambda item: item[1])
-    plan = plan.with_operations([Interval(stack=path, first=depth // 2, last=depth // 2 + 1)])
+    plan = plan.with_operations([Interval(stack=path, first=depth // 2, last=depth // 2 + 3)])
     with _folder() as folder:
         record_samples(runner, teacher, recipe, _desk(folder / "samples"))
         noised = Batches(
-            samples=load_samples(folder / "samples"), adapter=teacher.adapter, size=2, seed=1, dtype=torch.bfloat16
+            samples=load_samples(folder / "samples"), adapter=teacher.adapter, size=4, seed=1, dtype=torch.bfloat16
         )
         distill_depth(runner, [plan], noised, Depth(steps=0), _desk(folder / "bank"))
         bank, velocities = Bank(folder / "bank"), Velocities(folder / "velocities")
         section = Finetune(steps=steps, learning_rate=rate, weight_decay=0.0)
         record_velocities(runner, [plan], noised, section, _desk(velocities.folder))
-        found = {}
+        start = student_of(runner.transformer, runner.adapter, plan, bank, noised[0])
+        found = {UNTRAINED: {"losses": [], "error": _error(runner, start, noised, steps)}}
         for number, (name, way) in enumerate(ways.items()):
             own = section.model_copy(update=dict(way))
             assert not finetune(runner, plan, bank, noised, velocities, own, _desk(folder / str(number)))
@@ -99,8 +102,9 @@ def table(found: Mapping[str, Mapping], steps: int) -> str:
         f"|---|{'---|' * (len(ends) + 1)}",
     ]
     for name, result in found.items():
-        means = [sum(result["losses"][end - steps // 5 : end]) / (steps // 5) for end in ends]
-        lines.append(f"| {name} | {' | '.join(f'{mean:.5f}' for mean in means)} | {result['error']:.4f} |")
+        parts = [result["losses"][end - steps // 5 : end] for end in ends]
+        means = [f"{sum(part) / len(part):.5f}" if part else "" for part in parts]
+        lines.append(f"| {name} | {' | '.join(means)} | {result['error']:.4f} |")
     return "\n".join(lines)
 
 
