@@ -34,6 +34,7 @@ ADAPTER = Adapter(
         "Qwen/Qwen-Image-Edit-2509": {},
         "Qwen/Qwen-Image-Edit-2511": {"zero_cond_t": True},
     },
+    others=(8_292_166_656, 126_892_531),
     example=example,
     noised=noised,
     stacks=(

@@ -94,6 +94,8 @@ class Adapter:
     """Hub ids, and where their config differs from the class's defaults: `ppcl plan` needs no download for these."""
     guidance: str = "true_cfg_scale"
     """Argument of the pipeline that, above 1, makes it run every picture twice: classifier-free guidance."""
+    others: tuple[int, ...] = ()
+    """Parameters of each of the pipeline's other parts, text encoders and autoencoder: for `ppcl plan`."""
     example: Example | None = None
     """`example(config, call, references)`: the arguments of one call of the transformer for a recipe's `teacher.call`
     and so many reference images, shapes in place of tensors; for `ppcl plan`."""

@@ -89,37 +89,55 @@ def compress(
 def plan(
     recipe: Annotated[str, typer.Option(help="YAML file, or the name of a shipped recipe.")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, any number of times.")] = None,
+    card: Annotated[str | None, typer.Option(help="Memory of a GPU: 24GB. Default: this machine's.")] = None,
+    host: Annotated[str | None, typer.Option(help="Memory of the machine: 64GB. Default: this machine's.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="GPUs of that machine.")] = 1,
     tflops: Annotated[float, typer.Option(min=1e-6, help="What one device sustains, for the time estimate.")] = 400.0,
     as_json: Annotated[bool, typer.Option("--json", help="Plain data instead of tables.")] = False,
 ) -> None:
-    """Say what a recipe would remove, need and take, in seconds and without weights."""
+    """Say what a recipe would remove, need and take, and whether a machine has it: in seconds and without weights."""
     from ppcl_toolkit import Recipe
     from ppcl_toolkit.artifacts.pipeline import quiet
-    from ppcl_toolkit.dry_run import dry_run
+    from ppcl_toolkit.budget import dry_run, machine_of
 
     with quiet():
-        found = dry_run(Recipe.load(recipe, set_ or []), tflops)
+        found = dry_run(Recipe.load(recipe, set_ or []), tflops, machine_of(card, host, devices))
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return
     sizes = Table("model", "parameters", "share", "weights", "step", "blocks", box=None)
     for size in (found.teacher, *found.variants):
         share, step = f"{size.params / found.teacher.params:.1%}", _scaled(size.teraflops * 1e12, "FLOP")
-        blocks = " + ".join(map(str, size.blocks.values())) or "the run decides"
+        blocks = " + ".join(map(str, size.blocks.values()))
         sizes.add_row(size.name, f"{size.params:,}", share, _scaled(size.bytes, "B"), step, blocks)
-    needs = Table("schedule", "stage", "memory of a device", box=None)
-    for schedule, stages in found.memory.items():
-        for stage, needed in stages.items():
-            needs.add_row(schedule, stage, _scaled(needed, "B"))
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(sizes, needs, sep="\n\n")
+    console.print(sizes, _verdicts(found.stages) if found.stages else _needs(found.memory), sep="\n\n")
     hours = ", ".join(f"{stage} {_duration(value)}" for stage, value in found.hours.items() if value)
-    typer.echo(f"\ntime: {hours}\ndisk for samples: {_scaled(found.disk, 'B')}")
+    written = ", ".join(f"{kind} {_scaled(size, 'B')}" for kind, size in found.disk.items() if size)
+    typer.echo(f"\ntime: {hours}\ndisk: {written}")
     for variant in found.variants:
         if variant.operations:
             typer.echo(f"{variant.name}: {'; '.join(variant.operations)}")
     for line in found.basis:
         typer.echo(f"({line})")
+
+
+def _needs(memory: Any) -> Table:
+    """Draw what every stage takes under every schedule."""
+    table = Table("stage", *memory, box=None)
+    for stage in next(iter(memory.values())):
+        taken = (stages[stage] for stages in memory.values())
+        table.add_row(stage, *(f"{_scaled(n['device'], 'B')} + {_scaled(n['host'], 'B')} host" for n in taken))
+    return table
+
+
+def _verdicts(stages: Any) -> Table:
+    """Draw what a machine has to say to every stage."""
+    table = Table("stage", "device", "host", "by", "fits", box=None)
+    for stage in stages:
+        told = "yes" if stage.fits else f"no: {stage.otherwise}"
+        table.add_row(stage.name, _scaled(stage.device, "B"), _scaled(stage.host, "B"), stage.means, told)
+    return table
 
 
 @app.command()

@@ -2,11 +2,12 @@
 
 import functools
 
+import headers
 import pytest
 from diffusers import FluxTransformer2DModel
 
 from ppcl_toolkit.adapter import available_adapters, load_adapter
-from ppcl_toolkit.dry_run import dry_run
+from ppcl_toolkit.budget import Machine, check_fits, dry_run
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Recipe, shipped_recipes
 
@@ -32,8 +33,9 @@ def test_every_recipe_starts_from_its_teacher_and_asks_for_less(name):
     assert found.teacher.params == TEACHERS[Recipe.load(name).teacher.path]
     sizes = [found.teacher.params, *(variant.params for variant in found.variants)]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
-    assert found.memory["streamed"]["depth, 1 device"] < found.memory["resident"]["depth, 1 device"]
-    assert found.disk > 0 and all(hours >= 0 for hours in found.hours.values())
+    resident, streamed, eight = (needs["depth"] for needs in found.memory.values())
+    assert streamed["device"] < eight["device"] < resident["device"] and resident["host"] < streamed["host"]
+    assert all(size > 0 for size in found.disk.values()) and all(hours >= 0 for hours in found.hours.values())
 
 
 def test_flux_with_all_of_the_papers_intervals():
@@ -65,7 +67,7 @@ def test_guidance_runs_every_picture_twice():
     call = {**recipe.teacher.call, "guidance_scale": 1.0}
     plain = dry_run(recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"call": call})}))
     guided = planned("sd35_medium_1_6b")
-    assert guided.disk == 2 * plain.disk
+    assert guided.disk["samples"] == 2 * plain.disk["samples"]
     assert guided.hours["samples"] == pytest.approx(2 * plain.hours["samples"])
     assert guided.hours["depth"] == plain.hours["depth"]
 
@@ -105,3 +107,21 @@ def test_what_cannot_be_planned_is_one_clear_error(change, message):
     recipe = Recipe.load("paper_flux")
     with pytest.raises(PpclError, match=message):
         dry_run(Recipe.model_validate({**recipe.model_dump(), **change}))
+
+
+@pytest.mark.parametrize("name", headers.PLANNED)
+def test_a_recipe_says_what_its_plan_says(name):
+    """`python tests/headers.py` writes these lines."""
+    _, said, _ = headers.parts((headers.RECIPES / f"{name}.yaml").read_text())
+    assert said == headers.header(name, planned(name))
+
+
+def test_a_machine_that_is_too_small_is_told_what_would_do():
+    recipe = Recipe.load("flux_8b")
+    large, small = Machine(card=80 * 10**9, host=256 * 10**9), Machine(card=24 * 10**9, host=256 * 10**9)
+    assert dry_run(recipe, machine=large).fits
+    found = {stage.name: stage for stage in dry_run(recipe, machine=small).stages}
+    assert not found["depth"].fits and "teacher.streamed: true would" in found["depth"].otherwise
+    check_fits(recipe, large.card, large.host)
+    with pytest.raises(PpclError, match=r"samples takes .* of a device .*; there are 4.0 and 256.0"):
+        check_fits(recipe, 4 * 10**9, small.host)

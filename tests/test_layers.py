@@ -18,7 +18,7 @@ PLACES = {
         "ppcl_toolkit/artifacts/variant.py",
         "ppcl_toolkit/surgery/modelling.py",
         "ppcl_toolkit/artifacts/published.py",
-        "ppcl_toolkit/dry_run.py",
+        "ppcl_toolkit/budget/model.py",
         "ppcl_toolkit/shapes/",
     ),
     "transformers": (
@@ -38,7 +38,8 @@ FLOORS = (
     ("ppcl_toolkit/artifacts/",),
     ("ppcl_toolkit/training/",),
     ("ppcl_toolkit/stages/",),
-    ("ppcl_toolkit/compress.py", "ppcl_toolkit/dry_run.py"),
+    ("ppcl_toolkit/budget/",),
+    ("ppcl_toolkit/compress.py",),
     ("ppcl_toolkit/cli.py",),
 )
 """The rooms of the core from the ground up: a file imports from its own floor or from one below."""

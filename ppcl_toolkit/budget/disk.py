@@ -1,0 +1,34 @@
+"""Bytes on disk: what a run leaves, and what it has there for a while."""
+
+from ppcl_toolkit.budget.memory import FITTED, LEARNING, SUMS, Memory
+from ppcl_toolkit.budget.whole import Whole
+
+_WEIGHT = 4
+"""Bytes of a parameter in the bank."""
+
+
+def disk(memory: Memory) -> dict[str, int]:
+    """Return the bytes of what a run writes, by kind; states are gone when their stage is done."""
+    recipe, blocks = memory.recipe, memory.blocks
+    whole = Whole(memory, 0, 0)
+    banked = sum(memory.blocks.size(form) for form in memory.forms)
+    squares, _ = memory.squares()
+    variants = [whole.params(plan) * blocks.model.dtype.itemsize for plan in memory.plans.values()]
+    students = max(whole.params(plan) for plan in memory.plans.values()) if recipe.finetune.steps else 0
+    return {
+        "samples": recipe.samples.count * blocks.model.forwards * blocks.model.sample_bytes,
+        "probes": squares * FITTED,
+        "velocities": _answered(memory),
+        "bank": banked * _WEIGHT,
+        "students": sum(variants),
+        "variants": sum(variants) + len(variants) * whole.others,
+        # Segments have one at the last step and one at the step before, until all are as far.
+        "states": max(squares * SUMS, 2 * banked * LEARNING, students * LEARNING),
+    }
+
+
+def _answered(memory: Memory) -> int:
+    """Bytes of what the teacher says to every batch of fine-tuning, kept until all students have learned."""
+    section, model = memory.recipe.finetune, memory.blocks.model
+    latents = model.example[model.adapter.latents]
+    return section.steps * section.batch * memory.devices * int(latents.nbytes)

@@ -1,0 +1,194 @@
+"""Memory of the stages that run a teacher block by block: what is alive at once on a device and on its host.
+
+teacher     at rest on the device (resident), or its blocks on the host and one at a time on the device (streamed);
+            with `split: segments`, every device has a slice of it and the students that learn there
+a learner   fp32 weight and two moments: 12 bytes a parameter; gradients, and lists in the optimizer's step: 8
+a probe     sums in fp64: 16 bytes for every pair of features; in training 16 more
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from ppcl_toolkit.budget.blocks import Blocks, Trained
+from ppcl_toolkit.plan import Form, Plan, trained_forms
+from ppcl_toolkit.recipe import Distillation, Recipe
+from ppcl_toolkit.running.slices import block_costs, slices
+
+WEIGHT, LEARNING, STEP = 4, 12, 8
+"""Bytes of a parameter that learns: its weight; at rest; and of its gradient and the lists of AdamW's step."""
+SUMS, FITTED, TRAINED = 16, 4, 12
+"""Bytes of a pair of features: sums of the normal equations, what they come to, and that in training with moments."""
+_TOGETHER = 16
+"""Candidates that `select` measures in one pass, and samples whose chains are followed together."""
+_HEATMAP = 8 * 2**30
+"""Bytes of outputs that wait for a heatmap."""
+
+
+class Need(NamedTuple):
+    """Bytes of a device and of its host."""
+
+    device: int
+    host: int
+
+    def beside(self, device: int, host: int) -> "Need":
+        """Return this and so many more bytes."""
+        return Need(self.device + device, self.host + host)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the stages of one recipe take of each of `devices`, and of the host for each."""
+
+    recipe: Recipe
+    blocks: Blocks
+    plans: Mapping[str, Plan]
+    streamed: bool = False
+    devices: int = 1
+    waiting: int | None = None
+    """Bytes of the host in which learners wait, when streamed; more of them wait in files."""
+
+    def probe(self) -> Need:
+        """Linear probes: sums of all blocks on the host, and all probes in training."""
+        section = self.recipe.probe
+        squares, most = self.squares()
+        host = squares * (SUMS + FITTED + (TRAINED if section.steps else 0)) + (0 if section.steps else 6 * 8 * most)
+        at_work = max(self.blocks.forward(section.batch), self._added_up(section.batch))
+        visiting = 2 * most * (SUMS if self.streamed and not section.steps else TRAINED)
+        return self.resting().beside(at_work + visiting, host).beside(*self.passing(section.batch))
+
+    def intervals(self) -> Need:
+        """Similarities: chains of some samples, one after another; outputs of all blocks for the heatmap."""
+        section = self.recipe.intervals
+        squares, _ = self.squares()
+        device, host = 0, squares * FITTED
+        for call in self.blocks.calls(section.batch):
+            depth = len(self.blocks.params[call.stack.path])
+            chains = [self._chains(*stream.shape) for stream in call.streams if stream is not None]
+            outputs = [stream.nbytes for stream in call.streams if stream is not None]
+            compared = max(depth * own // section.batch for own in outputs)
+            device = max(device, sum(chains), compared)
+            together = self.recipe.teacher.chunk if self.streamed else 1
+            waiting = [min(together, -(-_HEATMAP // (depth * own))) * depth * own for own in outputs]
+            host = max(host, squares * FITTED + sum(waiting))
+        if not self.streamed:
+            device, host = device + squares * FITTED, host
+        at_work = max(self.blocks.forward(section.batch), device)
+        return self.resting().beside(at_work, host).beside(*self.passing(section.batch))
+
+    def select(self) -> Need:
+        """Substitution errors: maps of some candidates at a time, whose sums are on the host."""
+        section = self.recipe.select
+        _, most = self.squares()
+        found = {str(operation) for plan in self.plans.values() for operation in plan.operations}
+        given = self.recipe.intervals.strategy == "given"
+        candidates = len(found) if given else max(len(found), sum(map(len, self.blocks.params.values())) // 2)
+        host = min(-(-candidates // self.devices), _TOGETHER) * 2 * SUMS * most + 7 * 8 * most
+        at_work = max(self.blocks.forward(section.batch), self._added_up(section.batch))
+        # The first block of an interval comes for its last one's readings.
+        second = self.blocks.largest if self.streamed else 0
+        return self.resting().beside(at_work + second, host).beside(*self.passing(section.batch))
+
+    def depth(self) -> Need:
+        """Distillation of intervals: all students at once, or one on the device at a time."""
+        section = self.recipe.depth
+        forms = [form for form in self.forms if form.is_stock]
+        return self._distilled(forms, [self.blocks.trained(form, section.batch) for form in forms], section)
+
+    def width(self) -> Need:
+        """Linear text streams and FFNs, in two waves."""
+        section = self.recipe.width
+        narrow = [form for form in self.forms if not form.is_stock]
+        needs = [self.resting()]
+        for wave in ([f for f in narrow if not _both(f)], [f for f in narrow if _both(f)]):
+            learners = [self.blocks.trained(form, section.batch, section.alignment) for form in wave]
+            needs.append(self._distilled(wave, learners, section))
+        return Need(max(need.device for need in needs), max(need.host for need in needs))
+
+    @cached_property
+    def forms(self) -> list[Form]:
+        """Everything that is trained for the bank."""
+        return trained_forms(self.plans.values())
+
+    def resting(self, held: int | None = None) -> Need:
+        """Bytes of the teacher, of whose blocks `held` bytes are needed here, all of them by default."""
+        blocks = self.blocks
+        inside = blocks.teacher - blocks.outside
+        if self.streamed:
+            return Need(blocks.outside + blocks.largest, inside)
+        held = inside if held is None else held
+        return Need(blocks.outside + held, inside - held)
+
+    def passing(self, batch: int) -> tuple[int, int]:
+        """Bytes of batches on their way on the device, and of those that wait on the host."""
+        flow, beside = self.blocks.flow(batch), self.blocks.beside(batch)
+        # What a block is given, what it returns, and where the interval around it began.
+        return 3 * flow + beside, (2 * flow + beside) * self.recipe.teacher.chunk if self.streamed else 0
+
+    def _distilled(self, forms: Sequence[Form], learners: Sequence[Trained], section: Distillation) -> Need:
+        if not learners:
+            return self.resting()
+        if self.devices == 1 or section.split == "samples":
+            return self._trained(self.resting(), learners, section)
+        known = dict(zip([form.key for form in forms], learners, strict=True))
+        needs = [
+            self._trained(self.resting(held), [known[form.key] for form in own], section)
+            for held, own in self._slices(forms)
+        ]
+        return Need(max(need.device for need in needs), max(need.host for need in needs))
+
+    def _trained(self, resting: Need, learners: Sequence[Trained], section: Distillation) -> Need:
+        """Add what learns on one device."""
+        forward = self.blocks.forward(section.batch)
+        at_work = max([max(e.step.forward, e.step.backward, e.params * STEP) for e in learners], default=forward)
+        own = [each.params * LEARNING + each.wider for each in learners]
+        passing, waiting = self.passing(section.batch)
+        if self.streamed:
+            placed = sum(own) if self.waiting is None else min(sum(own), self.waiting)
+            # All narrow blocks are made before the first finds its place.
+            made = sum(own) * WEIGHT // LEARNING if section is self.recipe.width else 0
+            return resting.beside(max(own, default=0) + at_work + passing, max(placed, made) + waiting)
+        # A state is written learner by learner.
+        saved = max((each.params * LEARNING for each in learners), default=0)
+        return resting.beside(sum(own) + at_work + passing, saved)
+
+    def _slices(self, forms: Sequence[Form]) -> list[tuple[int, list[Form]]]:
+        """Return for each device the bytes of the blocks that it holds, and what learns there."""
+        model = self.blocks.model
+        flat = [params for own in self.blocks.params.values() for params in own]
+        offsets, before = {}, 0
+        for stack, own in self.blocks.params.items():
+            offsets[stack], before = before, before + len(own)
+        spans = [(offsets[form.stack] + form.first, offsets[form.stack] + form.last) for form in forms]
+        found = []
+        for part in slices(block_costs(model.transformer, model.adapter, model.example), spans, self.devices):
+            held = {*part.blocks, *(block for first, last in part.spans for block in range(first, last + 1))}
+            mine = [form for form, span in zip(forms, spans, strict=True) if span in part.spans]
+            found.append((sum(flat[block] for block in held) * model.dtype.itemsize, mine))
+        return found
+
+    def squares(self) -> tuple[int, int]:
+        """Return the pairs of features of all blocks' streams, and those of the widest stream."""
+        total, most = 0, 0
+        for call in self.blocks.calls(1):
+            own = [stream.shape[-1] ** 2 for stream in call.streams if stream is not None]
+            total += sum(own) * len(self.blocks.params[call.stack.path])
+            most = max(most, *own)
+        return total, most
+
+    def _added_up(self, batch: int) -> int:
+        """Bytes that adding one batch to normal equations takes: inputs and updates in fp64, and two products."""
+        sides = [s for call in self.blocks.calls(batch) for s in call.streams if s is not None]
+        return max(24 * stream.numel() + SUMS * stream.shape[-1] ** 2 for stream in sides)
+
+    def _chains(self, batch: int, tokens: int, features: int) -> int:
+        """Bytes of chains that are followed together: reduced rows, and Gram matrices up to their diagonal."""
+        rows = min(tokens, features)
+        kept, gram = 4 * rows * features, int(4 * 0.5625 * rows**2)
+        centred = 3 * 4 * batch * tokens * features
+        return _TOGETHER * (kept + gram) + max(batch * (3 * kept + 2 * gram), centred)
+
+
+def _both(form: Form) -> bool:
+    return form.narrow_text and bool(form.ffn)

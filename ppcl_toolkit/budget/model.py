@@ -1,0 +1,142 @@
+"""A teacher without weights: its blocks in every form, one call of it, and what they measure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoModel
+from torch import Tensor, nn
+
+from ppcl_toolkit.adapter import Adapter, adapter_for, available_adapters, load_adapter
+from ppcl_toolkit.artifacts.pipeline import default_call, resolve
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.plan import Form, Plan
+from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.surgery.assemble import Calls, example_calls, reshape, standing_in
+from ppcl_toolkit.surgery.graph import meta_copy
+from ppcl_toolkit.surgery.narrow import narrow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """A transformer: what it weighs and what one denoising step of one picture costs."""
+
+    name: str
+    params: int
+    bytes: int
+    teraflops: float
+    """Of one forward call with one picture."""
+    blocks: dict[str, int] = field(default_factory=dict)
+    """Blocks left in each stack."""
+    operations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A teacher without weights, and one call of it with one picture."""
+
+    transformer: nn.Module
+    adapter: Adapter
+    family: str
+    example: dict[str, Any]
+    dtype: torch.dtype
+    forwards: int
+    """Of a picture per denoising step: classifier-free guidance makes two, in one call or in two."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Model":
+        """Read a recipe's teacher; `PpclError` where its config cannot be had or its adapter knows no call."""
+        family, adapter, config = _config(recipe)
+        if adapter.example is None:
+            raise PpclError(f"adapter {family!r} has no `example`: a dry run needs the shapes of one call")
+        with torch.device("meta"):
+            transformer: Any = getattr(diffusers, adapter.transformer).from_config(dict(config))
+        nn.Module.to(transformer, getattr(torch, recipe.teacher.dtype)).requires_grad_(False).eval()
+        call = _call(recipe, known=recipe.teacher.path in adapter.models)
+        shapes = adapter.example(transformer.config, call, int(recipe.samples.edits is not None))
+        example = {name: _empty(shape, transformer.dtype) for name, shape in shapes.items()} | {"return_dict": False}
+        forwards = 2 if float(recipe.teacher.call.get(adapter.guidance, 1) or 1) > 1 else 1
+        return cls(transformer, adapter, family, example, transformer.dtype, forwards)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that removes nothing."""
+        return Plan(family=self.family, depths=self.adapter.depths(self.transformer))
+
+    @property
+    def runner(self) -> Runner:
+        """This teacher as the stages take it."""
+        return Runner(self.transformer, self.adapter)
+
+    @cached_property
+    def calls(self) -> Calls:
+        """How the first block of each stack is called."""
+        with torch.no_grad():
+            return example_calls(self.transformer, self.adapter, self.example)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Of the latents and the conditioning of one recorded call."""
+        return sum(value.nbytes for value in self.example.values() if isinstance(value, Tensor))
+
+    def student(self, plan: Plan) -> nn.Module:
+        """Return the student of `plan`."""
+        student = meta_copy(self.transformer)
+        reshape(student, self.adapter, plan, self.example)
+        return student
+
+    def block(self, form: Form) -> nn.Module:
+        """Return the block of a form."""
+        stack = self.adapter.stack(form.stack)
+        first = meta_copy(stack.blocks(self.transformer)[form.first])
+        block = standing_in(self.transformer, self.adapter, form, first)
+        narrow(block, stack, form, *self.calls[form.stack])
+        return block
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks of all stacks."""
+        return [block for stack in self.adapter.stacks for block in stack.blocks(self.transformer)]
+
+
+def count(module: nn.Module) -> int:
+    """Return the number of a module's parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _config(recipe: Recipe) -> tuple[str, Adapter, Mapping[str, Any]]:
+    path = resolve(recipe.teacher.path)
+    known = [adapter for adapter in map(load_adapter, available_adapters()) if path in adapter.models]
+    config = (
+        {**known[0].models[path], "_class_name": known[0].transformer}
+        if known
+        else _read_config(path, "transformer", recipe.teacher.revision)
+    )
+    adapter = adapter_for(str(config.get("_class_name")), recipe.adapter)
+    return adapter.family if recipe.adapter == "auto" else recipe.adapter, adapter, config
+
+
+def _read_config(path: str, part: str, revision: str | None) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = AutoModel.load_config(path, subfolder=part, revision=revision)
+    except Exception as error:  # the hub's client raises many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PpclError(f"{path}: its {part}/config.json cannot be read: {reason}") from error
+    return config
+
+
+def _call(recipe: Recipe, *, known: bool) -> dict[str, Any]:
+    """Arguments of the pipeline, with a size at which a latent is 8x8 pixels, as it is in every known model."""
+    call = {**default_call(recipe.teacher.path), **recipe.teacher.call}
+    if not known:
+        config = _read_config(resolve(recipe.teacher.path), "vae", recipe.teacher.revision)
+        pixels = 2 ** (len(config.get("block_out_channels", [0] * 4)) - 1)
+        call |= {side: call[side] * 8 // pixels for side in ("height", "width") if side in call}
+    return call
+
+
+def _empty(shape: Any, dtype: torch.dtype) -> Any:
+    return torch.empty(shape, device="meta", dtype=dtype) if isinstance(shape, tuple) else shape

@@ -1,0 +1,71 @@
+"""The plans that a recipe comes to: its own operations where it lists them, assumed ones where the run is to find them.
+
+Assumed are runs of two and of three blocks in turn, so that three blocks go for every two that learn: as in the plans
+that the paper published.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+from ppcl_toolkit.adapter import Stack
+from ppcl_toolkit.budget.model import Model
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.plan import Interval, Operation, Plan, TextRun
+from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.stages.select import Measured, Sizes, choose, ffn_candidates
+
+
+def are_given(recipe: Recipe) -> bool:
+    """Whether the recipe lists its intervals."""
+    return recipe.intervals.strategy == "given"
+
+
+def plans(recipe: Recipe, model: Model) -> dict[str, Plan]:
+    """Return the plan of every target; operations are taken in the order given.
+
+    Raises `PpclError` where a target is out of reach.
+    """
+    if are_given(recipe):
+        return _chosen(recipe, model, [*recipe.intervals.given, *recipe.width.given])
+    deepest = max(model.plan.depths.values())
+    for longer in range(deepest):
+        try:
+            # What a depth-only target may not take comes first, so that it is there where a target may.
+            return _chosen(recipe, model, [*_width(recipe, model), *_intervals(recipe, model, longer)])
+        except PpclError:
+            if longer == deepest - 1:
+                raise
+    raise AssertionError("a stack has blocks")
+
+
+def _chosen(recipe: Recipe, model: Model, operations: list[Operation]) -> dict[str, Plan]:
+    measured = [Measured(operation=each, error=float(rank), saves=1) for rank, each in enumerate(operations)]
+    sizes = Sizes(model.runner, model.calls)
+    return choose(model.plan, measured, recipe.targets, sizes, recipe.width).plans
+
+
+def _intervals(recipe: Recipe, model: Model, longer: int) -> Iterator[Interval]:
+    for stack, depth in model.plan.depths.items():
+        first = recipe.intervals.first_block.get(stack, 0)
+        for length in itertools.cycle((2 + longer, 3 + longer)):
+            last = min(first + length, depth) - 1
+            if last <= first:
+                break
+            yield Interval(stack=stack, first=first, last=last)
+            first = last + 1
+
+
+def _width(recipe: Recipe, model: Model) -> list[Operation]:
+    if recipe.width.given or not any(target.width for target in recipe.targets):
+        return list(recipe.width.given)
+    found: list[Operation] = []
+    for stack in model.adapter.stacks if recipe.width.text_blocks else ():
+        found += _text_runs(stack, model.plan.depths[stack.path])
+    return found + list(reversed(ffn_candidates(model.runner, recipe.width)))
+
+
+def _text_runs(stack: Stack, depth: int) -> list[TextRun]:
+    """Runs that end with the stack, the longest first: what the limits allow is taken."""
+    if stack.joint_attention is None or "text" not in stack.streams:
+        return []
+    return [TextRun(stack=stack.path, reference=first, last=depth - 1) for first in range(depth - 1)]

@@ -1,0 +1,216 @@
+"""A dry run: what a recipe would remove, need and take, and whether a machine has it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ppcl_toolkit.budget.blocks import Blocks
+from ppcl_toolkit.budget.disk import disk
+from ppcl_toolkit.budget.machine import ROOM, UNLIMITED, Machine
+from ppcl_toolkit.budget.memory import Memory, Need
+from ppcl_toolkit.budget.model import Model, Size
+from ppcl_toolkit.budget.plans import are_given, plans
+from ppcl_toolkit.budget.whole import Whole
+from ppcl_toolkit.budget.work import work
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.plan import Plan
+from ppcl_toolkit.recipe import Recipe
+
+DEVICES = 8
+"""Of a node: what several devices need is told for so many (paper: 8)."""
+STAGES = ("samples", "probe", "intervals", "select", "depth", "width", "velocities", "finetune", "export", "evaluate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What one stage takes of each device, and of the host for all of them."""
+
+    name: str
+    device: int
+    host: int
+    means: str
+    """Schedule, and how fine-tuning is made to fit."""
+    fits: bool
+    otherwise: str = ""
+    """What would fit, where this does not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DryRun:
+    """What a recipe asks for. Memory and disk are in bytes, time in hours."""
+
+    teacher: Size
+    variants: tuple[Size, ...]
+    memory: dict[str, dict[str, dict[str, int]]]
+    """By schedule and number of devices, and by stage: bytes of a device, and of the host for all devices."""
+    disk: dict[str, int]
+    hours: dict[str, float]
+    basis: tuple[str, ...]
+    stages: tuple[Stage, ...] = ()
+    """With a machine: what it has to say to each stage."""
+    fits: bool | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
+class Budget:
+    """The figures of one recipe, measured once."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        chosen: Mapping[str, Plan] | None = None,
+        blocks: Blocks | None = None,
+        *,
+        waiting: int | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.blocks = blocks or Blocks(Model.of(recipe))
+        self.model = self.blocks.model
+        self.plans = dict(chosen or plans(recipe, self.model))
+        self._most = waiting
+        self._known: dict[Any, tuple[Need, str]] = {}
+
+    def need(self, stage: str, *, streamed: bool, machine: Machine) -> Need:
+        """Return what a stage takes of each device and, for each, of the host."""
+        return self._measured(stage, machine, streamed=streamed)[0]
+
+    def _measured(self, stage: str, machine: Machine, *, streamed: bool) -> tuple[Need, str]:
+        key = (stage, streamed, machine)
+        if key not in self._known:
+            waiting = self._waiting(machine)
+            memory = Memory(self.recipe, self.blocks, self.plans, streamed, machine.devices, waiting)
+            whole = Whole(memory, machine.card, machine.host)
+            need: Need = getattr(whole if hasattr(Whole, stage) else memory, stage)()
+            means = "streamed" if streamed else "resident"
+            if stage == "finetune":
+                means = f"{whole.means.optimizer}, offload {whole.means.offload}"
+            self._known[key] = need.beside(0, whole.others), means
+        return self._known[key]
+
+    def _waiting(self, machine: Machine) -> int | None:
+        given = self.recipe.teacher.waiting_gb
+        if self._most is not None:
+            return self._most
+        if given is None:
+            return None if machine.host == UNLIMITED else machine.host // machine.devices // 2
+        return int(given * 1e9)
+
+    def stage(self, name: str, machine: Machine) -> Stage:
+        """Judge one stage as the recipe asks for it."""
+        own = self.recipe.teacher.streamed
+        need, means = self._measured(name, machine, streamed=own)
+        fits = machine.has(need)
+        return Stage(
+            name=name,
+            device=need.device,
+            host=need.host * machine.devices,
+            means=means,
+            fits=fits,
+            otherwise="" if fits else self._otherwise(name, machine, streamed=not own),
+        )
+
+    def stages(self, machine: Machine) -> tuple[Stage, ...]:
+        """Judge every stage that has something to do."""
+        idle = {"width"} if all(form.is_stock for form in Memory(self.recipe, self.blocks, self.plans).forms) else set()
+        idle |= set() if self.recipe.finetune.steps else {"velocities", "finetune"}
+        return tuple(self.stage(name, machine) for name in STAGES if name not in idle)
+
+    def _otherwise(self, name: str, machine: Machine, *, streamed: bool) -> str:
+        """Return what would fit: the other schedule, fewer learners in memory, or several devices."""
+        own, other = (self.need(name, streamed=each, machine=machine) for each in (not streamed, streamed))
+        change = f"teacher.streamed: {str(streamed).lower()}"
+        if machine.has(other):
+            return f"{change} would: {_told(other, machine.devices)}"
+        if spare := self._spare(name, machine):
+            return f"teacher.streamed: true with teacher.waiting_gb: {spare} would: other learners wait on disk"
+        told = f"it takes {_told(own, machine.devices)}"
+        if other != own:
+            told += f"; with {change}, {_told(other, machine.devices)}"
+        several = replace(machine, devices=DEVICES)
+        if machine.devices < DEVICES and several.has(shared := self.need(name, streamed=False, machine=several)):
+            told += f"; on {DEVICES} such devices, {_told(shared, DEVICES)}"
+        return told
+
+    def _spare(self, name: str, machine: Machine) -> int:
+        """Return the gigabytes that learners may wait in, where the rest would fit; 0 where it would not."""
+        if name not in ("depth", "width"):
+            return 0
+        budget = Budget(self.recipe, self.plans, self.blocks, waiting=0)
+        least = budget.need(name, streamed=True, machine=machine)
+        return int((ROOM * machine.host / machine.devices - least.host) / 1e9) if machine.has(least) else 0
+
+
+def dry_run(recipe: Recipe, tflops: float = 400.0, machine: Machine | None = None) -> DryRun:
+    """Work out what `recipe` asks for on devices that sustain `tflops` TFLOP/s each.
+
+    Raises `PpclError` where the teacher's config cannot be had, or a target is out of reach of the intervals given.
+    """
+    budget = Budget(recipe)
+    model = budget.model
+    teacher = budget.blocks.measured("teacher", model.plan)
+    variants = tuple(budget.blocks.measured(target.name, budget.plans[target.name]) for target in recipe.targets)
+    memory = Memory(recipe, budget.blocks, budget.plans)
+    done = work(recipe, budget.blocks, budget.plans, (teacher, *variants))
+    stages = budget.stages(machine) if machine else ()
+    return DryRun(
+        teacher=teacher,
+        variants=variants,
+        memory=_table(budget),
+        disk=disk(memory),
+        hours={stage: each.hours(tflops, machine.devices if machine else 1) for stage, each in done.items()},
+        basis=_basis(recipe, model, tflops),
+        stages=stages,
+        fits=all(stage.fits for stage in stages) if machine else None,
+    )
+
+
+def check_fits(
+    recipe: Recipe, device_bytes: int, host_bytes: int, devices: int = 1, chosen: Mapping[str, Plan] | None = None
+) -> None:
+    """Raise a `PpclError` that names the first stage that does not fit, what it takes, and what would fit.
+
+    Before plans are `chosen`, those are assumed that the recipe lists, or such as the paper published.
+    """
+    machine = Machine(card=device_bytes, host=host_bytes, devices=devices)
+    for stage in Budget(recipe, chosen).stages(machine):
+        if not stage.fits:
+            raise PpclError(
+                f"{stage.name} takes {stage.device / 1e9:.1f} GB of a device and {stage.host / 1e9:.1f} GB of the "
+                f"host; there are {device_bytes / 1e9:.1f} and {host_bytes / 1e9:.1f}, of which a tenth is spare. "
+                f"{stage.otherwise[:1].upper()}{stage.otherwise[1:]}"
+            )
+
+
+def _table(budget: Budget) -> dict[str, dict[str, dict[str, int]]]:
+    table: dict[str, dict[str, dict[str, int]]] = {}
+    for label, streamed, devices in (
+        ("resident, 1 device", False, 1),
+        ("streamed, 1 device", True, 1),
+        (f"resident, {DEVICES} devices", False, DEVICES),
+    ):
+        machine = Machine(devices=devices)
+        needs = {stage: budget.need(stage, streamed=streamed, machine=machine) for stage in STAGES}
+        table[label] = {s: {"device": need.device, "host": need.host * devices} for s, need in needs.items()}
+    return table
+
+
+def _told(need: Need, devices: int) -> str:
+    return f"{need.device / 1e9:.1f} GB of a device and {need.host * devices / 1e9:.1f} GB of the host"
+
+
+def _basis(recipe: Recipe, model: Model, tflops: float) -> tuple[str, ...]:
+    tokens = {name: tuple(v.shape) for name, v in model.example.items() if isinstance(v, Tensor) and v.ndim > 1}
+    assumed = "assumed, runs of two and three blocks in turn as in the paper's: the run finds them itself"
+    found = "the recipe's operations, in its order" if are_given(recipe) else assumed
+    return (
+        f"plans: {found}",
+        f"one call: {', '.join(f'{name} {list(shape)}' for name, shape in tokens.items())}",
+        "memory: held to counts of the real code on tensors without data; kernels' workspaces and fragments are not "
+        f"in it; text encoders and autoencoder ({sum(model.adapter.others) * model.dtype.itemsize / 1e9:.1f} GB) are",
+        f"time: counted operations at {tflops:g} TFLOP/s a device, an assumption (--tflops)",
+    )

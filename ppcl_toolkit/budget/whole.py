@@ -1,0 +1,120 @@
+"""Memory of the stages that run whole models: recording, fine-tuning, export, evaluation."""
+
+import contextlib
+from dataclasses import dataclass
+from functools import cached_property
+
+from ppcl_toolkit.budget.memory import Memory, Need
+from ppcl_toolkit.budget.model import count
+from ppcl_toolkit.budget.tuning import Tuning
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.plan import Plan
+from ppcl_toolkit.training.means import Means
+
+_ROOM = 0.85
+"""Share of a device that weights may take when a pipeline is called (running/placement.py)."""
+_DECODED = 3500
+"""Bytes per pixel that an autoencoder takes to decode: the most of the shipped families, counted."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What calling pipelines and training whole students take, on devices of `card` bytes."""
+
+    memory: Memory
+    card: int
+    host: int
+
+    def samples(self) -> Need:
+        """Recording: the pipeline of the teacher, with as many of its parts on the device as it has room for."""
+        device = self._called(self._teacher, self.memory.recipe.samples.batch)
+        home = self._inside if self.memory.streamed else 0
+        return Need(device, home)
+
+    def velocities(self) -> Need:
+        """The teacher's answers to the batches of fine-tuning."""
+        batch, memory = self.memory.recipe.finetune.batch, self.memory
+        return memory.resting().beside(self._running(batch), 0)
+
+    def finetune(self) -> Need:
+        """Fine-tuning of the largest student, with the teacher on the host."""
+        return self.tuning.need(self.means)
+
+    @cached_property
+    def tuning(self) -> Tuning:
+        """Fine-tuning of the largest student."""
+        return Tuning(self.memory, self._largest)
+
+    @cached_property
+    def means(self) -> Means:
+        """How fine-tuning would be made to fit: where nothing does, the leanest that may be asked for."""
+        with contextlib.suppress(PpclError):
+            return self.tuning.chosen(self.card, self.host)
+        section, spread = self.memory.recipe.finetune, self.memory.devices > 1 and self.memory.recipe.finetune.shard
+        leanest = ("adamw8bit", "none") if spread else ("adafactor", "blocks")
+        optimizer = leanest[0] if section.optimizer == "auto" else section.optimizer
+        return Means(optimizer, leanest[1] if section.offload == "auto" else section.offload)
+
+    def export(self) -> Need:
+        """Assembling a variant beside the teacher, which is on the host by now, and running it once."""
+        memory, batch = self.memory, self.memory.recipe.finetune.batch
+        own = self.params(self._largest) * self._itemsize
+        forms = [form for form in self._largest.forms() if not form.is_teacher]
+        banked = sum(count(memory.blocks.model.block(form)) for form in forms) * self._itemsize
+        device = own if own <= _ROOM * self.card else memory.blocks.outside + 2 * memory.blocks.largest
+        return Need(device + self._running(batch), self._teacher + banked + own)
+
+    def evaluate(self) -> Need:
+        """Pictures of the teacher, then of each variant, which comes with text encoders of its own."""
+        batch = self.memory.recipe.evaluate.batch
+        largest = self.params(self._largest) * self._itemsize
+        pixels = batch * int(self.memory.recipe.teacher.call.get("height", 1024)) ** 2
+        device = max(self._called(own, batch, _DECODED * pixels) for own in (self._teacher, largest))
+        return Need(device, self._teacher + largest + self.others)
+
+    @property
+    def others(self) -> int:
+        """Bytes of text encoders and autoencoder, which are on the host in every stage."""
+        return sum(self._others)
+
+    @property
+    def _others(self) -> list[int]:
+        return [each * self._itemsize for each in self.memory.blocks.model.adapter.others]
+
+    @property
+    def _itemsize(self) -> int:
+        return self.memory.blocks.model.dtype.itemsize
+
+    @property
+    def _teacher(self) -> int:
+        return self.memory.blocks.teacher
+
+    @property
+    def _inside(self) -> int:
+        return self._teacher - self.memory.blocks.outside
+
+    @property
+    def _largest(self) -> Plan:
+        """The plan of the largest target."""
+        return max(self.memory.plans.values(), key=self.params)
+
+    def params(self, plan: Plan) -> int:
+        """Count the parameters of the student of `plan`."""
+        blocks = self.memory.blocks
+        return blocks.outside // self._itemsize + sum(blocks.size(form) for form in plan.forms())
+
+    def _running(self, batch: int) -> int:
+        passing, _ = self.memory.passing(batch)
+        return self.memory.blocks.forward(batch) + passing
+
+    def _called(self, transformer: int, batch: int, decoding: int = 0) -> int:
+        """Bytes of a device on which a pipeline is called, by the rules of `callable_on`."""
+        others, room = self._others, _ROOM * self.card
+        running = self._running(batch * self.memory.blocks.model.forwards)
+        if not self.memory.streamed and transformer + sum(others) <= room:
+            return transformer + sum(others) + max(running, decoding)
+        largest = max(others, default=0)
+        if not self.memory.streamed and transformer + largest <= room:
+            return transformer + max(largest, running, decoding)
+        blocks = self.memory.blocks
+        return max(blocks.outside + 2 * blocks.largest + running, blocks.outside + max(largest, decoding))

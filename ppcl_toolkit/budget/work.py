@@ -1,0 +1,94 @@
+"""Time from counted operations: what every stage computes, and which part of it several devices share."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from ppcl_toolkit.budget.blocks import Blocks
+from ppcl_toolkit.budget.model import Size
+from ppcl_toolkit.plan import Form, Plan, trained_forms
+from ppcl_toolkit.recipe import Recipe
+
+STEPS = 28
+"""Denoising steps per picture where the recipe names none."""
+_EXACT = 20
+"""Operations in half precision that a device makes in the time of one in full: similarities and sums are in fp32."""
+_PARTS = 3
+"""Products in fp32 of which one in fp64 is put together."""
+_BACKWARD = 3
+"""A forward pass with its backward pass, in forward passes."""
+
+
+class Work(NamedTuple):
+    """Operations of a stage in units of half precision: those that devices share out, and those of one alone."""
+
+    shared: float
+    alone: float = 0.0
+
+    def hours(self, tflops: float, devices: int) -> float:
+        """Return how long `devices` take that sustain so many TFLOP/s each."""
+        return (self.shared / devices + self.alone) / (tflops * 1e12) / 3600
+
+
+def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Sequence[Size]) -> dict[str, Work]:
+    """Return the work of every stage; `sizes` begins with the teacher."""
+    forward = sizes[0].teraflops * 1e12
+    image = int(recipe.teacher.call.get("num_inference_steps", STEPS)) * blocks.model.forwards
+    again = _BACKWARD + 1 if recipe.finetune.gradient_checkpointing else _BACKWARD
+    students = sum(size.teraflops for size in sizes[1:]) * 1e12
+    probed = recipe.probe.batches * recipe.probe.batch, recipe.probe.steps * recipe.probe.batch
+    compared = recipe.intervals.batches * recipe.intervals.batch
+    measured = recipe.select.batches * recipe.select.batch
+    forms = trained_forms(plans.values())
+    learning = {stock: _share(blocks, [f for f in forms if f.is_stock is stock]) for stock in (True, False)}
+    pictures = recipe.evaluate.count * len(recipe.evaluate.seeds)
+
+    def distilled(section: Mapping[str, int], stock: bool) -> Work:
+        pictures = section["steps"] * section["batch"]
+        return Work(pictures * forward * (1 + _BACKWARD * learning[stock]) if learning[stock] else 0.0)
+
+    return {
+        "samples": Work(recipe.samples.count * image * forward),
+        # A step of a probe is three products in fp32, where its sums are two of three parts each.
+        "probe": Work(probed[0] * (forward + _sums(blocks)), probed[1] * (forward + _sums(blocks) / 2)),
+        "intervals": Work(compared * (forward + _chains(blocks))),
+        "select": Work(measured * (2 + _candidates(recipe, blocks, plans)) * forward),
+        "depth": distilled(recipe.depth.model_dump(include={"steps", "batch"}), True),
+        "width": distilled(recipe.width.model_dump(include={"steps", "batch"}), False),
+        "finetune": Work(recipe.finetune.steps * recipe.finetune.batch * (len(sizes[1:]) * forward + again * students)),
+        "evaluate": Work(pictures * image * (forward + students)),
+    }
+
+
+def _share(blocks: Blocks, forms: Sequence[Form]) -> float:
+    total = sum(map(sum, blocks.params.values()))
+    return sum(blocks.size(form) for form in forms) / total
+
+
+def _sums(blocks: Blocks) -> float:
+    """Return the work of one picture's normal equations: two products a stream and block, in fp64."""
+    work = 0.0
+    for call in blocks.calls(1):
+        depth = len(blocks.params[call.stack.path])
+        work += sum(4 * s.shape[1] * s.shape[2] ** 2 for s in call.streams if s is not None) * depth
+    return work * _PARTS * _EXACT
+
+
+def _chains(blocks: Blocks) -> float:
+    """Return the work of one picture's similarities: chains from every block to every later one, and the heatmap."""
+    work = 0.0
+    for call in blocks.calls(1):
+        depth = len(blocks.params[call.stack.path])
+        pairs = depth * (depth - 1) / 2
+        for stream in call.streams:
+            if stream is not None:
+                tokens, features = stream.shape[1:]
+                rows = min(tokens, features)
+                work += pairs * (2 * rows * features**2 + 1.1 * rows**2 * features) + depth * 2 * tokens * features**2
+    return work * _EXACT
+
+
+def _candidates(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan]) -> int:
+    found = {str(operation) for plan in plans.values() for operation in plan.operations}
+    given = recipe.intervals.strategy == "given"
+    # At most half as many intervals as blocks, and about as many FFNs and text streams.
+    return len(found) if given else max(len(found), sum(map(len, blocks.params.values())))

@@ -1,0 +1,55 @@
+"""What the first lines of a shipped recipe say of memory, disk and time: `python tests/headers.py` writes them anew."""
+
+import textwrap
+from pathlib import Path
+
+from ppcl_toolkit.budget import Machine
+from ppcl_toolkit.budget.report import Budget, DryRun, dry_run
+from ppcl_toolkit.recipe import Recipe, shipped_recipes
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+PLANNED = [name for name in shipped_recipes() if name != "tiny"]
+FIRST = "# Takes of a GPU: "
+
+
+def header(name: str, found: DryRun) -> str:
+    """Return the lines of a recipe that quote `ppcl plan`."""
+    resident, streamed, eight = found.memory.values()
+
+    def sizes(stage: str) -> str:
+        device = [round(needs[stage]["device"] / 1e9) for needs in (resident, streamed, eight)]
+        return f"{device[0]} GB, streamed {device[1]}, on each of eight {device[2]}"
+
+    distilled = f"depth {sizes('depth')}" + (f"; width {sizes('width')}" if found.hours["width"] else "")
+    card = Machine(card=80 * 10**9, host=256 * 10**9)
+    lean = Budget(Recipe.load(name)).stage("finetune", card)
+    tuned = f"fine-tuning {round(resident['finetune']['device'] / 1e9)} GB with AdamW, {round(lean.device / 1e9)} "
+    tuned += f"where 80 are there ({lean.means}), on each of eight {round(eight['finetune']['device'] / 1e9)}"
+    host = [round(max(need["host"] for need in needs.values()) / 1e9) for needs in (resident, streamed, eight)]
+    hours = {"samples": "samples", "depth": "depth", "width": "width", "finetune": "fine-tuning"}
+    times = ", ".join(f"{told} {found.hours[stage]:.1f} h" for stage, told in hours.items() if found.hours[stage])
+    text = (
+        f"{FIRST}{distilled}; {tuned}. Of the host at most {host[0]} GB, streamed {host[1]}, with eight {host[2]}; "
+        f"of the disk {round(sum(found.disk.values()) / 1e9)} GB. At 400 TFLOP/s a GPU: {times}. "
+        f"Estimates: ppcl plan --recipe {name}"
+    )
+    return textwrap.fill(text, 118, subsequent_indent="# ", break_on_hyphens=False) + "\n"
+
+
+def parts(source: str) -> tuple[str, str, str]:
+    """Return a recipe's text before these lines, these lines, and what is behind them."""
+    lines = source.splitlines(keepends=True)
+    start = next(i for i, line in enumerate(lines) if line.startswith((FIRST, "# Asks for depth")))
+    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("#"))
+    return "".join(lines[:start]), "".join(lines[start:end]), "".join(lines[end:])
+
+
+def main() -> None:
+    for name in PLANNED:
+        path = RECIPES / f"{name}.yaml"
+        before, _, after = parts(path.read_text())
+        path.write_text(before + header(name, dry_run(Recipe.load(name))) + after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Every stage that takes memory, as a run calls it."""
+
+from collections.abc import Callable
+
+import disk
+import torch
+from subjects import Subject, predicted
+
+from ppcl_toolkit.stages import depth, export, finetune, intervals, probe, select, width
+from ppcl_toolkit.surgery.assemble import student_of
+from ppcl_toolkit.training.targets import Velocities
+
+_TARGET = '{"dict": {"velocity": {"tensor": "velocity"}, "features": {"dict": {}}}}'
+
+
+def _probe(subject: Subject) -> None:
+    section = subject.recipe.probe
+    probe.probe(subject.runner, subject.batches(section.batch), section, subject.desk)
+
+
+def _intervals(subject: Subject) -> None:
+    section = subject.recipe.intervals
+    intervals.find_intervals(subject.runner, subject.batches(section.batch), section, _probes(subject), subject.desk)
+
+
+def _probes(subject: Subject) -> dict[tuple[str, int, str], torch.Tensor]:
+    """Weights of every probe, on the host."""
+    found = {}
+    for stack in subject.adapter.stacks:
+        _, streams = subject.model.calls[stack.path]
+        for stream, value in streams.of(stack.streams).items():
+            for block in range(len(subject.runner.blocks(stack.path))):
+                found[stack.path, block, stream] = torch.empty(value.shape[-1], value.shape[-1])
+    return found
+
+
+def _select(subject: Subject) -> None:
+    section = subject.recipe.select
+    candidates = list(dict.fromkeys(operation for plan in subject.plans.values() for operation in plan.operations))
+    batches = subject.batches(section.batch)
+    for _ in select.measure(subject.runner, subject.model.plan, candidates, batches, section.batches):
+        pass
+
+
+def _depth(subject: Subject) -> None:
+    section = subject.recipe.depth
+    depth.distill_depth(
+        subject.runner, list(subject.plans.values()), subject.batches(section.batch), section, subject.desk
+    )
+
+
+def _width(subject: Subject) -> None:
+    section = subject.recipe.width
+    batches = subject.batches(section.batch)
+    width.distill_width(
+        subject.runner, list(subject.plans.values()), subject.bank(depth_only=True), batches, section, subject.desk
+    )
+
+
+def _finetune(subject: Subject) -> None:
+    section = subject.recipe.finetune
+    batches = subject.batches(section.batch)
+    recorded = Velocities(subject.desk.folder / "velocities")
+    for number in range(section.steps * 8):
+        shape = predicted(subject.model, section.batch)
+        disk.keep(recorded._file(number), {"velocity": (shape, batches.dtype)}, {"tree": _TARGET})
+    finetune.finetune(subject.runner, subject.largest, subject.bank(), batches, recorded, section, subject.desk)
+
+
+def _velocities(subject: Subject) -> None:
+    section = subject.recipe.finetune
+    subject.desk.folder.mkdir(exist_ok=True)
+    plans = list(subject.plans.values())
+    finetune.record_velocities(subject.runner, plans, subject.batches(section.batch), section, subject.desk)
+
+
+def _export(subject: Subject) -> None:
+    plan, example = subject.largest, subject.batches(subject.recipe.finetune.batch)[0]
+    student = student_of(subject.runner.transformer, subject.adapter, plan, subject.bank(), example)
+    state = student.state_dict()
+    student.load_state_dict({name: torch.empty(v.shape, dtype=v.dtype) for name, v in state.items()}, assign=True)
+    del state
+    variant = export.Variant(
+        name="it", folder=subject.desk.folder / "it", plan=plan, dtype=subject.recipe.export.dtype, call={}
+    )
+    # What follows writes files, and other processes read them.
+    export.save_variant = lambda *_: variant.folder.mkdir() or "stock"
+    export.verify_variant = lambda *_, **__: 0.0
+    export.export(None, student, variant, example, subject.desk, device=subject.runner.placement.device)
+
+
+STAGES: dict[str, Callable[[Subject], None]] = {
+    "probe": _probe,
+    "intervals": _intervals,
+    "select": _select,
+    "depth": _depth,
+    "width": _width,
+    "velocities": _velocities,
+    "finetune": _finetune,
+    "export": _export,
+}
+AWAY = ("export", "finetune")
+"""Stages before which the teacher went to the host."""

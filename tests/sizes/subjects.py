@@ -1,0 +1,127 @@
+"""Who is measured: a teacher of full size without data, its plans, its batches, and the bank they ask for."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import disk
+import torch
+from torch import Tensor, nn
+
+from ppcl_toolkit.adapter import Adapter
+from ppcl_toolkit.artifacts.storage import Bank, Desk
+from ppcl_toolkit.budget.model import Model
+from ppcl_toolkit.plan import Plan, trained_forms
+from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.running.placement import Placement
+from ppcl_toolkit.running.schedule import Runner
+
+DEVICE = torch.device("cuda:0")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A recipe and what its stages work on."""
+
+    recipe: Recipe
+    model: Model
+    plans: Mapping[str, Plan]
+    runner: Runner
+    desk: Desk
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.runner.adapter
+
+    @property
+    def largest(self) -> Plan:
+        """The plan of the first target: what fine-tuning and export take the most memory for."""
+        return next(iter(self.plans.values()))
+
+    def batches(self, size: int) -> "Batches":
+        return Batches(self.model, size)
+
+    def bank(self, *, depth_only: bool = False) -> Bank:
+        """Return a bank that holds everything the plans ask for."""
+        folder = self.desk.folder / "bank"
+        for form in [form for form in trained_forms(self.plans.values()) if form.is_stock or not depth_only]:
+            state = self.model.block(form).state_dict()
+            disk.keep(folder / f"{form.key}.safetensors", {name: (v.shape, torch.float32) for name, v in state.items()})
+        return Bank(folder)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of one shape, on the host, with nothing in them."""
+
+    model: Model
+    size: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def __call__(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        for number in range(start, stop):
+            yield self[number]
+
+    def __getitem__(self, _: int) -> dict[str, Any]:
+        return {name: self._of(name, value) for name, value in self.model.example.items()}
+
+    def _of(self, name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            shape = value.shape if name in self.model.adapter.shared else (self.size, *value.shape[1:])
+            return torch.empty(shape, dtype=value.dtype)
+        return value * self.size if isinstance(value, list) else value
+
+
+def readable(model: Model) -> Model:
+    """Let the adapter know what it would read in a call: fake tensors hold nothing."""
+    if model.adapter.noised is None:
+        return model
+    # Of a picture's own tokens the positions are 0.
+    positions = {n: torch.zeros(v.shape) for n, v in model.example.items() if n.endswith("_ids")}
+    tokens = model.adapter.noised({**model.example, **positions})
+    return dataclasses.replace(model, adapter=dataclasses.replace(model.adapter, noised=lambda _: tokens))
+
+
+def predicted(model: Model, batch: int) -> torch.Size:
+    """Return the shape of what a teacher says to a batch."""
+    latents = model.example[model.adapter.latents].shape
+    tokens = latents[1:] if model.adapter.noised is None else (model.adapter.noised({}), *latents[2:])
+    return torch.Size((batch, *tokens))
+
+
+def subject(
+    recipe: Recipe, model: Model, plans: Mapping[str, Plan], *, streamed: bool, away: bool, folder: Path
+) -> Subject:
+    """Make the teacher where a run has it, or on the host where it is `away`; called inside of a ledger."""
+    adapter = model.adapter
+    with torch.device("cpu" if streamed or away else DEVICE):
+        transformer: Any = getattr(diffusers, adapter.transformer).from_config(dict(model.transformer.config))
+    nn.Module.to(transformer, model.dtype).requires_grad_(False).eval()
+    placement = Placement(device=DEVICE, streamed=streamed, chunk=recipe.teacher.chunk)
+    runner = Runner(transformer, adapter, placement)
+    if not away:
+        placement.settle(transformer, adapter)
+    return Subject(recipe, model, plans, runner, Desk(folder, lambda *_: None))
+
+
+def shortened(recipe: Recipe, chunk: int | None) -> Recipe:
+    """Return a recipe of two steps: the second has all that a hundredth has."""
+    few = {"steps": max(2, chunk or 0), "checkpoint_every": 2}
+    return recipe.model_copy(
+        update={
+            "teacher": recipe.teacher.model_copy(update={"chunk": chunk or recipe.teacher.chunk}),
+            "probe": recipe.probe.model_copy(update={"batches": 2, "steps": min(2, recipe.probe.steps)}),
+            "intervals": recipe.intervals.model_copy(update={"batches": 2}),
+            "select": recipe.select.model_copy(update={"batches": 2}),
+            "depth": recipe.depth.model_copy(update=few),
+            "width": recipe.width.model_copy(update={**few, "batches": 2}),
+            "finetune": recipe.finetune.model_copy(update=few),
+            "evaluate": recipe.evaluate.model_copy(update={"velocity_batches": 1}),
+        }
+    )

@@ -1,0 +1,49 @@
+"""Plans are held to counts: the real code of a stage at full size, on tensors without data, within a tenth."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+WITHIN = 0.1
+CASES = {
+    "probe": ["--recipe", "flux_8b", "--stage", "probe"],
+    "depth": ["--recipe", "qwen_image_10b", "--stage", "depth", "--published"],
+    "depth, streamed": ["--recipe", "flux_8b", "--stage", "depth", "--streamed"],
+    "depth, one of eight": ["--recipe", "flux_8b", "--stage", "depth", "--published", "--devices", "8", "--rank", "4"],
+    "depth of a model whose last block differs": ["--recipe", "sd35_large_5b", "--stage", "depth"],
+    "width, streamed": ["--recipe", "qwen_image_10b", "--stage", "width", "--streamed", "--published"],
+    "answers": ["--recipe", "flux_8b", "--stage", "velocities", "--streamed"],
+    "fine-tuning by what fits 24 GB": ["--recipe", "flux_8b", "--stage", "finetune", "--card", "24"],
+    "export": ["--recipe", "flux_8b", "--stage", "export"],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _guarded():
+    """Autograd needs a guard of the device that tensors claim: that of the pretended GPU, where it can be built."""
+    spec = importlib.util.spec_from_file_location("pretend_device", HERE.parent / "pretend" / "device.py")
+    device = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(device)
+    lacks = device.missing()
+    if lacks and os.environ.get("PPCL_REQUIRE_PRETEND"):
+        pytest.fail(f"PPCL_REQUIRE_PRETEND is set, and there is no pretended GPU: {lacks}")
+    if lacks:
+        pytest.skip(f"no pretended GPU: {lacks}")
+    device.build()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_says_what_is_counted(case):
+    command = [sys.executable, str(HERE / "count.py"), "--json", *CASES[case]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for place in ("device", "host"):
+        counted, planned, line = found[place], found["plan"][place], found[f"{place}_line"]
+        assert planned == pytest.approx(counted, rel=WITHIN), f"{place}: counted {counted / 1e9:.2f} GB at {line}"
