@@ -13,6 +13,7 @@ from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.pipeline import Teacher, load_teacher
 from ppcl_toolkit.artifacts.storage import Bank, Desk
 from ppcl_toolkit.artifacts.workspace import Progress, Workspace, silent, write_json
+from ppcl_toolkit.budget import check_machine
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan, trained_forms
 from ppcl_toolkit.recipe import Recipe
@@ -49,6 +50,8 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     device = processes.pick_device(recipe.device)
     check_optimizer(recipe.finetune.optimizer)
     run = Workspace(out, progress=progress)
+    if not run.is_begun:
+        check_machine(recipe, device)
     run.open(recipe.dump())
     teacher, runner = _opened(recipe, device)
 

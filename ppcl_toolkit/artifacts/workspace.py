@@ -60,6 +60,11 @@ class Workspace:
         if self.path.is_dir() and not (self.path / "recipe.yaml").exists() and _names(self.path) - _FIRST:
             raise PpclError(f"{self.path} holds something that is no run of ppcl; choose another --out")
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run has begun here before."""
+        return (self.path / "recipe.yaml").exists()
+
     def open(self, recipe: str) -> None:
         """Make the folder, and note what was asked and on what; an earlier note stays until `close`."""
         if processes.is_main() and not (self.path / "recipe.yaml").exists():

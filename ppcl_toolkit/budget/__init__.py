@@ -1,6 +1,6 @@
 """What a recipe asks for, from the teacher's config alone: sizes, memory, disk and time."""
 
 from ppcl_toolkit.budget.machine import Machine, machine_of
-from ppcl_toolkit.budget.report import check_fits, dry_run
+from ppcl_toolkit.budget.report import check_fits, check_machine, dry_run
 
-__all__ = ["Machine", "check_fits", "dry_run", "machine_of"]
+__all__ = ["Machine", "check_fits", "check_machine", "dry_run", "machine_of"]

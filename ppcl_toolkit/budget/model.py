@@ -107,6 +107,11 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def is_known(recipe: Recipe) -> bool:
+    """Tell whether the teacher is a published model that an adapter lists."""
+    return any(recipe.teacher.path in load_adapter(name).models for name in available_adapters())
+
+
 def _config(recipe: Recipe) -> tuple[str, Adapter, Mapping[str, Any]]:
     path = resolve(recipe.teacher.path)
     known = [adapter for adapter in map(load_adapter, available_adapters()) if path in adapter.models]

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ppcl_toolkit import processes
 from ppcl_toolkit.budget.blocks import Blocks
 from ppcl_toolkit.budget.disk import disk
 from ppcl_toolkit.budget.machine import ROOM, UNLIMITED, Machine
 from ppcl_toolkit.budget.memory import Memory, Need
-from ppcl_toolkit.budget.model import Model, Size
+from ppcl_toolkit.budget.model import Model, Size, is_known
 from ppcl_toolkit.budget.plans import are_given, plans
 from ppcl_toolkit.budget.whole import Whole
 from ppcl_toolkit.budget.work import work
@@ -179,11 +181,23 @@ def check_fits(
     machine = Machine(card=device_bytes, host=host_bytes, devices=devices)
     for stage in Budget(recipe, chosen).stages(machine):
         if not stage.fits:
+            there = f"{device_bytes / 1e9:.1f}" + (f" and {host_bytes / 1e9:.1f}" if host_bytes < UNLIMITED else "")
             raise PpclError(
                 f"{stage.name} takes {stage.device / 1e9:.1f} GB of a device and {stage.host / 1e9:.1f} GB of the "
-                f"host; there are {device_bytes / 1e9:.1f} and {host_bytes / 1e9:.1f}, of which a tenth is spare. "
+                f"host; there are {there}, of which a tenth is spare. "
                 f"{stage.otherwise[:1].upper()}{stage.otherwise[1:]}"
             )
+
+
+def check_machine(recipe: Recipe, device: torch.device) -> None:
+    """Raise a `PpclError` where a card is too small for a recipe, as `check_fits` does, before anything is loaded.
+
+    It looks at published models alone, whose config needs no download. The host is not asked: what does not learn are
+    pages of files there, and what learns may wait in files, too.
+    """
+    if device.type == "cuda" and is_known(recipe):
+        total = torch.cuda.get_device_properties(device).total_memory
+        check_fits(recipe, total, UNLIMITED, processes.world()[1])
 
 
 def _table(budget: Budget) -> dict[str, dict[str, dict[str, int]]]:

@@ -57,3 +57,24 @@ def test_out_of_memory_is_one_line_and_more_memory_goes_on(world):
     assert done.returncode == 0, done.stderr[-3000:]
     assert kept == {path: path.stat().st_mtime_ns for path in (world / "out" / "depth").rglob("*")}
     assert (world / "out" / "summary.json").exists()
+
+
+def test_a_card_that_is_too_small_is_refused_before_anything_is_loaded(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "ppcl_toolkit.cli",
+        "compress",
+        "--recipe",
+        "flux_8b",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    ends = {**device.environment(memory=int(16e9)), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=ends, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: probe takes ")
+    assert "there are 16.0, of which a tenth is spare" in line
+    assert "streamed: true would: " in line
+    assert not (tmp_path / "run").exists()
