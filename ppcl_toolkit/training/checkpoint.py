@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor
 
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.training.loop import Optimization
-from ppcl_toolkit.training.optimizers import State, joined, packed, unpacked
+from ppcl_toolkit.training.lowbit import joined, packed, unpacked
+from ppcl_toolkit.training.optimizers import State
 from ppcl_toolkit.training.shards import Part, Saved, discard, local, own_rows, save
 
 _STATE, _WEIGHTS = "state", "transformer"

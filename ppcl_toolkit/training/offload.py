@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ppcl_toolkit.running.placement import HOST
-from ppcl_toolkit.training.optimizers import InBackward, Rule, packed, unpacked
+from ppcl_toolkit.training.lowbit import packed, unpacked
+from ppcl_toolkit.training.optimizers import InBackward, Rule
 
 _CHUNK = 1024**3
 """Bytes of pinned memory that are asked for at a time: torch rounds each request up to a power of two."""

@@ -23,6 +23,7 @@ from transformers.optimization import Adafactor
 
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.processes import average, world
+from ppcl_toolkit.training.lowbit import round_stochastically
 from ppcl_toolkit.training.shards import local, spread
 
 _TOGETHER = 16 * 1024**2
@@ -74,7 +75,7 @@ class Masters:
     def __init__(self, parameters: Sequence[nn.Parameter], section: Settings, device: torch.device) -> None:
         self.parameters = parameters
         self._clip = section.clip or math.inf
-        # The default on CUDA makes lists of intermediate values, four more bytes a parameter.
+        # Lists of intermediate values, the default on CUDA, take four more bytes a parameter.
         self._fused = True if device.type == "cuda" else None
         self._optimizer = torch.optim.AdamW(
             parameters,
@@ -82,6 +83,7 @@ class Masters:
             betas=section.betas,
             weight_decay=section.weight_decay,
             fused=self._fused,
+            foreach=None if self._fused else False,
         )
 
     def update(self, loss: Tensor, step: int, rate: float, *, exchange: bool) -> str:  # noqa: ARG002 - of a Rule
@@ -211,12 +213,6 @@ class _OneParameter:
         return ""
 
 
-def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Round fp32 to bf16, away from zero with the probability of the bits that bf16 has no room for."""
-    low = torch.randint(1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    return ((values.view(torch.int32) + low) & ~0xFFFF).view(torch.float32).bfloat16()
-
-
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate, in place where the optimizer keeps it as a tensor, as torchao's do."""
     for group in optimizer.param_groups:
@@ -240,47 +236,6 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
         flat /= count
         for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
             gradient.copy_(mean.view_as(gradient))
-
-
-def packed(value: Tensor) -> dict[str, Tensor]:
-    """Return the plain tensors that a moment consists of: one under no name, or those of an 8-bit one."""
-    if _is_quantised(value):
-        parts: Any = value
-        return {".codes": parts.codes, ".scale": parts.scale, ".signed" if parts.signed else ".unsigned": parts.qmap}
-    return {"": value}
-
-
-def unpacked(parts: Mapping[str, Tensor]) -> Tensor:
-    """Return the moment of which `packed` made these."""
-    if "" in parts:
-        return parts[""]
-    from torchao.optim.subclass_8bit import OptimState8bit
-
-    signed = ".signed" in parts
-    values = parts[".signed" if signed else ".unsigned"]
-    made: Tensor = OptimState8bit(parts[".codes"], parts[".scale"], values, signed=signed, dtype=torch.float32)
-    return made
-
-
-def joined(moments: Sequence[Tensor], rows: Sequence[slice]) -> Tensor:
-    """Join rows of the moments of several processes; 8-bit ones are rounded again, in other blocks."""
-    values = torch.cat([plain(moment)[within] for moment, within in zip(moments, rows, strict=True)])
-    like: Any = next((moment for moment in moments if _is_quantised(moment)), None)
-    # torchao keeps small ones whole.
-    if like is None or values.numel() < 4096 or values.numel() % like.block_size:
-        return values
-    made: Tensor = type(like).zeros(values.shape, like.signed, like.block_size, values.device, dtype=torch.float32)
-    return made.copy_(values)
-
-
-def plain(moment: Tensor) -> Tensor:
-    """Return a moment's values."""
-    quantised: Any = moment
-    return quantised.dequantize() if _is_quantised(moment) else moment
-
-
-def _is_quantised(value: Tensor) -> bool:
-    return type(value).__name__ == "OptimState8bit"
 
 
 def _adamw8bit(parameter: nn.Parameter, section: Settings) -> torch.optim.Optimizer:

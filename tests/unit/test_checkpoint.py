@@ -12,7 +12,7 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Finetune
 from ppcl_toolkit.training.checkpoint import load_result, load_training, save_result, save_training, steps_done
 from ppcl_toolkit.training.loop import Optimization
-from ppcl_toolkit.training.optimizers import plain
+from ppcl_toolkit.training.lowbit import plain
 from ppcl_toolkit.training.shards import Saved, local, shard
 
 SECTION = Finetune(steps=20, learning_rate=1e-2, warmup=0, clip=None)

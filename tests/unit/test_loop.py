@@ -159,13 +159,13 @@ def test_moments_move_and_come_back():
     optimization = Optimization("a", [module], SECTION)
     train(module, optimization, range(2))
     before = optimization.state()["moments"]["0"]["exp_avg"]
-    optimization.to(torch.device("meta"))
+    optimization.place(lambda _, tensor: tensor.to("meta"))
     moments = optimization.state()["moments"]["0"]
     assert moments["exp_avg"].device.type == moments["exp_avg_sq"].device.type == "meta"
     assert moments["step"].device.type == "cpu"
     fresh = Optimization("a", [module], SECTION)
     train(module, fresh, range(2))
-    fresh.to(torch.device("cpu"))
+    fresh.place(lambda _, tensor: tensor.to("cpu"))
     assert fresh.state()["moments"]["0"]["exp_avg"].shape == before.shape
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from ppcl_toolkit.recipe import Finetune
-from ppcl_toolkit.training.optimizers import joined, make_rule, packed, plain, round_stochastically, unpacked
+from ppcl_toolkit.training.lowbit import joined, packed, plain, round_stochastically, unpacked
+from ppcl_toolkit.training.optimizers import make_rule
 
 CPU = torch.device("cpu")
 LEAN = ("adamw8bit", "adafactor")
