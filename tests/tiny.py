@@ -1,5 +1,7 @@
 """Tiny random pipelines made of the real classes, offline: the models of every test."""
 
+import functools
+
 import parts
 import torch
 from diffusers import (
@@ -178,5 +180,9 @@ def _finished(pipeline: type, **modules):
 def small_edits(patch=setattr) -> None:
     """Let the editing pipelines of Qwen-Image bring images to a sixteenth of a million pixels; `patch` sets it."""
     for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
-        dimensions = module.calculate_dimensions
-        patch(module, "calculate_dimensions", lambda area, ratio, own=dimensions: own(area // 16, ratio))
+        if not isinstance(module.calculate_dimensions, functools.partial):  # once is enough
+            patch(module, "calculate_dimensions", functools.partial(_small_dimensions, module.calculate_dimensions))
+
+
+def _small_dimensions(own, area, ratio):
+    return own(area // 16, ratio)
