@@ -102,7 +102,14 @@ class Blocks:
 
     def forward(self, batch: int) -> int:
         """Bytes that running a block of the teacher takes at most, without gradients, its output included."""
-        return max(self._forward(call, batch) for call in self.calls(batch))
+        return max(self._forward(call, batch, cast=False) for call in self.calls(batch))
+
+    def visit(self, batch: int) -> int:
+        """Bytes that a block which comes and runs under autocast takes at most, its weights included."""
+        return max(
+            self._forward(call, batch, cast=True) + max(self.params[call.stack.path]) * self.model.dtype.itemsize
+            for call in self.calls(batch)
+        )
 
     def flow(self, batch: int) -> int:
         """Bytes of the streams between two blocks, at most."""
@@ -200,12 +207,13 @@ class Blocks:
         widest = max(parameter.numel() for parameter in block.parameters())
         return Trained(params=count(block), widest=widest, wider=aligned, step=step)
 
-    def _forward(self, call: Call, batch: int) -> int:
-        key = ("forward", call.stack.path, batch)
-        if key not in self._known:
+    def _forward(self, call: Call, batch: int, *, cast: bool) -> int:
+        def measure() -> int:
             block = meta_copy(call.stack.blocks(self.model.transformer)[0])
-            self._known[key] = forward_peak(lambda: run_block(block, call.stack, call.arguments, call.streams))
-        found: int = self._known[key]
+            half = self.model.dtype if cast and self.model.dtype != torch.float32 else None
+            return forward_peak(lambda: run_block(block, call.stack, call.arguments, call.streams), half)
+
+        found: int = self.once(("forward", call.stack.path, batch, cast), measure)
         return found
 
 

@@ -32,9 +32,12 @@ class Step:
     """Bytes that wait for the backward pass when the loss is there."""
 
 
-def forward_peak(run: Callable[[], Any]) -> int:
-    """Return the most bytes that `run` has made and not let go of at any time; what it returns is among them."""
-    with torch.no_grad(), _Followed() as followed, _AsOnCards(None):
+def forward_peak(run: Callable[[], Any], half: torch.dtype | None = None) -> int:
+    """Return the most bytes that `run` has made and not let go of at any time; what it returns is among them.
+
+    With `half` it runs under autocast to that dtype.
+    """
+    with torch.no_grad(), _Followed() as followed, _AsOnCards(half):
         kept = run()
         del kept
     return followed.peak

@@ -34,7 +34,10 @@ class Whole:
     def velocities(self) -> Need:
         """The teacher's answers to the batches of fine-tuning."""
         batch, memory = self.memory.recipe.finetune.batch, self.memory
-        return memory.resting().beside(self._running(batch), 0)
+        blocks, resting = memory.blocks, memory.resting()
+        # Nothing but the streams is on its way, and blocks differ in what they weigh and in what they take.
+        device = resting.device - blocks.largest + blocks.visit(batch) + blocks.flow(batch) + blocks.beside(batch)
+        return Need(device, resting.host)
 
     def finetune(self) -> Need:
         """Fine-tuning of the largest student, with the teacher on the host."""

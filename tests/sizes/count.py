@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ PLANS = {"flux_8b": ("paper_flux", 1), "qwen_image_10b": ("paper_qwen_image", 3)
 """Recipes that search, the one that lists what the paper found for them, and how many of its targets are meant."""
 
 
-def arguments() -> argparse.Namespace:
+def arguments(options: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="flux_8b")
     parser.add_argument("--stage", default="depth")
@@ -34,7 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--detail", action="store_true", help="what is alive at the peak, by the line that made it")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--all", action="store_true")
-    return parser.parse_args()
+    return parser.parse_args(options)
 
 
 def counted(asked: argparse.Namespace) -> dict:
@@ -44,18 +45,11 @@ def counted(asked: argparse.Namespace) -> dict:
     ledger = fakes.activate(detailed=asked.detail, card=int(asked.card * 1e9))
     import disk
     import stages
-    from subjects import readable, shortened, subject
+    from subjects import subject
 
-    from ppcl_toolkit.budget.model import Model
-    from ppcl_toolkit.budget.plans import plans
-    from ppcl_toolkit.recipe import Recipe
-
-    recipe = shortened(Recipe.load(asked.recipe, asked.set), asked.chunk)
-    listed, targets = PLANS[asked.recipe] if asked.published else (asked.recipe, len(recipe.targets))
-    model = readable(Model.of(recipe))
-    chosen = dict(list(plans(Recipe.load(listed), model).items())[:targets])
+    recipe, model, chosen = prepared(asked)
     disk.replace()
-    fakes.join(asked.devices, asked.rank, ledger)
+    fakes.join(asked.devices, asked.rank, int(asked.host * 1e9), ledger)
     if asked.devices > 1:
         fakes.hand_over(model.calls, getattr(recipe, asked.stage).batch)
     started = time.monotonic()
@@ -73,7 +67,6 @@ def counted(asked: argparse.Namespace) -> dict:
     return {
         "recipe": asked.recipe,
         "stage": asked.stage,
-        "plan": planned(asked, recipe, model, chosen),
         "device": ledger.peak["cuda:0"],
         "host": ledger.peak["cpu"],
         "device_line": ledger.place.get("cuda:0", "at its start"),
@@ -83,7 +76,21 @@ def counted(asked: argparse.Namespace) -> dict:
     }
 
 
-def planned(asked: argparse.Namespace, recipe: Any, model: Any, chosen: Any) -> dict[str, int]:
+def prepared(asked: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Return the recipe with few steps, its teacher without weights, and the plans that are meant."""
+    from subjects import readable, shortened
+
+    from ppcl_toolkit.budget.model import Model
+    from ppcl_toolkit.budget.plans import plans
+    from ppcl_toolkit.recipe import Recipe
+
+    recipe = shortened(Recipe.load(asked.recipe, asked.set), asked.chunk)
+    listed, targets = PLANS[asked.recipe] if asked.published else (asked.recipe, len(recipe.targets))
+    model = readable(Model.of(recipe))
+    return recipe, model, dict(list(plans(Recipe.load(listed), model).items())[:targets])
+
+
+def planned(asked: argparse.Namespace) -> dict[str, int]:
     """Return what `ppcl plan` says of the same, without the text encoders that are not counted here."""
     from ppcl_toolkit.budget import Machine
     from ppcl_toolkit.budget.blocks import Blocks
@@ -91,11 +98,21 @@ def planned(asked: argparse.Namespace, recipe: Any, model: Any, chosen: Any) -> 
     from ppcl_toolkit.budget.report import Budget
     from ppcl_toolkit.budget.whole import Whole
 
+    recipe, model, chosen = prepared(asked)
     budget = Budget(recipe, chosen, Blocks(model))
     machine = Machine(card=int(asked.card * 1e9), host=int(asked.host * 1e9), devices=asked.devices)
     need = budget.need(asked.stage, streamed=asked.streamed, machine=machine)
     others = Whole(Memory(recipe, budget.blocks, chosen), 0, 0).others
     return {"device": need.device, "host": need.host - others}
+
+
+def both(options: Sequence[str]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Count in a process of its own, and plan in this one; a count that stops is a `RuntimeError`."""
+    command = [sys.executable, __file__, "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1]), planned(arguments(options))
 
 
 ROWS = [
@@ -125,14 +142,13 @@ def table() -> None:
     print("|---|---|---|---|---|---|---|")  # noqa: T201
     for recipe, stage, *options in ROWS:
         published = ["--published"] if recipe in PLANS else []
-        command = [sys.executable, __file__, "--json", "--recipe", recipe, "--stage", stage, *options, *published]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
         told = " ".join([recipe, stage, *(option for option in options if option != "--set")])
-        if done.returncode:
-            print(f"| {told} | stops: {done.stderr.splitlines()[-1]} | | | | | |", flush=True)  # noqa: T201
+        try:
+            found, plan = both(["--recipe", recipe, "--stage", stage, *options, *published])
+        except RuntimeError as error:
+            print(f"| {told} | stops: {str(error).splitlines()[-1]} | | | | | |", flush=True)  # noqa: T201
             continue
-        found = json.loads(done.stdout.splitlines()[-1])
-        sizes = [size for place in ("device", "host") for size in (found[place], found["plan"][place])]
+        sizes = [size for place in ("device", "host") for size in (found[place], plan[place])]
         cells = [*(f"{size / 1e9:.1f}" for size in sizes), found["device_line"], found["host_line"]]
         print(f"| {told} | {' | '.join(cells)} |", flush=True)  # noqa: T201
 
@@ -142,12 +158,12 @@ def main() -> None:
     if asked.all:
         table()
         return
-    found = counted(asked)
     if asked.json:
-        print(json.dumps(found))  # noqa: T201 - a command
+        print(json.dumps(counted(asked)))  # noqa: T201 - a command
         return
+    found, plan = both(sys.argv[1:])
     for place in ("device", "host"):
-        told = f"{found[place] / 1e9:7.2f} GB, planned {found['plan'][place] / 1e9:7.2f}"
+        told = f"{found[place] / 1e9:7.2f} GB, planned {plan[place] / 1e9:7.2f}"
         print(f"{place:6} {told}  {found[f'{place}_line']}")  # noqa: T201
     for place, lines in found["held"].items():
         for line, size in lines.items():

@@ -38,10 +38,12 @@ def activate(*, detailed: bool = False, card: int = 10**12) -> Any:
     return ledger
 
 
-def join(devices: int, rank: int, ledger: Any) -> None:
-    """Be one of some processes, whose partners answer at once; what uses them is imported by now."""
+def join(devices: int, rank: int, host: int, ledger: Any) -> None:
+    """Be one of some processes on a host, whose partners answer at once; what uses them is imported by now."""
     from ppcl_toolkit import processes
+    from ppcl_toolkit.training import means
 
+    everywhere(means._free_on_host, lambda: host - ledger.live["cpu"])
     everywhere(processes.average, lambda _: 0.0)  # of losses, and of how many processes met one that is not finite
     if devices == 1:
         return
