@@ -103,7 +103,7 @@ def test_an_unknown_command_has_the_usual_exit_code():
 def test_a_plan_says_what_a_recipe_asks_for():
     result = CliRunner().invoke(cli.app, ["plan", "--recipe", "paper_flux"])
     assert result.exit_code == 0, result.output
-    for part in ("11,901,408,320", "6,520,810,048", "9 + 24", "GB", "transformer_blocks[3,5]", "disk for samples"):
+    for part in ("11,901,408,320", "6,520,810,048", "9 + 24", "GB", "transformer_blocks[3,5]", "disk: samples"):
         assert part in result.output
     slower = CliRunner().invoke(cli.app, ["plan", "--recipe", "tiny", "--json", "--tflops", "0.1"])
     found = json.loads(slower.stdout)
