@@ -63,6 +63,7 @@ ADAPTER = Adapter(
             "qk_norm": "rms_norm",
         },
     },
+    dtype="float16",
     others=(4_762_310_656, 694_659_840, 123_650_304, 83_819_683),
     example=example,
     stacks=(

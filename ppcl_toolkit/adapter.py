@@ -96,6 +96,8 @@ class Adapter:
     """Argument of the pipeline that, above 1, makes it run every picture twice: classifier-free guidance."""
     others: tuple[int, ...] = ()
     """Parameters of each of the pipeline's other parts, text encoders and autoencoder: for `ppcl plan`."""
+    dtype: str = "bfloat16"
+    """Of the published weights: a run in this one leaves them in their files, and the system reads pages of those."""
     example: Example | None = None
     """`example(config, call, references)`: the arguments of one call of the transformer for a recipe's `teacher.call`
     and so many reference images, shapes in place of tensors; for `ppcl plan`."""

@@ -13,7 +13,7 @@ from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.pipeline import Teacher, load_teacher
 from ppcl_toolkit.artifacts.storage import Bank, Desk
 from ppcl_toolkit.artifacts.workspace import Progress, Workspace, silent, write_json
-from ppcl_toolkit.budget import check_machine
+from ppcl_toolkit.budget import Schedules, check_machine
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan, trained_forms
 from ppcl_toolkit.recipe import Recipe
@@ -53,42 +53,46 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     if not run.is_begun:
         check_machine(recipe, device)
     run.open(recipe.dump())
-    teacher, runner = _opened(recipe, device)
+    teacher, whole = _opened(recipe, device)
+    schedules = Schedules(recipe, whole)
+    runner = schedules.runner
 
     asked = {"source": teacher.source, **_part(recipe, _RECORDING)}
-    record = partial(record_samples, runner, teacher, recipe)
+    record = partial(record_samples, runner("samples"), teacher, recipe)
     samples = run.stage("samples", asked, record, load_samples, together=True)
     noised = partial(_noised, recipe, teacher, samples)
-    fit = partial(probe, runner, noised("probe", recipe.probe.batch), recipe.probe)
+    fit = partial(probe, runner("probe"), noised("probe", recipe.probe.batch), recipe.probe)
     probes = run.stage("probe", recipe.probe, fit, Probes.load, together=True)
-    find = partial(detect, runner, noised("intervals", recipe.intervals.batch), probes.weights, recipe)
+    find = partial(detect, runner("intervals"), noised("intervals", recipe.intervals.batch), probes.weights, recipe)
     found = run.stage("intervals", _part(recipe, _DETECTION), find, Candidates.load, together=True)
     held_out = noised("select", recipe.select.batch)
-    choose = partial(select, runner, teacher.plan(), found.operations(), held_out, recipe)
+    choose = partial(select, runner("select"), teacher.plan(), found.operations(), held_out, recipe)
     choice = run.stage("select", _part(recipe, _CHOICE), choose, Choice.load, together=True)
 
-    plans = list(choice.plans.values())
-    deep = partial(distill_depth, runner, plans, noised("depth", recipe.depth.batch), recipe.depth)
+    chosen, plans = choice.plans, list(choice.plans.values())
+    deep = partial(distill_depth, runner("depth", chosen), plans, noised("depth", recipe.depth.batch), recipe.depth)
     depth = run.stage("depth", recipe.depth, deep, Bank, together=True)
-    wide = partial(distill_width, runner, plans, depth, noised("width", recipe.width.batch), recipe.width)
+    wide = partial(
+        distill_width, runner("width", chosen), plans, depth, noised("width", recipe.width.batch), recipe.width
+    )
     bank = run.stage("width", recipe.width, wide, depth.joined, together=True)
 
     batches = noised("finetune", recipe.finetune.batch)
-    answers = partial(record_velocities, runner, plans, batches, recipe.finetune)
+    answers = partial(record_velocities, runner("velocities", chosen), plans, batches, recipe.finetune)
     velocities = run.stage("velocities", _part(recipe, _ANSWERS), answers, Velocities, together=True)
     variants = []
-    for name, plan in choice.plans.items():
-        tune = partial(finetune, runner, plan, bank, batches, velocities, recipe.finetune)
+    for name, plan in chosen.items():
+        tune = partial(finetune, runner("finetune", chosen), plan, bank, batches, velocities, recipe.finetune)
         tuned = run.stage(f"finetune/{name}", recipe.finetune, tune, Path, together=True)
         variant = _variant(recipe, run.path, name, teacher.whole(plan))
-        make = partial(_export, teacher, runner, variant, plan, (bank, tuned), batches[0])
+        make = partial(_export, teacher, whole, variant, plan, (bank, tuned), batches[0])
         variants.append(run.stage(f"export/{name}", recipe.export, make, variant.read))
     velocities.discard()
 
     batches = noised("evaluate", recipe.samples.batch)
-    compare = partial(evaluate, runner, teacher, recipe, variants, batches)
+    compare = partial(evaluate, runner("evaluate", chosen), teacher, recipe, variants, batches)
     summary = run.stage("evaluate", recipe.evaluate, compare, partial(summarise, variants), together=True)
-    summary["warnings"] = run.warnings
+    summary["warnings"] = [*schedules.said(), *run.warnings]
     run.close(recipe.dump())
     if processes.is_main():
         write_json(run.path / "summary.json", summary)
@@ -124,7 +128,7 @@ def _opened(recipe: Recipe, device: torch.device) -> tuple[Teacher, Runner]:
     teacher = load_teacher(recipe)
     given = recipe.teacher
     waiting = host_bytes() // 2 if given.waiting_gb is None else int(given.waiting_gb * 1e9)
-    placement = Placement(device=device, streamed=given.streamed, chunk=given.chunk, waiting=waiting)
+    placement = Placement(device=device, streamed=given.streamed is True, chunk=given.chunk, waiting=waiting)
     return teacher, Runner(teacher.transformer, teacher.adapter, placement)
 
 

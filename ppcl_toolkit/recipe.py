@@ -35,8 +35,8 @@ class Teacher(Section):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the weights in memory."""
-    streamed: bool = False
-    """One block on the device at a time, for models larger than its memory."""
+    streamed: bool | Literal["auto"] = "auto"
+    """One block on the device at a time; `auto` for the stages that take more of it than there is otherwise."""
     chunk: PositiveInt = 8
     """Batches that share one visit of a streamed block."""
     waiting_gb: PositiveFloat | None = None

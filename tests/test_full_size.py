@@ -4,10 +4,13 @@ import functools
 
 import headers
 import pytest
+import tiny
+import torch
 from diffusers import FluxTransformer2DModel
 
 from ppcl_toolkit.adapter import available_adapters, load_adapter
 from ppcl_toolkit.budget import Machine, check_fits, dry_run
+from ppcl_toolkit.budget.model import Model
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Recipe, shipped_recipes
 
@@ -116,12 +119,55 @@ def test_a_recipe_says_what_its_plan_says(name):
     assert said == headers.header(name, planned(name))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "card", "host", "devices", "stages"),
+    [
+        ("flux_8b", 80, 512, 1, "all"),
+        ("flux_8b", 24, 64, 1, "all"),
+        ("qwen_image_10b", 80, 128, 1, "all"),
+        ("qwen_image_10b", 24, 64, 1, ("probe", "intervals", "select", "depth", "width")),
+        ("qwen_image_10b", 80, 1024, 8, "all"),
+        ("qwen_image_10b", 48, 1024, 8, "all"),
+    ],
+)
+def test_jobs_fit_machines_that_people_have(recipe, card, host, devices, stages):
+    machine = Machine(card=card * 10**9, host=host * 10**9, devices=devices)
+    found = {stage.name: stage for stage in dry_run(Recipe.load(recipe), machine=machine).stages}
+    for stage in found if stages == "all" else stages:
+        assert found[stage].fits, found[stage]
+    if card == 24:
+        assert found["depth"].means == "streamed" and found["depth"].device < 16e9
+        assert found["samples"].means == "resident", "its parts take turns"
+    if (recipe, card) == ("flux_8b", 80):
+        assert not any(stage.means == "streamed" for stage in found.values())
+
+
+def test_weights_in_another_dtype_than_their_files_are_memory(tmp_path):
+    """SD3.5 is published in fp16; a run in that leaves the weights in their files."""
+    recipe = Recipe.load("sd35_medium_1_6b")
+    half = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"dtype": "float16"})})
+    converted, read = (dry_run(each).memory["streamed, 1 device"]["velocities"] for each in (recipe, half))
+    weights = sum(load_adapter("sd3").others) * 2 + planned("sd35_medium_1_6b").teacher.bytes
+    assert converted["host"] - read["host"] == weights == read["pages"]
+    assert converted["pages"] == 0
+    # Of a folder that is here, the files themselves say it.
+    tiny.flux_pipeline(1, 1).to(torch.float16).save_pretrained(tmp_path)
+    for dtype in ("float16", "bfloat16"):
+        recipe = Recipe.model_validate(
+            {
+                "teacher": {"path": str(tmp_path), "dtype": dtype, "call": {"height": 8, "width": 8}},
+                "targets": [{"name": "x", "params": "99%"}],
+            }
+        )
+        assert Model.of(recipe).in_place == (dtype == "float16")
+
+
 def test_a_machine_that_is_too_small_is_told_what_would_do():
-    recipe = Recipe.load("flux_8b")
+    recipe = Recipe.load("flux_8b", ["teacher.streamed=false"])
     large, small = Machine(card=80 * 10**9, host=256 * 10**9), Machine(card=24 * 10**9, host=256 * 10**9)
     assert dry_run(recipe, machine=large).fits
     found = {stage.name: stage for stage in dry_run(recipe, machine=small).stages}
     assert not found["depth"].fits and "teacher.streamed: true would" in found["depth"].otherwise
     check_fits(recipe, large.card, large.host)
-    with pytest.raises(PpclError, match=r"samples takes .* of a device .*; there are 4.0 and 256.0"):
+    with pytest.raises(PpclError, match=r"samples does not fit a device of 4.0 GB and a host of 256.0 GB"):
         check_fits(recipe, 4 * 10**9, small.host)

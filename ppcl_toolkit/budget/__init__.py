@@ -2,5 +2,6 @@
 
 from ppcl_toolkit.budget.machine import Machine, machine_of
 from ppcl_toolkit.budget.report import check_fits, check_machine, dry_run
+from ppcl_toolkit.budget.schedules import Schedules
 
-__all__ = ["Machine", "check_fits", "check_machine", "dry_run", "machine_of"]
+__all__ = ["Machine", "Schedules", "check_fits", "check_machine", "dry_run", "machine_of"]

@@ -21,7 +21,7 @@ def disk(memory: Memory) -> dict[str, int]:
         "velocities": _answered(memory),
         "bank": banked * _WEIGHT,
         "students": sum(variants),
-        "variants": sum(variants) + len(variants) * whole.others,
+        "variants": sum(variants) + len(variants) * sum(whole.others),
         # Segments have one at the last step and one at the step before, until all are as far.
         "states": max(squares * SUMS, 2 * banked * LEARNING, students * LEARNING),
     }

@@ -6,7 +6,7 @@ a learner   fp32 weight and two moments: 12 bytes a parameter; gradients, and li
 a probe     sums in fp64: 16 bytes for every pair of features; in training 16 more
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -31,10 +31,12 @@ class Need(NamedTuple):
 
     device: int
     host: int
+    pages: int = 0
+    """Of files that the host reads from and all processes share: the system drops them where memory is short."""
 
-    def beside(self, device: int, host: int) -> "Need":
+    def beside(self, device: int, host: int, pages: int = 0) -> "Need":
         """Return this and so many more bytes."""
-        return Need(self.device + device, self.host + host)
+        return Need(self.device + device, self.host + host, self.pages + pages)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Memory:
         for wave in ([f for f in narrow if not _both(f)], [f for f in narrow if _both(f)]):
             learners = [self.blocks.trained(form, section.batch, section.alignment) for form in wave]
             needs.append(self._distilled(wave, learners, section))
-        return Need(max(need.device for need in needs), max(need.host for need in needs))
+        return largest(needs)
 
     @cached_property
     def forms(self) -> list[Form]:
@@ -115,10 +117,12 @@ class Memory:
         """Bytes of the teacher, of whose blocks `held` bytes are needed here, all of them by default."""
         blocks = self.blocks
         inside = blocks.teacher - blocks.outside
-        if self.streamed:
-            return Need(blocks.outside + blocks.largest, inside)
-        held = inside if held is None else held
-        return Need(blocks.outside + held, inside - held)
+        held = blocks.largest if self.streamed else inside if held is None else held
+        return self.frozen(blocks.teacher).beside(blocks.outside + held, 0)
+
+    def frozen(self, size: int) -> Need:
+        """Bytes of published weights that do not learn, as the host has them: read in place, or in another dtype."""
+        return Need(0, 0, size) if self.blocks.model.in_place else Need(0, size)
 
     def passing(self, batch: int) -> tuple[int, int]:
         """Bytes of batches on their way on the device, and of those that wait on the host."""
@@ -136,7 +140,7 @@ class Memory:
             self._trained(self.resting(held), [known[form.key] for form in own], section)
             for held, own in self._slices(forms)
         ]
-        return Need(max(need.device for need in needs), max(need.host for need in needs))
+        return largest(needs)
 
     def _trained(self, resting: Need, learners: Sequence[Trained], section: Distillation) -> Need:
         """Add what learns on one device."""
@@ -188,6 +192,11 @@ class Memory:
         kept, gram = 4 * rows * features, int(4 * 0.5625 * rows**2)
         centred = 3 * 4 * batch * tokens * features
         return _TOGETHER * (kept + gram) + max(batch * (3 * kept + 2 * gram), centred)
+
+
+def largest(needs: Iterable[Need]) -> Need:
+    """Return the most of each kind."""
+    return Need(*map(max, zip(*needs, strict=True)))
 
 
 def _both(form: Form) -> bool:

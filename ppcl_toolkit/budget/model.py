@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoModel
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Adapter, adapter_for, available_adapters, load_adapter
@@ -19,6 +21,9 @@ from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import Calls, example_calls, reshape, standing_in
 from ppcl_toolkit.surgery.graph import meta_copy
 from ppcl_toolkit.surgery.narrow import narrow
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""As safetensors calls them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +40,7 @@ class Size:
     operations: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """A teacher without weights, and one call of it with one picture."""
 
@@ -46,6 +51,10 @@ class Model:
     dtype: torch.dtype
     forwards: int
     """Of a picture per denoising step: classifier-free guidance makes two, in one call or in two."""
+    in_place: bool
+    """Weights are stored in the dtype that the recipe asks for: they are read where they lie, from pages of files."""
+    others: tuple[int, ...]
+    """Bytes of each of the pipeline's other parts: text encoders and autoencoder."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Model":
@@ -60,7 +69,19 @@ class Model:
         shapes = adapter.example(transformer.config, call, int(recipe.samples.edits is not None))
         example = {name: _empty(shape, transformer.dtype) for name, shape in shapes.items()} | {"return_dict": False}
         forwards = 2 if float(recipe.teacher.call.get(adapter.guidance, 1) or 1) > 1 else 1
-        return cls(transformer, adapter, family, example, transformer.dtype, forwards)
+        folder = Path(resolve(recipe.teacher.path))
+        in_place = (_dtype(folder / "transformer") or adapter.dtype) == recipe.teacher.dtype
+        others = _parts(folder) or adapter.others
+        return cls(
+            transformer=transformer,
+            adapter=adapter,
+            family=family,
+            example=example,
+            dtype=transformer.dtype,
+            forwards=forwards,
+            in_place=in_place,
+            others=tuple(params * transformer.dtype.itemsize for params in others),
+        )
 
     @property
     def plan(self) -> Plan:
@@ -131,6 +152,24 @@ def _read_config(path: str, part: str, revision: str | None) -> dict[str, Any]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PpclError(f"{path}: its {part}/config.json cannot be read: {reason}") from error
     return config
+
+
+def _dtype(part: Path) -> str:
+    """Return the dtype of the weights in a folder; nothing where there are none."""
+    for path in part.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            first = file.get_slice(next(iter(file.keys()))).get_dtype()
+            return _DTYPES.get(first, first)
+    return ""
+
+
+def _parts(folder: Path) -> list[int]:
+    """Count the parameters of each part of a pipeline's folder but the transformer, by the size of its files."""
+    return [
+        sum(file.stat().st_size for file in part.glob("*.safetensors")) // getattr(torch, dtype).itemsize
+        for part in sorted(folder.iterdir() if folder.is_dir() else ())
+        if part.name != "transformer" and (dtype := _dtype(part)) in _DTYPES.values()
+    ]
 
 
 def _call(recipe: Recipe, *, known: bool) -> dict[str, Any]:

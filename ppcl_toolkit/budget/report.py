@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ class Stage:
     name: str
     device: int
     host: int
+    pages: int
+    """Beside that, of files that all processes read: where the host has no room for them, they are read again."""
     means: str
     """Schedule, and how fine-tuning is made to fit."""
     fits: bool
@@ -46,7 +49,7 @@ class DryRun:
     teacher: Size
     variants: tuple[Size, ...]
     memory: dict[str, dict[str, dict[str, int]]]
-    """By schedule and number of devices, and by stage: bytes of a device, and of the host for all devices."""
+    """By schedule and number of devices, and by stage: bytes of a device, of the host for all devices, of its pages."""
     disk: dict[str, int]
     hours: dict[str, float]
     basis: tuple[str, ...]
@@ -91,7 +94,7 @@ class Budget:
             means = "streamed" if streamed else "resident"
             if stage == "finetune":
                 means = f"{whole.means.optimizer}, offload {whole.means.offload}"
-            self._known[key] = need.beside(0, whole.others), means
+            self._known[key] = need.beside(*whole.others), means
         return self._known[key]
 
     def _waiting(self, machine: Machine) -> int | None:
@@ -102,15 +105,28 @@ class Budget:
             return None if machine.host == UNLIMITED else machine.host // machine.devices // 2
         return int(given * 1e9)
 
+    def streamed(self, name: str, machine: Machine) -> bool:
+        """Tell whether a stage has the teacher streamed: as the recipe says, or where a device has no room else."""
+        asked = self.recipe.teacher.streamed
+        if asked != "auto":
+            return asked
+        # Pipelines come to any device by themselves, and an export has no teacher on it.
+        if name in {"samples", "export", "evaluate", *self.idle}:
+            return False
+        # What fine-tuning misses of the teacher's answers is recorded there.
+        need = self.need("velocities" if name == "finetune" else name, streamed=False, machine=machine)
+        return not replace(machine, host=UNLIMITED).has(need)
+
     def stage(self, name: str, machine: Machine) -> Stage:
         """Judge one stage as the recipe asks for it."""
-        own = self.recipe.teacher.streamed
+        own = self.streamed(name, machine)
         need, means = self._measured(name, machine, streamed=own)
         fits = machine.has(need)
         return Stage(
             name=name,
             device=need.device,
             host=need.host * machine.devices,
+            pages=need.pages,
             means=means,
             fits=fits,
             otherwise="" if fits else self._otherwise(name, machine, streamed=not own),
@@ -118,9 +134,13 @@ class Budget:
 
     def stages(self, machine: Machine) -> tuple[Stage, ...]:
         """Judge every stage that has something to do."""
-        idle = {"width"} if all(form.is_stock for form in Memory(self.recipe, self.blocks, self.plans).forms) else set()
-        idle |= set() if self.recipe.finetune.steps else {"velocities", "finetune"}
-        return tuple(self.stage(name, machine) for name in STAGES if name not in idle)
+        return tuple(self.stage(name, machine) for name in STAGES if name not in self.idle)
+
+    @cached_property
+    def idle(self) -> set[str]:
+        """Stages with nothing to do."""
+        deep = all(form.is_stock for form in Memory(self.recipe, self.blocks, self.plans).forms)
+        return ({"width"} if deep else set()) | (set() if self.recipe.finetune.steps else {"velocities", "finetune"})
 
     def _otherwise(self, name: str, machine: Machine, *, streamed: bool) -> str:
         """Return what would fit: the other schedule, fewer learners in memory, or several devices."""
@@ -130,9 +150,9 @@ class Budget:
             return f"{change} would: {_told(other, machine.devices)}"
         if spare := self._spare(name, machine):
             return f"teacher.streamed: true with teacher.waiting_gb: {spare} would: other learners wait on disk"
-        told = f"it takes {_told(own, machine.devices)}"
-        if other != own:
-            told += f"; with {change}, {_told(other, machine.devices)}"
+        told = f"it takes {_told(own, machine.devices)}" + (
+            f"; with {change}, {_told(other, machine.devices)}" if other != own else ""
+        )
         several = replace(machine, devices=DEVICES)
         if machine.devices < DEVICES and several.has(shared := self.need(name, streamed=False, machine=several)):
             told += f"; on {DEVICES} such devices, {_told(shared, DEVICES)}"
@@ -181,11 +201,11 @@ def check_fits(
     machine = Machine(card=device_bytes, host=host_bytes, devices=devices)
     for stage in Budget(recipe, chosen).stages(machine):
         if not stage.fits:
-            there = f"{device_bytes / 1e9:.1f}" + (f" and {host_bytes / 1e9:.1f}" if host_bytes < UNLIMITED else "")
+            there = f"{device_bytes / 1e9:.1f}" + (
+                f" GB and a host of {host_bytes / 1e9:.1f}" if host_bytes < UNLIMITED else ""
+            )
             raise PpclError(
-                f"{stage.name} takes {stage.device / 1e9:.1f} GB of a device and {stage.host / 1e9:.1f} GB of the "
-                f"host; there are {there}, of which a tenth is spare. "
-                f"{stage.otherwise[:1].upper()}{stage.otherwise[1:]}"
+                f"{stage.name} does not fit a device of {there} GB, of which a tenth is spare: {stage.otherwise}"
             )
 
 
@@ -213,12 +233,16 @@ def _table(budget: Budget) -> dict[str, dict[str, dict[str, int]]]:
     ):
         machine = Machine(devices=devices)
         needs = {stage: budget.need(stage, streamed=streamed, machine=machine) for stage in STAGES}
-        table[label] = {s: {"device": need.device, "host": need.host * devices} for s, need in needs.items()}
+        table[label] = {
+            stage: {"device": need.device, "host": need.host * devices, "pages": need.pages}
+            for stage, need in needs.items()
+        }
     return table
 
 
 def _told(need: Need, devices: int) -> str:
-    return f"{need.device / 1e9:.1f} GB of a device and {need.host * devices / 1e9:.1f} GB of the host"
+    host = need.host * devices / 1e9
+    return f"{need.device / 1e9:.1f} GB of a device" + (f" and {host:.1f} GB of the host" if host >= 0.05 else "")
 
 
 def _basis(recipe: Recipe, model: Model, tflops: float) -> tuple[str, ...]:
@@ -229,6 +253,6 @@ def _basis(recipe: Recipe, model: Model, tflops: float) -> tuple[str, ...]:
         f"plans: {found}",
         f"one call: {', '.join(f'{name} {list(shape)}' for name, shape in tokens.items())}",
         "memory: held to counts of the real code on tensors without data; kernels' workspaces and fragments are not "
-        f"in it; text encoders and autoencoder ({sum(model.adapter.others) * model.dtype.itemsize / 1e9:.1f} GB) are",
+        f"in it; text encoders and autoencoder ({sum(model.others) / 1e9:.1f} GB) are",
         f"time: counted operations at {tflops:g} TFLOP/s a device, an assumption (--tflops)",
     )

@@ -30,22 +30,23 @@ class Tuning:
         weight, gradient, moments, _ = self._bytes(means.optimizer)
         section, blocks = self.memory.recipe.finetune, self.memory.blocks
         total, inside = self._params, sum(blocks.size(form) for form in self.plan.forms())
-        teacher = blocks.teacher
+        teacher = self.memory.frozen(blocks.teacher)
+        written = min(_FILE, (weight + moments) * total)
         if means.offload == "blocks":
             at_rest = (weight + gradient + moments) * (total - inside)
             visiting = weight + (moments if means.optimizer != "adamw" else gradient)
             host = (weight + gradient + moments) * inside
-            return Need(int(at_rest + self._at_work(means, visiting=visiting)), int(teacher + host + _FILE))
+            return teacher.beside(int(at_rest + self._at_work(means, visiting=visiting)), int(host + written))
         share = self.memory.devices if section.shard else 1
         # Sharded, two blocks are whole at a time, and gradients of one.
         gathered = 0 if share == 1 else blocks.largest * 2 + blocks.largest // blocks.model.dtype.itemsize * 4
         device = (weight + moments) * total / share + gathered + self._at_work(means, gradient * total // share)
-        return Need(int(device), int(teacher + min(_FILE, (weight + moments) * total / share)))
+        return teacher.beside(int(device), int(min(_FILE, (weight + moments) * total / share)))
 
     def chosen(self, card: int, host: int) -> Means:
         """Return the means that the stage chooses; `PpclError` where none would do."""
         section = self.memory.recipe.finetune
-        free = host // self.memory.devices - self.memory.blocks.teacher
+        free = host // self.memory.devices - self.memory.frozen(self.memory.blocks.teacher).host
         machine = Machine(device_bytes=card, host_bytes=free, ranks=self.memory.devices, shard=section.shard)
         return choose_means(self.job, machine, section.optimizer, section.offload)
 

@@ -27,9 +27,7 @@ class Whole:
 
     def samples(self) -> Need:
         """Recording: the pipeline of the teacher, with as many of its parts on the device as it has room for."""
-        device = self._called(self._teacher, self.memory.recipe.samples.batch)
-        home = self._inside if self.memory.streamed else 0
-        return Need(device, home)
+        return self._teachers.beside(self._called(self._teacher, self.memory.recipe.samples.batch), 0)
 
     def velocities(self) -> Need:
         """The teacher's answers to the batches of fine-tuning."""
@@ -37,7 +35,7 @@ class Whole:
         blocks, resting = memory.blocks, memory.resting()
         # Nothing but the streams is on its way, and blocks differ in what they weigh and in what they take.
         device = resting.device - blocks.largest + blocks.visit(batch) + blocks.flow(batch) + blocks.beside(batch)
-        return Need(device, resting.host)
+        return resting._replace(device=device)
 
     def finetune(self) -> Need:
         """Fine-tuning of the largest student, with the teacher on the host."""
@@ -65,7 +63,7 @@ class Whole:
         forms = [form for form in self._largest.forms() if not form.is_teacher]
         banked = sum(count(memory.blocks.model.block(form)) for form in forms) * self._itemsize
         device = own if own <= _ROOM * self.card else memory.blocks.outside + 2 * memory.blocks.largest
-        return Need(device + self._running(batch), self._teacher + banked + own)
+        return self._teachers.beside(device + self._running(batch), banked + own)
 
     def evaluate(self) -> Need:
         """Pictures of the teacher, then of each variant, which comes with text encoders of its own."""
@@ -73,16 +71,17 @@ class Whole:
         largest = self.params(self._largest) * self._itemsize
         pixels = batch * int(self.memory.recipe.teacher.call.get("height", 1024)) ** 2
         device = max(self._called(own, batch, _DECODED * pixels) for own in (self._teacher, largest))
-        return Need(device, self._teacher + largest + self.others)
+        # What this run wrote is read in place.
+        return self._teachers.beside(device, 0, largest + sum(self._others))
 
     @property
-    def others(self) -> int:
+    def others(self) -> Need:
         """Bytes of text encoders and autoencoder, which are on the host in every stage."""
-        return sum(self._others)
+        return self.memory.frozen(sum(self._others))
 
     @property
     def _others(self) -> list[int]:
-        return [each * self._itemsize for each in self.memory.blocks.model.adapter.others]
+        return list(self.memory.blocks.model.others)
 
     @property
     def _itemsize(self) -> int:
@@ -93,8 +92,8 @@ class Whole:
         return self.memory.blocks.teacher
 
     @property
-    def _inside(self) -> int:
-        return self._teacher - self.memory.blocks.outside
+    def _teachers(self) -> Need:
+        return self.memory.frozen(self._teacher)
 
     @property
     def _largest(self) -> Plan:

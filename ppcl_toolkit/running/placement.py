@@ -8,7 +8,7 @@ import contextlib
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
@@ -54,7 +54,9 @@ class Placement:
         """Return nested tensors where activations wait."""
         return moved(value, self.rest)
 
-    def settle(self, transformer: nn.Module, adapter: Adapter, held: Collection[tuple[str, int]] | None = None) -> None:
+    def settle(
+        self, transformer: nn.Module, adapter: Adapter, homes: "Homes", held: Collection[tuple[str, int]] | None = None
+    ) -> None:
         """Put a teacher to rest: its blocks where they wait, everything else on the device.
 
         Blocks that are not `held`, by path of their stack and number, are on the host.
@@ -62,12 +64,12 @@ class Placement:
         inside = tuple(f"{stack.path}." for stack in adapter.stacks)
         for name, tensor in _tensors(transformer):
             if not name.startswith(inside):
-                tensor.data = tensor.data.to(self.device)
+                homes.move(tensor, self.device)
         for stack in adapter.stacks:
             for index, block in enumerate(stack.blocks(transformer)):
                 place = self.rest if held is None or (stack.path, index) in held else HOST
                 for _, tensor in _tensors(block):
-                    tensor.data = tensor.data.to(place)
+                    homes.move(tensor, place)
 
     @contextlib.contextmanager
     def visit(self, module: nn.Module | None, others: Iterable[Placed] = ()) -> Iterator[None]:
@@ -107,6 +109,27 @@ class Placement:
         """Let a settled teacher be called as a whole."""
         with self.visiting(*(block for stack in adapter.stacks for block in stack.blocks(transformer))):
             yield
+
+
+@final
+class Homes:
+    """The memory of the host from which frozen weights went to a device, so that nothing is copied when they return.
+
+    As a rule these are pages of the files that the weights were read from: the system may drop them at any time.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Tensor, Tensor] = {}
+
+    def move(self, tensor: Tensor, device: torch.device) -> None:
+        """Move a weight to `device`, or home where that is the host."""
+        if tensor.device.type == device.type:
+            tensor.data = tensor.data.to(device)
+            return
+        if tensor.device == HOST:
+            self._known[tensor] = tensor.data
+        home = self._known.get(tensor) if device == HOST else None
+        tensor.data = tensor.data.to(device) if home is None else home
 
 
 def moved(value: Any, device: torch.device) -> Any:

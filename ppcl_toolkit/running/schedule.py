@@ -20,7 +20,7 @@ from ppcl_toolkit.plan import Form
 from ppcl_toolkit.running.capture import predict
 from ppcl_toolkit.running.passage import Batch, Follower, Leg, Passage, Place, Reader, Reading, enter, through
 from ppcl_toolkit.running.pipelined import Link, Share
-from ppcl_toolkit.running.placement import HOST, Placement, callable_on
+from ppcl_toolkit.running.placement import HOST, Homes, Placement, callable_on
 from ppcl_toolkit.running.slices import block_costs
 
 __all__ = ["Batch", "Follower", "Reader", "Reading", "Runner"]
@@ -35,6 +35,7 @@ class Runner:
     placement: Placement = field(default_factory=Placement)
     share: Share | None = None
     """What of a pass is this process's, where it is shared out."""
+    _homes: Homes = field(default_factory=Homes)
 
     @torch.no_grad()
     def pipelined(self, wanted: Sequence[Reader | Form], example: Batch) -> Self:
@@ -102,7 +103,7 @@ class Runner:
         Where it is there already, this is nothing.
         """
         held = None if self.share is None else self.share.held(self.adapter.depths(self.transformer))
-        self.placement.settle(self.transformer, self.adapter, held)
+        self.placement.settle(self.transformer, self.adapter, self._homes, held)
 
     @torch.no_grad()
     def velocity(self, batch: Batch) -> Tensor:
@@ -114,14 +115,15 @@ class Runner:
 
     @contextlib.contextmanager
     def calling(self, pipeline: Any) -> Iterator[None]:
-        """Let the teacher's own pipeline be called."""
-        self.settle()
+        """Let the teacher's own pipeline be called, with as many of its parts on the device as it has room for."""
+        self.leave()
         with callable_on(pipeline, self.placement.device, streamed=self.placement.streamed):
             yield
 
     def leave(self) -> None:
         """Have the teacher on the host, so that another model has the device to itself, until it is run again."""
-        self.transformer.to(HOST)
+        for tensor in (*self.transformer.parameters(), *self.transformer.buffers()):
+            self._homes.move(tensor, HOST)
 
 
 def _chunks(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 
 from ppcl_toolkit.errors import PpclError
 
@@ -193,13 +194,27 @@ def _kept(student: nn.Module, blocks: Sequence[nn.Module], call: Callable[[], An
         )
     ]
     try:
-        with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.enable_grad(), _Fused(), saved_tensors_hooks(keep, lambda tensor: tensor):
             output = call()
     finally:
         for handle in handles:
             handle.remove()
     del output
     return [sum(storage.nbytes() for storage in known.values()) for known in storages], sum(given)
+
+
+class _Fused(TorchFunctionMode):
+    """Attends by a kernel such as devices have: on tensors without data, torch takes one that keeps all pairs."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function of torch; of masks, which are not made here, attention keeps nothing more."""
+        attends = getattr(func, "__name__", "") == "scaled_dot_product_attention"
+        return (_attended if attends else func)(*args, **(kwargs or {}))
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    output: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
+    return output
 
 
 def machine_of(device: torch.device, ranks: int, *, shard: bool) -> Machine:

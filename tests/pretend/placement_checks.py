@@ -7,7 +7,7 @@ from runs import runner
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.running.images import run_pipeline
-from ppcl_toolkit.running.placement import _ROOM, Placement, callable_on, computing_on, device_of, fits
+from ppcl_toolkit.running.placement import _ROOM, Homes, Placement, callable_on, computing_on, device_of, fits
 from ppcl_toolkit.running.schedule import Runner
 
 CARD = torch.device("cuda", 0)
@@ -72,7 +72,7 @@ def test_a_pipeline_draws_the_same_in_less_memory(pipeline, case):
 def test_the_teacher_goes_on_after_its_pipeline(pipeline):
     transformer = pipeline.transformer.requires_grad_(False)
     batch = tiny.flux_inputs()
-    expected = transformer(**batch)[0]
+    expected, before = transformer(**batch)[0], addresses(transformer)
     for streamed in (False, True):
         runner = Runner(transformer, FLUX, Placement(device=CARD, streamed=streamed))
         with runner.calling(pipeline):
@@ -82,6 +82,7 @@ def test_the_teacher_goes_on_after_its_pipeline(pipeline):
         assert resting == {"cpu" if streamed else "cuda"}
         runner.leave()
         assert torch.cuda.memory_allocated(CARD) < SCRAPS
+        assert addresses(transformer) == before
 
 
 @pytest.mark.parametrize("share", [2.0, 0.5])
@@ -124,7 +125,7 @@ def test_a_block_that_is_called_is_visited_even_when_the_call_fails():
 
 def test_a_streamed_teacher_rests_with_everything_but_its_blocks_on_the_device():
     teacher = runner()
-    Placement(device=CARD, streamed=True).settle(teacher.transformer, FLUX)
+    Placement(device=CARD, streamed=True).settle(teacher.transformer, FLUX, Homes())
     for name, parameter in teacher.transformer.named_parameters():
         assert parameter.is_cuda == ("transformer_blocks." not in name), name
     assert device_of(teacher.transformer, FLUX) == CARD

@@ -1,5 +1,6 @@
 """A device that is too small ends a command with one line, and the same command goes on where there is more room."""
 
+import json
 import subprocess
 import sys
 
@@ -16,22 +17,27 @@ TRAINING = (
     "finetune.offload=none",
 )
 OVERRIDES = ("device=auto", "targets=[{name: small, params: 55%}]", *TRAINING)
+ROOM_FOR_THE_TEACHER = 3_500_000
+"""Bytes; of 18 blocks, and not of those that learn beside them."""
 FITS_ALL_BUT_FINE_TUNING = 3_000_000
 """Bytes; training single blocks takes 2.1 MB beside the teacher, and the whole student with its large batches more."""
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("memory")
-    tiny.flux_pipeline(5, 3).save_pretrained(folder / "teacher")
+    return prepared(tmp_path_factory.mktemp("memory"), 5, 3)
+
+
+def prepared(folder, dual, single):
+    tiny.flux_pipeline(dual, single).save_pretrained(folder / "teacher")
     (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(6)))
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
     return folder
 
 
-def commanded(world, memory):
-    asked = ["compress", "--recipe", str(world / "recipe.yaml"), "--out", str(world / "out")]
-    options = [word for override in OVERRIDES for word in ("--set", override)]
+def commanded(world, memory, *more, out="out"):
+    asked = ["compress", "--recipe", str(world / "recipe.yaml"), "--out", str(world / out)]
+    options = [word for override in (*OVERRIDES, *more) for word in ("--set", override)]
     return subprocess.run(
         [sys.executable, "-m", "ppcl_toolkit.cli", *asked, *options],
         env={**device.environment(memory=memory), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -59,6 +65,18 @@ def test_out_of_memory_is_one_line_and_more_memory_goes_on(world):
     assert (world / "out" / "summary.json").exists()
 
 
+def test_stages_are_streamed_where_the_card_has_no_room_else(tmp_path_factory):
+    world = prepared(tmp_path_factory.mktemp("auto"), 12, 6)
+    fits = ("finetune.steps=0",)
+    done = commanded(world, ROOM_FOR_THE_TEACHER, "teacher.streamed=false", *fits)
+    assert done.returncode == 1
+    assert "while making" in done.stderr.splitlines()[-1] and "depth.partial" in done.stderr.splitlines()[-1]
+    done = commanded(world, ROOM_FOR_THE_TEACHER, *fits)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads((world / "out" / "summary.json").read_text())["warnings"]
+    assert said[0] == "teacher.streamed: auto is true for depth"
+
+
 def test_a_card_that_is_too_small_is_refused_before_anything_is_loaded(tmp_path):
     command = [
         sys.executable,
@@ -70,11 +88,9 @@ def test_a_card_that_is_too_small_is_refused_before_anything_is_loaded(tmp_path)
         "--out",
         str(tmp_path / "run"),
     ]
-    ends = {**device.environment(memory=int(16e9)), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    ends = {**device.environment(memory=int(8e9)), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=ends, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: probe takes ")
-    assert "there are 16.0, of which a tenth is spare" in line
-    assert "streamed: true would: " in line
+    assert line.startswith("error: samples does not fit a device of 8.0 GB, of which a tenth is spare: it takes 9.")
     assert not (tmp_path / "run").exists()

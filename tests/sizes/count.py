@@ -55,6 +55,7 @@ def counted(asked: argparse.Namespace) -> dict:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ledger:
         made = subject(
+            ledger,
             recipe,
             model,
             chosen,
@@ -103,7 +104,7 @@ def planned(asked: argparse.Namespace) -> dict[str, int]:
     machine = Machine(card=int(asked.card * 1e9), host=int(asked.host * 1e9), devices=asked.devices)
     need = budget.need(asked.stage, streamed=asked.streamed, machine=machine)
     others = Whole(Memory(recipe, budget.blocks, chosen), 0, 0).others
-    return {"device": need.device, "host": need.host - others}
+    return {"device": need.device, "host": need.host - others.host}
 
 
 def both(options: Sequence[str]) -> tuple[dict[str, Any], dict[str, int]]:

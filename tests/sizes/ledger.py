@@ -31,7 +31,7 @@ class Ledger(FakeTensorMode):
         self.detailed = detailed
         self.held: dict[str, Counter[str]] = {}
         """Where a detailed ledger is asked for: the bytes alive at the peak of a device, by the line that made them."""
-        self._inside = False
+        self._inside = self._reading = False
         self._rising: set[str] = set()
         self._sizes: dict[int, tuple[str, int, str]] = {}
         self.live: Counter[str] = Counter()
@@ -42,6 +42,15 @@ class Ledger(FakeTensorMode):
     def __deepcopy__(self, memo: Any) -> "Ledger":
         # A copied tensor would bring its mode along.
         return self
+
+    @contextlib.contextmanager
+    def reading(self, *, here: bool) -> Iterator[None]:
+        """If `here`, take what is made on the host for weights that are read where they lie, in files."""
+        before, self._reading = self._reading, here
+        try:
+            yield
+        finally:
+            self._reading = before
 
     def begin(self) -> None:
         """Forget earlier peaks: what is alive now is where a stage starts."""
@@ -86,6 +95,7 @@ class Ledger(FakeTensorMode):
         key = storage._cdata
         if key not in self._known:
             device = str(tensor.fake_device)
+            device = "files" if self._reading and device == "cpu" else device
             self._known[key] = (weakref.ref(storage, lambda _, key=key: self._forget(key)), device)
             self._rise(key, device, storage.nbytes(), func._schema.name.removeprefix("aten::"))
 

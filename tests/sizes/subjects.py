@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import disk
 import torch
+from ledger import Ledger
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Adapter
@@ -96,17 +97,24 @@ def predicted(model: Model, batch: int) -> torch.Size:
 
 
 def subject(
-    recipe: Recipe, model: Model, plans: Mapping[str, Plan], *, streamed: bool, away: bool, folder: Path
+    ledger: Ledger,
+    recipe: Recipe,
+    model: Model,
+    plans: Mapping[str, Plan],
+    *,
+    streamed: bool,
+    away: bool,
+    folder: Path,
 ) -> Subject:
-    """Make the teacher where a run has it, or on the host where it is `away`; called inside of a ledger."""
+    """Read the teacher and put it where it rests, or leave it on the host where it is `away`; inside of its ledger."""
     adapter = model.adapter
-    with torch.device("cpu" if streamed or away else DEVICE):
+    with ledger.reading(here=model.in_place):
         transformer: Any = getattr(diffusers, adapter.transformer).from_config(dict(model.transformer.config))
-    nn.Module.to(transformer, model.dtype).requires_grad_(False).eval()
+        nn.Module.to(transformer, model.dtype).requires_grad_(False).eval()
     placement = Placement(device=DEVICE, streamed=streamed, chunk=recipe.teacher.chunk)
     runner = Runner(transformer, adapter, placement)
     if not away:
-        placement.settle(transformer, adapter)
+        runner.settle()
     return Subject(recipe, model, plans, runner, Desk(folder, lambda *_: None))
 
 

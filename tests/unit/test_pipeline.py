@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -49,6 +51,22 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline") / "flux"
     tiny.flux_pipeline(2, 1).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what memory is mapped")
+@pytest.mark.parametrize(("dtype", "read"), [("float32", True), ("bfloat16", False)])
+def test_weights_lie_in_their_files_unless_they_are_converted(saved, dtype, read):
+    pipeline = load_teacher(
+        Recipe.model_validate(
+            {"teacher": {"path": str(saved), "dtype": dtype}, "targets": [{"name": "a", "params": "50%"}]}
+        )
+    ).pipeline
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [[int(end, 16) for end in line[0].split("-")] for line in lines if line[-1].endswith(".safetensors")]
+    for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
+        weights = list(getattr(pipeline, name).parameters())
+        mapped = [any(start <= w.data_ptr() < end for start, end in spans) for w in weights]
+        assert sum(mapped) > 0.9 * len(mapped) if read else not any(mapped), name
 
 
 @pytest.fixture
