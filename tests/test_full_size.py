@@ -126,6 +126,7 @@ def test_a_recipe_says_what_its_plan_says(name):
         ("flux_8b", 24, 64, 1, "all"),
         ("qwen_image_10b", 80, 128, 1, "all"),
         ("qwen_image_10b", 24, 64, 1, ("probe", "intervals", "select", "depth", "width")),
+        ("qwen_image_10b", 24, 80, 1, "all"),
         ("qwen_image_10b", 80, 1024, 8, "all"),
         ("qwen_image_10b", 48, 1024, 8, "all"),
     ],
