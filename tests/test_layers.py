@@ -39,13 +39,13 @@ FLOORS = (
     ("ppcl_toolkit/training/",),
     ("ppcl_toolkit/stages/",),
     ("ppcl_toolkit/budget/",),
-    ("ppcl_toolkit/compress.py",),
+    ("ppcl_toolkit/algorithm.py",),
     ("ppcl_toolkit/cli.py",),
 )
 """The rooms of the core from the ground up: a file imports from its own floor or from one below."""
 APART = {
-    "ppcl_toolkit/shapes/": ("ppcl_toolkit.stages", "ppcl_toolkit.training", "ppcl_toolkit.compress"),
-    "adapters/": ("ppcl_toolkit.stages", "ppcl_toolkit.training", "ppcl_toolkit.compress"),
+    "ppcl_toolkit/shapes/": ("ppcl_toolkit.stages", "ppcl_toolkit.training", "ppcl_toolkit.algorithm"),
+    "adapters/": ("ppcl_toolkit.stages", "ppcl_toolkit.training", "ppcl_toolkit.algorithm"),
 }
 WITHOUT_RECIPES = tuple(f"ppcl_toolkit/{room}/" for room in ("statistics", "running", "surgery", "training"))
 

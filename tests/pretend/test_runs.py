@@ -6,7 +6,6 @@ first steps of AdamW follow the signs of gradients, and where one is almost zero
 learning rate.
 """
 
-import importlib
 import json
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import tiny
 from PIL import Image
 from worlds import World, made
 
-from ppcl_toolkit import Recipe, compress
+from ppcl_toolkit import Recipe, algorithm, compress
 from ppcl_toolkit.stages import evaluate
 
 CLOSE = 1e-3
@@ -79,7 +78,7 @@ def prepared(request, tmp_path_factory) -> Prepared:
         tiny.small_edits(patch.setattr)
         # Memory on the CPU, for which further processes start, and figures are compared with nothing here.
         patch.setattr(evaluate, "_resident_growth", lambda *_: None)
-        patch.setattr(importlib.import_module("ppcl_toolkit.compress"), "write_report", lambda _: None)
+        patch.setattr(algorithm, "write_report", lambda _: None)
         world = made(request.param, tmp_path_factory.mktemp(request.param))
         world.teacher.pipeline.save_pretrained(world.folder / "teacher")
         recipe = world.recipe(**(FOUND if world.name == "flux" else GIVEN))
