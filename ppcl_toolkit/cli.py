@@ -347,7 +347,7 @@ def _print_table(summary: dict[str, Any]) -> None:
             f"{row['params'] / teacher['params']:.1%}",
             f"{row['latency_ms']:.1f}",
             f"{teacher['latency_ms'] / row['latency_ms']:.2f}x",
-            "-" if row["score"] is None else f"{row['score']:.3f}±{row['score_std']:.3f}",
+            "–" if row["score"] is None else f"{row['score']:.3f}±{row['score_std']:.3f}",
             _number(row["drop_percent"], ".1f"),
             _number(row["rmse"], ".1f"),
             _number(row["velocity_error"], ".3f"),
@@ -358,8 +358,8 @@ def _print_table(summary: dict[str, Any]) -> None:
     # In a file, the table is as wide as it wants.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
-    if teacher["chance"] is not None:
-        console.print(f"chance: {teacher['chance']:.3f}", highlight=False)
+    if teacher["score"] is not None:
+        console.print(f"chance: {_number(teacher['chance'], '.3f')}", highlight=False)
 
 
 def _draw_suite(paths: list[str], name: str, section: Any, count: int | None, options: dict[str, Any]) -> None:
@@ -407,7 +407,7 @@ def _duration(hours: float) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return "–" if value is None else format(value, form)
 
 
 def _arguments(pairs: list[str]) -> dict[str, Any]:

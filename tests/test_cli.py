@@ -148,6 +148,16 @@ evaluate: {{prompts: {tmp_path / "prompts.txt"}, count: 2, seeds: [0], batch: 2}
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_not_known_is_a_dash_in_the_table(capsys):
+    row = {"params": 10, "latency_ms": 1.0, "drop_percent": None, "rmse": None, "velocity_error": None}
+    teacher = {**row, "score": 0.5, "score_std": 0.0, "chance": None}
+    cli._print_table({"teacher": teacher, "variants": [{**row, "name": "small", "score": None, "score_std": None}]})
+    *_, first, second, chance = capsys.readouterr().out.splitlines()
+    assert first.split() == ["teacher", "10", "100.0%", "1.0", "1.00x", "0.500±0.000", "–", "–", "–"]
+    assert second.split()[-4:] == ["–"] * 4
+    assert chance == "chance: –"
+
+
 def test_a_benchmark_is_drawn_and_its_scores_become_a_table(tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red square", "tag": "colors", "include": []}\n')
     options = ("--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "out", "--call", "num_inference_steps=1")

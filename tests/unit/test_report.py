@@ -251,6 +251,13 @@ def test_what_was_chosen_is_shown_however_many_were_measured(tmp_path):
     assert "blocks[79] ffn image" in page and "blocks[0] ffn image" in page and "blocks[60] ffn image" not in page
 
 
+def test_a_chance_that_nobody_knows_is_a_dash(tmp_path):
+    run = synthetic_run(tmp_path / "run")
+    teacher = {**SUMMARY["teacher"], "chance": None}
+    (run / "summary.json").write_text(json.dumps({**SUMMARY, "teacher": teacher, "warnings": []}))
+    assert "other prompts of their category score –." in write_report(run).read_text()
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(PpclError, match=r"no run of ppcl"):
         write_report(tmp_path)
