@@ -66,11 +66,16 @@ class Workspace:
         return (self.path / "recipe.yaml").exists()
 
     def open(self, recipe: str) -> None:
-        """Make the folder, and note what was asked and on what; an earlier note stays until `close`."""
+        """Make the folder, and note what was asked and on what; an earlier note stays until `close`.
+
+        Raises `PpclError` where the processes of the run do not share the folder.
+        """
         if processes.is_main() and not (self.path / "recipe.yaml").exists():
             self._describe(recipe)
         processes.watch()
         self._wait()
+        with writing(self.path):
+            processes.check_shared(self.path)
 
     def close(self, recipe: str) -> None:
         """Note what all stages were made from; the processes of the run part here."""
