@@ -20,7 +20,7 @@ from ppcl_toolkit.training.segment import Segment
 
 
 class Settings(loop.Settings, Protocol):
-    """What distillation needs to know beyond the optimizer."""
+    """What distillation needs to know beyond a training."""
 
     @property
     def checkpoint_every(self) -> int: ...  # noqa: D102
