@@ -32,7 +32,7 @@ _FIRST = {"environment.json", ".environment.json.partial", ".recipe.yaml.partial
 
 
 class Progress(Protocol):
-    """Where stages report: `cli.py` draws it."""
+    """Where stages report: `console.py` draws it."""
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
         """`done` of `total` units of `stage` are through."""
