@@ -12,7 +12,7 @@ from torch import nn
 from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.pipeline import Teacher, load_teacher
 from ppcl_toolkit.artifacts.storage import Bank, Desk
-from ppcl_toolkit.artifacts.workspace import Progress, Workspace, silent, write_json
+from ppcl_toolkit.artifacts.workspace import Job, Progress, Workspace, silent, write_json
 from ppcl_toolkit.budget import check_machine
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan, trained_forms
@@ -76,13 +76,18 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     batches = noised("finetune", recipe.finetune.batch)
     answers = partial(record_velocities, runner, plans, batches, recipe.finetune)
     velocities = run.stage("velocities", _part(recipe, _ANSWERS), answers, Velocities, together=True)
-    variants = []
+    variants: list[dict[str, Any]] = []
+    exports: list[Job[dict[str, Any]]] = []
     for name, plan in choice.plans.items():
         tune = partial(finetune, runner, plan, bank, batches, velocities, recipe.finetune)
         tuned = run.stage(f"finetune/{name}", recipe.finetune, tune, Path, together=True)
         variant = _variant(recipe, run.path, name, teacher.whole(plan))
         make = partial(_export, teacher, runner, variant, plan, (bank, tuned), batches[0])
-        variants.append(run.stage(f"export/{name}", recipe.export, make, variant.read))
+        exports.append(run.job(f"export/{name}", recipe.export, make, variant.read))
+        # Each process exports one variant at a time.
+        if len(exports) == processes.world()[1] or len(variants) + len(exports) == len(plans):
+            variants += run.results(exports)
+            exports.clear()
     velocities.discard()
 
     batches = noised("evaluate", recipe.samples.batch)

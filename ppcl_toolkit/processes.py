@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,17 @@ def agreed(value: Any) -> Any:
     """Return what the main process says; all ask together."""
     _, count = world()
     return broadcast_object_list([value])[0] if count > 1 else value
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let libraries take this process for the only one: transformers writes weights in the first of several alone."""
+    known = distributed.is_initialized
+    distributed.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        distributed.is_initialized = known
 
 
 def messages_on(device: torch.device) -> torch.device:

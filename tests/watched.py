@@ -17,7 +17,7 @@ from torch import nn
 from ppcl_toolkit import algorithm
 from ppcl_toolkit.artifacts.pipeline import Teacher
 from ppcl_toolkit.artifacts.storage import save_tree
-from ppcl_toolkit.artifacts.workspace import Workspace
+from ppcl_toolkit.artifacts.workspace import Job, Workspace
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.running.noise import Batches, Sample
 
@@ -49,7 +49,9 @@ def stages(path: str, recipe: str, overrides: list[str], *, tiny: bool) -> list[
         mock.patch.object(algorithm, "check_machine", lambda *_: None),  # of the published model, which this one is not
         mock.patch.object(algorithm, "export", _run_student),
         mock.patch.object(algorithm, "write_report", lambda _: None),
-        mock.patch.object(Workspace, "stage", lambda run, *given, **options: stage(run, *given, **options)),
+        mock.patch.object(
+            Workspace, "results", lambda run, jobs, **options: [stage(run, job, **options) for job in jobs]
+        ),
     ):
         try:
             algorithm.compress(asked, out)
@@ -67,25 +69,23 @@ def fitting(recipe: Recipe, model: Giant) -> Recipe:
     return recipe.model_copy(update={"intervals": intervals, "width": width})
 
 
-_stage = Workspace.stage
+_results = Workspace.results
 
 
-def _watched(
-    found: list[Stage], model: Giant, run: Workspace, name: str, settings: Any, make: Any, load: Any, **options: Any
-) -> Any:
-    kind = name.split("/")[0]
+def _watched(found: list[Stage], model: Giant, run: Workspace, job: Job[Any], **options: Any) -> Any:
+    kind = job.name.split("/")[0]
     found.append(Stage(kind))
     if kind == "samples":
-        make = functools.partial(_write_samples, model)
+        job = job._replace(make=functools.partial(_write_samples, model))
     if kind == "evaluate":
-        make = functools.partial(_velocity, *make.args)
+        job = job._replace(make=functools.partial(_velocity, *job.make.args))
     if kind in ("export", "evaluate"):
-        load = lambda _: {}  # noqa: E731
+        job = job._replace(load=lambda _: {})
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     began = time.monotonic()
     try:
-        return _stage(run, name, settings, make, load, **options)
+        return _results(run, [job], **options)[0]
     except Exception as error:
         found[-1].error = " ".join(str(error).split()) or type(error).__name__
         if kind not in _MAY_FAIL:
