@@ -95,7 +95,8 @@ def write_findings(run, rng: np.random.Generator) -> None:
     }
     spans = {stack: [s for s in trend_intervals(c["image"].delta, 1) if s[0] < s[1]] for stack, c in found.items()}
     intervals = {stack: tuple(Interval(stack=stack, first=u, last=v) for u, v in s) for stack, s in spans.items()}
-    Candidates(intervals, (WIDTH[0],), found).save(run / "intervals")
+    compared = {stack: {"image": (16, 160), "text": (160, 160)} for stack in DEPTHS}
+    Candidates(intervals, (WIDTH[0],), found, compared).save(run / "intervals")
     keys = [(stack, b, stream) for stack, depth in DEPTHS.items() for b in range(depth) for stream in ("image", "text")]
     shares = {key: float(rng.lognormal(-2 if key[2] == "image" else -3.5, 0.6)) for key in keys}
     Probes({key: torch.zeros(2, 2) for key in keys}, shares).save(run / "probe")
@@ -184,6 +185,14 @@ def test_every_variant_operation_and_category_is_named(page):
             assert f"<li>{operation}</li>" in page
     for category in scenes.CATEGORIES:
         assert category.replace("_", " ") in page
+
+
+def test_a_heatmap_says_of_how_many_samples_it_is(page):
+    whole = (
+        "not all samples are in: transformer_blocks · image: the first 16 of 160; single_transformer_blocks · image:"
+    )
+    assert f"{whole} the first 16 of 160.</figcaption>" in page
+    assert "text: the first" not in page
 
 
 def test_strips_show_each_block_once(page):
