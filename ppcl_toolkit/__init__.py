@@ -9,22 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ppcl_toolkit.adapter import Adapter, Stack
+    from ppcl_toolkit.algorithm import compress, export_target
     from ppcl_toolkit.artifacts.variant import load_compressed
-    from ppcl_toolkit.compress import compress, export_target
     from ppcl_toolkit.errors import PpclError
     from ppcl_toolkit.plan import Plan
     from ppcl_toolkit.recipe import Recipe
 
 __all__ = ["Adapter", "Plan", "PpclError", "Recipe", "Stack", "compress", "export_target", "load_compressed"]
 
+# No module has one of these names: importing it would put it in the place of what it holds.
 _HOME = {
     "Adapter": "adapter",
     "Plan": "plan",
     "PpclError": "errors",
     "Recipe": "recipe",
     "Stack": "adapter",
-    "compress": "compress",
-    "export_target": "compress",
+    "compress": "algorithm",
+    "export_target": "algorithm",
     "load_compressed": "artifacts.variant",
 }
 
@@ -34,6 +35,5 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    # The function `compress` takes the place that importing its module has just given to the module.
     globals()[name] = value
     return value

@@ -1,21 +1,16 @@
-"""Commands: the only file that draws on a terminal. Heavy imports wait until a command needs them."""
+"""Commands. Heavy imports wait until a command needs them."""
 
-import contextlib
 import json
 import logging
 import os
 import sys
-import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
+from ppcl_toolkit import console
 from ppcl_toolkit.errors import PpclError
 
 app = typer.Typer(
@@ -70,19 +65,18 @@ def compress(
 
     asked = Recipe.load(recipe, set_ or [])
     folder = out or Path("runs") / Path(recipe).stem
-    with _drawn() as progress:
+    with console.drawn() as progress:
         summary = run(asked, folder, progress=progress)
     from ppcl_toolkit import processes
 
     if not processes.is_main():
         return
-    _print_table(summary)
-    console = Console(soft_wrap=True)
+    console.print_table(summary)
     for variant in summary["variants"]:
-        console.print(f"{variant['name']}: {variant['path']} ({variant['opens']})", highlight=False)
-    console.print(f"report: {folder / 'report.html'}", highlight=False)
+        typer.echo(f"{variant['name']}: {variant['path']} ({variant['opens']})")
+    typer.echo(f"report: {folder / 'report.html'}")
     for warning in summary["warnings"]:
-        Console(stderr=True).print(f"warning: {warning}", highlight=False, markup=False)
+        typer.echo(f"warning: {warning}", err=True)
 
 
 @app.command()
@@ -105,39 +99,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return
-    sizes = Table("model", "parameters", "share", "weights", "step", "blocks", box=None)
-    for size in (found.teacher, *found.variants):
-        share, step = f"{size.params / found.teacher.params:.1%}", _scaled(size.teraflops * 1e12, "FLOP")
-        blocks = " + ".join(map(str, size.blocks.values()))
-        sizes.add_row(size.name, f"{size.params:,}", share, _scaled(size.bytes, "B"), step, blocks)
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(sizes, _verdicts(found.stages) if found.stages else _needs(found.memory), sep="\n\n")
-    hours = ", ".join(f"{stage} {_duration(value)}" for stage, value in found.hours.items() if value)
-    written = ", ".join(f"{kind} {_scaled(size, 'B')}" for kind, size in found.disk.items() if size)
-    typer.echo(f"\ntime: {hours}\ndisk: {written}")
-    for variant in found.variants:
-        if variant.operations:
-            typer.echo(f"{variant.name}: {'; '.join(variant.operations)}")
-    for line in found.basis:
-        typer.echo(f"({line})")
-
-
-def _needs(memory: Any) -> Table:
-    """Draw what every stage takes under every schedule."""
-    table = Table("stage", *memory, box=None)
-    for stage in next(iter(memory.values())):
-        taken = (stages[stage] for stages in memory.values())
-        table.add_row(stage, *(f"{_scaled(n['device'], 'B')} + {_scaled(n['host'], 'B')} host" for n in taken))
-    return table
-
-
-def _verdicts(stages: Any) -> Table:
-    """Draw what a machine has to say to every stage."""
-    table = Table("stage", "device", "host", "by", "fits", box=None)
-    for stage in stages:
-        told = "yes" if stage.fits else f"no: {stage.otherwise}"
-        table.add_row(stage.name, _scaled(stage.device, "B"), _scaled(stage.host, "B"), stage.means, told)
-    return table
+    console.print_plan(found)
 
 
 @app.command()
@@ -153,9 +115,7 @@ def export(
     if key != "params" or not size:
         raise PpclError(f"--target {target!r}: expected params=60% or params=8B")
     made = export_target(run, size, name)
-    Console(soft_wrap=True).print(
-        f"{made['name']}: {made['path']} ({made['opens']}, {made['params']:,} parameters)", highlight=False
-    )
+    typer.echo(f"{made['name']}: {made['path']} ({made['opens']}, {made['params']:,} parameters)")
 
 
 @app.command("import")
@@ -204,11 +164,11 @@ def evaluate(  # noqa: PLR0913 - options
     if suite:
         _draw_suite(paths, suite, section, count, {"out": out, "call": _arguments(call or [])})
         return
-    with _drawn() as progress:
+    with console.drawn() as progress:
         rows = evaluate_folders(paths, section, _arguments(call or []), out, progress)
     if not processes.is_main():
         return
-    _print_table(
+    console.print_table(
         {
             "teacher": rows[0],
             "variants": [{**row, "name": Path(p).name} for p, row in zip(paths, rows, strict=True)][1:],
@@ -221,7 +181,7 @@ def report(run: RunFolder) -> None:
     """Write report.html of a run, finished or not."""
     from ppcl_toolkit.stages.report import write_report
 
-    Console(soft_wrap=True).print(str(write_report(run)), highlight=False)
+    typer.echo(write_report(run))
 
 
 @app.command()
@@ -242,7 +202,7 @@ def generate(
     pipeline = load_pipeline(path)
     with callable_on(pipeline, pick_device("auto")):
         draw(pipeline, prompt, seed, arguments).save(out)
-    Console(soft_wrap=True).print(str(out), highlight=False)
+    typer.echo(out)
 
 
 @app.command()
@@ -250,11 +210,9 @@ def adapters() -> None:
     """List the families that can be compressed."""
     from ppcl_toolkit.adapter import available_adapters, load_adapter
 
-    table = Table("adapter", "transformer", "stacks", box=None)
-    for name in available_adapters():
-        adapter = load_adapter(name)
-        table.add_row(name, adapter.transformer, ", ".join(stack.path for stack in adapter.stacks))
-    Console().print(table)
+    known = {name: load_adapter(name) for name in available_adapters()}
+    rows = [[name, a.transformer, ", ".join(stack.path for stack in a.stacks)] for name, a in known.items()]
+    console.print_rows(["adapter", "transformer", "stacks"], *rows)
 
 
 @recipes_app.command("list")
@@ -282,86 +240,6 @@ def schema() -> None:
     typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
-class _Bars:
-    """A bar per stage, with rate and remaining time."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total, note="", rate="")
-        task = self._progress.tasks[self._tasks[stage]]
-        rate = f"{task.speed:.1f}/s" if task.speed else ""
-        self._progress.update(self._tasks[stage], completed=done, total=total, note=note, rate=rate)
-
-
-class _Lines:
-    """A line now and then, for logs: stage, units, share, rate, remaining time."""
-
-    def __init__(self) -> None:
-        self._started: dict[str, tuple[float, int]] = {}
-        self._last = 0.0
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        now = time.monotonic()
-        started, first = self._started.setdefault(stage, (now, done))
-        if done < total and now - self._last < 5:
-            return
-        self._last = now
-        line = f"{stage} {done}/{total} {done / max(total, 1):.0%}"
-        if done > first:
-            rate = (done - first) / (now - started)
-            line += f" {rate:.1f}/s" + (f" {(total - done) / rate:.0f} s left" if done < total else "")
-        typer.echo(f"{line}  {note}".rstrip(), err=True)
-
-
-@contextlib.contextmanager
-def _drawn() -> Iterator[Any]:
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Lines()
-        return
-    columns = (
-        SpinnerColumn(finished_text=" "),
-        TextColumn("{task.description:14}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed}/{task.total}"),
-        TextColumn("{task.fields[rate]:>8}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield _Bars(progress)
-
-
-def _print_table(summary: dict[str, Any]) -> None:
-    table = Table("model", "parameters", "share", "ms/step", "faster", "score", "R %", "RMSE", "v error", box=None)
-    teacher = summary["teacher"]
-    for row in [{**teacher, "name": "teacher"}, *summary["variants"]]:
-        table.add_row(
-            row["name"],
-            f"{row['params']:,}",
-            f"{row['params'] / teacher['params']:.1%}",
-            f"{row['latency_ms']:.1f}",
-            f"{teacher['latency_ms'] / row['latency_ms']:.2f}x",
-            "-" if row["score"] is None else f"{row['score']:.3f}±{row['score_std']:.3f}",
-            _number(row["drop_percent"], ".1f"),
-            _number(row["rmse"], ".1f"),
-            _number(row["velocity_error"], ".3f"),
-        )
-    for column in table.columns:
-        column.no_wrap = True
-        column.justify = "left" if column.header == "model" else "right"
-    # In a file, the table is as wide as it wants.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(table)
-    if teacher["chance"] is not None:
-        console.print(f"chance: {teacher['chance']:.3f}", highlight=False)
-
-
 def _draw_suite(paths: list[str], name: str, section: Any, count: int | None, options: dict[str, Any]) -> None:
     from ppcl_toolkit import processes
     from ppcl_toolkit.benchmarks.drawing import Drawing, draw_suite
@@ -370,7 +248,7 @@ def _draw_suite(paths: list[str], name: str, section: Any, count: int | None, op
     if len(section.seeds) > 1:
         raise PpclError(f"--seeds: --suite {name} takes one, that of the first image of a prompt")
     asked = {"prompts": Path(section.prompts), "count": count, "seed": section.seeds[0], "batch": section.batch}
-    with _drawn() as progress:
+    with console.drawn() as progress:
         folders = draw_suite(paths, Drawing(suite=find_suite(name), **asked, **options), progress)
     if processes.is_main():
         for folder in folders:
@@ -382,32 +260,10 @@ def _print_scores(files: list[str]) -> None:
     from ppcl_toolkit.benchmarks.suites import read_scores
 
     rows, notes = tabulate(read_scores(files))
-    header, *lines = lay_out(rows)
-    table = Table(*header, box=None)
-    for line in lines:
-        table.add_row(*line)
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(table)
+    console.print_rows(*lay_out(rows))
     typer.echo("(in brackets: R in percent, the drop against the first model)")
     for note in notes:
         typer.echo(f"warning: {note}", err=True)
-
-
-def _scaled(value: float, unit: str) -> str:
-    for prefix in ("", "k", "M", "G"):
-        if value < 1000:
-            return f"{value:.3g} {prefix}{unit}"
-        value /= 1000
-    return f"{value:.3g} T{unit}"
-
-
-def _duration(hours: float) -> str:
-    seconds = 3600 * hours
-    return f"{seconds:.2g} s" if seconds < 60 else f"{seconds / 60:.0f} min" if hours < 1 else f"{hours:.1f} h"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def _arguments(pairs: list[str]) -> dict[str, Any]:

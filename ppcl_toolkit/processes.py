@@ -4,11 +4,13 @@ However long processes wait, one that dies ends the run at once (`watch`). One t
 an exchange of tensors after half an hour, a wait after two hours without a word of progress.
 """
 
+import contextlib
 import itertools
 import os
 import secrets
+import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ EXCHANGE = timedelta(minutes=30)
 SILENCE = 2 * 3600.0
 """Seconds after which a process that others wait for and that tells no progress hangs."""
 _LOOK = 10.0
-"""Seconds between two looks at whom a process waits for, and at how far they are."""
+"""Seconds between two looks at whom a process waits for, and at how far they are; and until a file is seen by all."""
 _waits = itertools.count()
 _told = 0.0
 
@@ -107,10 +109,41 @@ def gathered(said: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(gather_object(list(said)) if count > 1 else said))
 
 
+def check_shared(folder: Path) -> None:
+    """Raise `PpclError` in every process where not all of them see what the first writes into `folder`."""
+    rank, count = world()
+    if count == 1:
+        return
+    token, place = agreed((secrets.token_hex(8), f"{folder} on {socket.gethostname()}"))
+    mark = folder / ".shared"
+    if rank == 0:
+        mark.write_text(token)
+    wait()
+    blind = gathered([] if _reads(mark, token) else [f"process {rank} on {socket.gethostname()}"])
+    if rank == 0:
+        mark.unlink()
+    if blind:
+        raise PpclError(
+            f"the processes of a run need one folder that all share: what process 0 writes into {place}, "
+            f"{' and '.join(blind)} cannot read; name a folder on a shared file system"
+        )
+
+
 def agreed(value: Any) -> Any:
     """Return what the main process says; all ask together."""
     _, count = world()
     return broadcast_object_list([value])[0] if count > 1 else value
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let libraries take this process for the only one: transformers writes weights in the first of several alone."""
+    known = distributed.is_initialized
+    distributed.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        distributed.is_initialized = known
 
 
 def messages_on(device: torch.device) -> torch.device:
@@ -155,6 +188,18 @@ def _unwritten(store: Any, rank: int, count: int) -> Any:
             raise PpclError(f"not all of {count} processes have come within {EXCHANGE}")
         time.sleep(0.05)
     return distributed.PrefixStore(f"ppcl/{token}", store)
+
+
+def _reads(mark: Path, token: str) -> bool:
+    """Tell whether `token` comes to be in a file: file systems of several machines may take a while."""
+    until = time.monotonic() + _LOOK
+    while True:
+        with contextlib.suppress(OSError):
+            if mark.read_text() == token:
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
 
 
 def _store() -> Any:

@@ -2,6 +2,8 @@
 
 Each process holds a connection to the first. The operating system closes it with its owner, however that ended, and
 breaks it within a minute where the other machine is gone: no process need be awake for that, as it must be to answer.
+Without it, who waits at the store of torch.distributed hears of the loss of the first process alone: launchers end the
+workers of their own machine, an exchange of tensors ends after half an hour, and a wait for another process after two.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from ppcl_toolkit import cli
+from ppcl_toolkit import cli, console
 from ppcl_toolkit.errors import PpclError
 
 COMMANDS = {
@@ -146,6 +146,16 @@ evaluate: {{prompts: {tmp_path / "prompts.txt"}, count: 2, seeds: [0], batch: 2}
     )
     assert code == 0, err
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_not_known_is_a_dash_in_the_table(capsys):
+    row = {"params": 10, "latency_ms": 1.0, "drop_percent": None, "rmse": None, "velocity_error": None}
+    teacher = {**row, "score": 0.5, "score_std": 0.0, "chance": None}
+    console.print_table({"teacher": teacher, "variants": [{**row, "name": "small", "score": None, "score_std": None}]})
+    *_, first, second, chance = capsys.readouterr().out.splitlines()
+    assert first.split() == ["teacher", "10", "100.0%", "1.0", "1.00x", "0.500±0.000", "–", "–", "–"]
+    assert second.split()[-4:] == ["–"] * 4
+    assert chance == "chance: –"
 
 
 def test_a_benchmark_is_drawn_and_its_scores_become_a_table(tmp_path):

@@ -23,16 +23,18 @@ from ppcl_toolkit.artifacts import workspace
 recipe, out, moment, end, *overrides = sys.argv[1:]
 died = Path(out + ".died")
 def progress(stage, done, total, note=""):
+    if stage.startswith("export/") and done:
+        Path(f"{out}.{stage.replace('/', '-')}-by-{os.environ.get('RANK', '0')}").touch()
     if f"{os.environ.get('RANK', '0')} {stage} {done}" == moment and not died.exists():
         died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-whole = workspace.Workspace.stage
-def stage(run, name, *arguments, **options):
+whole = workspace.Workspace.job
+def job(run, name, *arguments):
     if name.startswith(end):
         processes.part()
         sys.exit()
-    return whole(run, name, *arguments, **options)
-workspace.Workspace.stage = stage
+    return whole(run, name, *arguments)
+workspace.Workspace.job = job
 workspace.silent = progress  # which every process but the first reports to
 compress(Recipe.load(recipe, overrides), out, progress=progress)
 """
@@ -51,9 +53,9 @@ def world(tmp_path_factory):
     return folder
 
 
-def run(world, out, moment="never", *, launcher=TORCHRUN, end="export"):
+def run(world, out, moment="never", *, launcher=TORCHRUN, end="export", overrides=SHORT):
     """Run it to stage `end`, or until the process of `moment`, "rank stage step", kills itself the first time."""
-    command = [*launcher, str(world / "run.py"), str(world / "recipe.yaml"), str(out), moment, end, *SHORT]
+    command = [*launcher, str(world / "run.py"), str(world / "recipe.yaml"), str(out), moment, end, *overrides]
     return ended(command)
 
 
@@ -107,6 +109,29 @@ def test_one_process_finishes_what_two_began(world, dead):
     assert done.returncode == 0, done.stderr[-3000:]
     assert started(out).count("depth") == 1
     assert (out / "variants" / "small" / "model_index.json").exists()
+
+
+def test_processes_share_exports_and_make_the_files_that_one_makes(world):
+    targets = ("targets=[{name: large, params: 85%, width: false}, {name: small, params: 65%}]", "finetune.steps=1")
+    done = run(world, world / "exported", launcher=(sys.executable,), end="evaluate", overrides=targets)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = {}
+    for name, launcher in (("alone", (sys.executable,)), ("shared", TORCHRUN)):
+        out = world / name
+        shutil.copytree(world / "exported", out)
+        for made in ("export", "variants"):
+            shutil.rmtree(out / made)
+        (out / "events.jsonl").unlink()
+        done = run(world, out, end="evaluate", overrides=targets, launcher=launcher)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert started(out) == ["export/large", "export/small"]
+        made = [path for folder in ("export", "variants") for path in (out / folder).rglob("*") if path.is_file()]
+        files[name] = {path.relative_to(out): path.read_bytes() for path in made}
+    makers = {path.name.removeprefix("shared.export-") for path in world.glob("shared.export-*")}
+    assert makers == {"large-by-0", "small-by-1"}
+    assert files["alone"].keys() == files["shared"].keys()
+    assert len(files["alone"]) > 10
+    assert [name for name, data in files["alone"].items() if files["shared"][name] != data] == []
 
 
 def started(out):

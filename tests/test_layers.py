@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "ppcl_toolkit").rglob("*.py"), *(ROOT / "adapters").glob("*.py")])
 PLACES = {
     "typer": ("ppcl_toolkit/cli.py",),
-    "rich": ("ppcl_toolkit/cli.py",),
+    "rich": ("ppcl_toolkit/console.py",),
     "yaml": ("ppcl_toolkit/recipe.py",),
     "accelerate": ("ppcl_toolkit/processes.py", "ppcl_toolkit/running/placement.py", "ppcl_toolkit/shapes/"),
     "torch.fx": ("ppcl_toolkit/surgery/graph.py", "ppcl_toolkit/surgery/source.py"),
@@ -39,13 +39,14 @@ FLOORS = (
     ("ppcl_toolkit/training/",),
     ("ppcl_toolkit/stages/",),
     ("ppcl_toolkit/budget/",),
-    ("ppcl_toolkit/compress.py",),
+    ("ppcl_toolkit/algorithm.py",),
+    ("ppcl_toolkit/console.py",),
     ("ppcl_toolkit/cli.py",),
 )
 """The rooms of the core from the ground up: a file imports from its own floor or from one below."""
 APART = {
-    "ppcl_toolkit/shapes/": ("ppcl_toolkit.stages", "ppcl_toolkit.training", "ppcl_toolkit.compress"),
-    "adapters/": ("ppcl_toolkit.stages", "ppcl_toolkit.training", "ppcl_toolkit.compress"),
+    "ppcl_toolkit/shapes/": ("ppcl_toolkit.stages", "ppcl_toolkit.training", "ppcl_toolkit.algorithm"),
+    "adapters/": ("ppcl_toolkit.stages", "ppcl_toolkit.training", "ppcl_toolkit.algorithm"),
 }
 WITHOUT_RECIPES = tuple(f"ppcl_toolkit/{room}/" for room in ("statistics", "running", "surgery", "training"))
 

@@ -1,7 +1,6 @@
 """Runs of `compress` that are looked at stage by stage, on the device."""
 
 import functools
-import importlib
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,14 +14,13 @@ import torch
 from giants import Giant, giant, operations
 from torch import nn
 
+from ppcl_toolkit import algorithm
 from ppcl_toolkit.artifacts.pipeline import Teacher
 from ppcl_toolkit.artifacts.storage import save_tree
-from ppcl_toolkit.artifacts.workspace import Workspace
+from ppcl_toolkit.artifacts.workspace import Job, Workspace
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.running.noise import Batches, Sample
 
-PATH = importlib.import_module("ppcl_toolkit.compress")
-"""The module; the package has a function of that name."""
 _MAY_FAIL = ("finetune", "export", "evaluate")
 """Stages without whose results others can be run."""
 
@@ -47,14 +45,16 @@ def stages(path: str, recipe: str, overrides: list[str], *, tiny: bool) -> list[
     stage = functools.partial(_watched, found, model)
     with (
         tempfile.TemporaryDirectory() as out,
-        mock.patch.object(PATH, "load_teacher", lambda _: teacher),
-        mock.patch.object(PATH, "check_machine", lambda *_: None),  # of the published model, which this one is not
-        mock.patch.object(PATH, "export", _run_student),
-        mock.patch.object(PATH, "write_report", lambda _: None),
-        mock.patch.object(Workspace, "stage", lambda run, *given, **options: stage(run, *given, **options)),
+        mock.patch.object(algorithm, "load_teacher", lambda _: teacher),
+        mock.patch.object(algorithm, "check_machine", lambda *_: None),  # of the published model, which this one is not
+        mock.patch.object(algorithm, "export", _run_student),
+        mock.patch.object(algorithm, "write_report", lambda _: None),
+        mock.patch.object(
+            Workspace, "results", lambda run, jobs, **options: [stage(run, job, **options) for job in jobs]
+        ),
     ):
         try:
-            PATH.compress(asked, out)
+            algorithm.compress(asked, out)
         except Exception:
             if not found or not found[-1].error:
                 raise
@@ -69,25 +69,23 @@ def fitting(recipe: Recipe, model: Giant) -> Recipe:
     return recipe.model_copy(update={"intervals": intervals, "width": width})
 
 
-_stage = Workspace.stage
+_results = Workspace.results
 
 
-def _watched(
-    found: list[Stage], model: Giant, run: Workspace, name: str, settings: Any, make: Any, load: Any, **options: Any
-) -> Any:
-    kind = name.split("/")[0]
+def _watched(found: list[Stage], model: Giant, run: Workspace, job: Job[Any], **options: Any) -> Any:
+    kind = job.name.split("/")[0]
     found.append(Stage(kind))
     if kind == "samples":
-        make = functools.partial(_write_samples, model)
+        job = job._replace(make=functools.partial(_write_samples, model))
     if kind == "evaluate":
-        make = functools.partial(_velocity, *make.args)
+        job = job._replace(make=functools.partial(_velocity, *job.make.args))
     if kind in ("export", "evaluate"):
-        load = lambda _: {}  # noqa: E731
+        job = job._replace(load=lambda _: {})
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     began = time.monotonic()
     try:
-        return _stage(run, name, settings, make, load, **options)
+        return _results(run, [job], **options)[0]
     except Exception as error:
         found[-1].error = " ".join(str(error).split()) or type(error).__name__
         if kind not in _MAY_FAIL:
@@ -143,5 +141,5 @@ def contract(family: str, folder: Path, schedules: list[str]) -> Iterator[tuple[
             device = "cpu" if schedule == "on the CPU" else "cuda"
             section = recipe.teacher.model_copy(update={"streamed": schedule == "streamed"})
             asked = recipe.model_copy(update={"device": device, "teacher": section})
-            summary = PATH.compress(asked, folder / schedule.replace(" ", "-"))
+            summary = algorithm.compress(asked, folder / schedule.replace(" ", "-"))
             yield schedule, summary["variants"][0]["velocity_error"]

@@ -36,15 +36,16 @@ class Pass:
     """This process's share of the batches `numbers`, and the state of `parts` after those that are done.
 
     A state that a killed run left in `folder` is continued: the result is the same to the last bit. Whoever writes the
-    result removes the states, `state-*.tmp`. With `alone`, this process takes all batches.
+    result removes the states, `state-*.tmp`. With `alone`, this process takes all batches, for parts of its own.
     """
 
     def __init__(
         self, name: str, folder: Path, numbers: range, parts: Mapping[str, Part], *, alone: bool = False
     ) -> None:
-        self._rank, self._ranks = (0, 1) if alone else processes.world()
-        self._path = folder / f"state-{name}-{self._rank}-of-{self._ranks}.safetensors.tmp"
-        self._all, self._own = numbers, numbers[self._rank :: self._ranks]
+        rank, ranks = processes.world()
+        self._path = folder / f"state-{name}-{rank}-of-{ranks}.safetensors.tmp"
+        self._ranks = 1 if alone else ranks
+        self._all, self._own = numbers, numbers if alone else numbers[rank::ranks]
         self._parts = parts
         self._done = self._restored()
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Adapter, load_adapter
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
@@ -54,7 +55,8 @@ def save_variant(
     vars(student).pop("save_pretrained", None)
     shell: Any = copy.copy(pipeline)
     shell.register_modules(transformer=student)
-    shell.save_pretrained(partial)
+    with processes.alone():
+        shell.save_pretrained(partial)
     for config in [partial / "model_index.json", *partial.glob("*/config.json")]:
         _edit_json(config, {"_name_or_path": None})
     plan.save(partial / "plan.json")

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -32,7 +32,7 @@ _FIRST = {"environment.json", ".environment.json.partial", ".recipe.yaml.partial
 
 
 class Progress(Protocol):
-    """Where stages report: `cli.py` draws it."""
+    """Where stages report: `console.py` draws it."""
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
         """`done` of `total` units of `stage` are through."""
@@ -40,6 +40,15 @@ class Progress(Protocol):
 
 def silent(stage: str, done: int, total: int, note: str = "") -> None:
     """Report nothing."""
+
+
+class Job(NamedTuple, Generic[Result]):
+    """A stage that is to be made, or only read where it is done."""
+
+    name: str
+    made_from: Mapping[str, Any]
+    make: Callable[[Desk], Sequence[str] | None]
+    load: Callable[[Path], Result]
 
 
 class Workspace:
@@ -66,11 +75,16 @@ class Workspace:
         return (self.path / "recipe.yaml").exists()
 
     def open(self, recipe: str) -> None:
-        """Make the folder, and note what was asked and on what; an earlier note stays until `close`."""
+        """Make the folder, and note what was asked and on what; an earlier note stays until `close`.
+
+        Raises `PpclError` where the processes of the run do not share the folder.
+        """
         if processes.is_main() and not (self.path / "recipe.yaml").exists():
             self._describe(recipe)
         processes.watch()
         self._wait()
+        with writing(self.path):
+            processes.check_shared(self.path)
 
     def close(self, recipe: str) -> None:
         """Note what all stages were made from; the processes of the run part here."""
@@ -108,45 +122,81 @@ class Workspace:
         Raises `PpclError` with the differing keys when a finished stage was made from other settings. Of several
         processes one makes, unless they work `together`.
         """
+        (result,) = self.results([self.job(name, settings, make, load)], together=together)
+        return result
+
+    def job(
+        self,
+        name: str,
+        settings: BaseModel | Mapping[str, Any],
+        make: Callable[[Desk], Sequence[str] | None],
+        load: Callable[[Path], Result],
+    ) -> Job[Result]:
+        """Return a stage for `results`; stages after this one depend on it, whenever it is made."""
         asked = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
-        made_from = {"settings": asked, "after": self._after}
-        final, partial = self.path / name, self.path / f"{name}.partial"
-        if final.exists():
-            self._check(name, _read_json(final / _MADE_FROM), made_from)
-            self._note(name, "found")
-        else:
-            started = time.monotonic()
-            self._prepare(name, made_from, partial)
-            if together or processes.is_main():
-                with writing(partial):
-                    said = make(Desk(partial, functools.partial(self._tell, name)))
-                    said = processes.gathered(said or ()) if together else said
-                    if said and processes.is_main():
-                        write_json(partial / _WARNINGS, list(said))
+        job = Job(name, {"settings": asked, "after": self._after}, make, load)
+        self._after = hashlib.sha256(json.dumps(job.made_from, sort_keys=True).encode()).hexdigest()
+        return job
+
+    def results(self, jobs: Sequence[Job[Result]], *, together: bool = False) -> list[Result]:
+        """Return the results of stages that need nothing of each other: processes share those that are not done yet."""
+        rank, count = processes.world()
+        left = [job for job in jobs if not self._is_done(job)]
+        started = time.monotonic()
+        self._prepare(left)
+        for number, job in enumerate(left):
+            if together or number % count == rank:
+                self._make(job, together=together)
+        self._finish(left, started)
+        return [self._read(job) for job in jobs]
+
+    def _is_done(self, job: Job[Any]) -> bool:
+        final = self.path / job.name
+        if not final.exists():
+            return False
+        self._check(job.name, _read_json(final / _MADE_FROM), job.made_from)
+        self._note(job.name, "found")
+        return True
+
+    def _prepare(self, jobs: Sequence[Job[Any]]) -> None:
+        for job in jobs if processes.is_main() else ():
+            partial = self._partial(job)
+            with writing(partial):
+                if partial.exists() and _read_json(partial / _MADE_FROM) != job.made_from:
+                    shutil.rmtree(partial)
+                partial.mkdir(parents=True, exist_ok=True)
+                write_json(partial / _MADE_FROM, job.made_from)
+            self._note(job.name, "started")
+        if jobs:
             self._wait()
-            self._finish(name, partial, final, seconds=round(time.monotonic() - started, 3))
+
+    def _make(self, job: Job[Any], *, together: bool) -> None:
+        partial = self._partial(job)
+        with writing(partial):
+            said = job.make(Desk(partial, functools.partial(self._tell, job.name)))
+            said = processes.gathered(said or ()) if together else said
+            if said and (processes.is_main() or not together):
+                write_json(partial / _WARNINGS, list(said))
+
+    def _finish(self, jobs: Sequence[Job[Any]], started: float) -> None:
+        if jobs:
+            self._wait()
+        for job in jobs if processes.is_main() else ():
+            self._partial(job).rename(self.path / job.name)
+            self._note(job.name, "finished", seconds=round(time.monotonic() - started, 3))
+        if jobs:
+            self._wait()
+
+    def _read(self, job: Job[Result]) -> Result:
+        final = self.path / job.name
         self.warnings += _read_json(final / _WARNINGS) or []
-        self._after = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
         try:
-            return load(final)
+            return job.load(final)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise PpclError(f"{final} is damaged ({error}); delete it to make it again") from error
 
-    def _prepare(self, name: str, made_from: Mapping[str, Any], partial: Path) -> None:
-        if processes.is_main():
-            with writing(partial):
-                if partial.exists() and _read_json(partial / _MADE_FROM) != made_from:
-                    shutil.rmtree(partial)
-                partial.mkdir(parents=True, exist_ok=True)
-                write_json(partial / _MADE_FROM, made_from)
-            self._note(name, "started")
-        self._wait()
-
-    def _finish(self, name: str, partial: Path, final: Path, **facts: Any) -> None:
-        if processes.is_main():
-            partial.rename(final)
-            self._note(name, "finished", **facts)
-        self._wait()
+    def _partial(self, job: Job[Any]) -> Path:
+        return self.path / f"{job.name}.partial"
 
     def _check(self, name: str, found: Any, wanted: Mapping[str, Any]) -> None:
         if found is None:

@@ -49,7 +49,8 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
     return {
         "samples": Work(recipe.samples.count * image * forward),
         # A step of a probe is three products in fp32, where its sums are two of three parts each.
-        "probe": Work(probed[0] * (forward + _sums(blocks)), probed[1] * (forward + _sums(blocks) / 2)),
+        # In training, every device runs the teacher for the probes that are its own.
+        "probe": Work(probed[0] * (forward + _sums(blocks)) + probed[1] * _sums(blocks) / 2, probed[1] * forward),
         "intervals": Work(compared * (forward + _chains(blocks))),
         "select": Work(measured * (2 + _candidates(recipe, blocks, plans)) * forward),
         "depth": distilled(recipe.depth.model_dump(include={"steps", "batch"}), True),

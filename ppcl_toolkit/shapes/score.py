@@ -154,7 +154,7 @@ def score_by_category(captions: Sequence[str], images: Sequence[Image]) -> dict[
 
 
 def chance(captions: Sequence[str], images: Sequence[Image]) -> dict[str, float]:
-    """Chance level: every caption against the pictures of the other captions of its category."""
+    """Chance level: every caption against the pictures of the other captions of its category; {} where none has any."""
     expectations = [parse(caption) for caption in captions]
     scenes = [detect(image) for image in images]
     rows = []
@@ -166,4 +166,4 @@ def chance(captions: Sequence[str], images: Sequence[Image]) -> dict[str, float]
         ]
         if others:
             rows.append((expectation.category, float(np.mean(others))))
-    return _means(rows)
+    return _means(rows) if rows else {}

@@ -39,7 +39,9 @@ def distill_depth(runner: Runner, plans: Sequence[Plan], batches: Batches, secti
     for form, student in zip(own, initial_students(sliced, own, batches, section.init), strict=True):
         # Masters are fp32: half-precision updates vanish in half-precision weights.
         student = student.float().requires_grad_(True)
-        optimization = Optimization(form.key, [student], section, exchange=section.split == "samples")
+        optimization = Optimization(
+            form.key, [student], section, exchange=section.split == "samples", device=runner.placement.device
+        )
         stack = runner.adapter.stack(form.stack)
         segments.append(Segment(form, stack, student, optimization, LOSSES[section.loss]))
         if runner.placement.streamed:

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -72,11 +73,11 @@ class Measurement:
     categories: Mapping[str, Sequence[float]]
     """Mean and standard deviation over seeds of each category."""
     chance: float | None
-    """Score of every prompt against the images of other prompts of its category."""
+    """Score of every prompt against the images of other prompts of its category; None where there are no others."""
     rmse: float | None = None
     """Same-seed root mean square difference to the teacher's images, 0 to 255, mean over images."""
     velocity_error: float | None = None
-    """||v_s - v_t|| / ||v_t|| over the same inputs."""
+    """||v_s - v_t|| / ||v_t|| over the same inputs; None where that is not finite."""
     drop_percent: float | None = None
     """R of the paper: 100 (1 - score / teacher's score)."""
 
@@ -196,9 +197,9 @@ def compare(student: Path, reference: Path, *, velocity_error: float | None = No
     drop = None
     if own.score is not None and teacher.score:
         drop = 100 * (1 - own.score / teacher.score)
-    compared = dataclasses.replace(
-        own, rmse=image_rmse(student, reference), drop_percent=drop, velocity_error=velocity_error
-    )
+    # JSON has no NaN.
+    error = velocity_error if velocity_error is not None and math.isfinite(velocity_error) else None
+    compared = dataclasses.replace(own, rmse=image_rmse(student, reference), drop_percent=drop, velocity_error=error)
     save_measurement(compared, student)
     return compared
 
@@ -258,7 +259,9 @@ def _scores(folder: Path, exam: Exam) -> dict[str, Any]:
     by_seed = [score.score_by_category(exam.prompts, images[seed]) for seed in exam.seeds]
     spread = {name: _mean_and_deviation([scores[name] for scores in by_seed]) for name in by_seed[0]}
     mean, deviation = spread.pop("overall")
-    chance = statistics.fmean(score.chance(exam.prompts, images[seed])["overall"] for seed in exam.seeds)
+    chances = [score.chance(exam.prompts, images[seed]).get("overall") for seed in exam.seeds]
+    known = [chance for chance in chances if chance is not None]
+    chance = statistics.fmean(known) if known else None
     return {"score": mean, "score_std": deviation, "categories": spread, "chance": chance}
 
 

@@ -6,7 +6,7 @@ N tokens, D features. A curve [M, M] holds cka(u, k) in row u, column k.
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self, final
 
@@ -52,6 +52,8 @@ class Candidates:
     """Runs whose text streams are alike, the deepest first."""
     curves: Mapping[str, Mapping[str, Curves]]
     """Per stack, then per stream: `image`, `text` where there is one, and `mean`."""
+    compared: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+    """Per stack and stream, how many samples a heatmap averages, and how many there were."""
 
     def operations(self) -> list[Interval | TextRun]:
         """Return everything found, intervals first."""
@@ -62,6 +64,7 @@ class Candidates:
         found = {
             "intervals": {path: [i.model_dump() for i in intervals] for path, intervals in self.intervals.items()},
             "text_runs": [run.model_dump() for run in self.text_runs],
+            "compared": self.compared,
         }
         (folder / "candidates.json").write_text(json.dumps(found, indent=2) + "\n")
         tensors = {
@@ -84,6 +87,7 @@ class Candidates:
             {path: tuple(Interval(**i) for i in intervals) for path, intervals in found["intervals"].items()},
             tuple(TextRun(**run) for run in found["text_runs"]),
             {path: {stream: Curves(**c) for stream, c in streams.items()} for path, streams in parts.items()},
+            {path: {s: (n, of) for s, (n, of) in own.items()} for path, own in found.get("compared", {}).items()},
         )
 
 
@@ -116,7 +120,11 @@ def find_intervals(
     carrying = {(reader.stack.path, reader.last) for reader in readers if reader.hands_on_z}
     found = {path: _intervals(path, own[settings.stream], settings) for path, own in curves.items()}
     intervals = {path: _within_runs(own, carrying, settings) for path, own in found.items()}
-    return Candidates(intervals, tuple(_text_runs(adapter, curves, text_threshold)), curves)
+    compared = {
+        path: {stream: (plain.samples, chained.samples) for stream, (chained, plain) in by_stream.items()}
+        for path, by_stream in sums.items()
+    }
+    return Candidates(intervals, tuple(_text_runs(adapter, curves, text_threshold)), curves, compared)
 
 
 def detect(

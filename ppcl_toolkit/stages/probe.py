@@ -26,6 +26,7 @@ from ppcl_toolkit.statistics.moments import Moments
 
 Key = tuple[str, int, str]
 """Stack path, block, stream."""
+_FILE, _PART = "probes.safetensors", "part-{}.safetensors"
 
 
 @final
@@ -38,16 +39,16 @@ class Probes:
     unexplained: Mapping[Key, float]
     """Share of the update's energy, |T(x) - x|^2, that W leaves on the tokens of Eq. 1: 0 perfect, 1 useless."""
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, name: str = _FILE) -> None:
         """Write `probes.safetensors`; the unexplained shares are in its header."""
         shares = {_join(key): share for key, share in self.unexplained.items()}
         tensors = {_join(key): weight.contiguous() for key, weight in self.weights.items()}
-        save_file(tensors, folder / "probes.safetensors", metadata={"unexplained": json.dumps(shares)})
+        save_file(tensors, folder / name, metadata={"unexplained": json.dumps(shares)})
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path, name: str = _FILE) -> Self:
         """Read what `save` wrote."""
-        with safe_open(folder / "probes.safetensors", framework="pt") as file:
+        with safe_open(folder / name, framework="pt") as file:
             shares = json.loads(file.metadata()["unexplained"])
             weights = {_split(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         return cls(weights, {_split(name): share for name, share in shares.items()})
@@ -154,13 +155,22 @@ class ProbeTrainer:
 def probe(runner: Runner, batches: Callable[[int, int], Iterable[Batch]], section: Probe, desk: Desk) -> None:
     """Run the stage: fit all probes, and write them.
 
-    Several processes share the batches of Eq. 1; one of them solves it, and trains on.
+    Several processes share the batches of Eq. 1, and then the blocks whose probes they solve and train on.
     """
-    with_sums = sum_up(runner, batches, section, desk)
-    if processes.is_main():
-        fit_probes(runner, batches, section, desk, with_sums).save(desk.folder)
-        for state in desk.folder.glob("state-*.tmp"):
-            state.unlink()
+    rank, ranks = processes.world()
+    readers = sum_up(runner, batches, section, desk)
+    own = fit_probes(runner, batches, section, desk, readers[rank::ranks])
+    if rank > 0:
+        own.save(desk.folder, _PART.format(rank))
+    processes.wait()
+    if rank == 0:
+        parts = [own, *(Probes.load(desk.folder, _PART.format(other)) for other in range(1, ranks))]
+        keys = [(reader.stack.path, reader.first, stream) for reader in readers for stream in reader.moments]
+        weights = {key: weight for part in parts for key, weight in part.weights.items()}
+        shares = {key: share for part in parts for key, share in part.unexplained.items()}
+        Probes({key: weights[key] for key in keys}, {key: shares[key] for key in keys}).save(desk.folder)
+        for leftover in [*desk.folder.glob("state-*.tmp"), *desk.folder.glob(_PART.format("*"))]:
+            leftover.unlink()
 
 
 def sum_up(

@@ -60,6 +60,7 @@ def write_report(run: Path) -> Path:
         strips=[_strip(n if n in measured else f"{n} (not measured)", plan) for n, plan in plans.items()],
         grid=_grid(run, rows),
         figures=_figures(run, rows, plans),
+        compared=_compared(run),
     )
     write_text(run / "report.html", page)
     return run / "report.html"
@@ -195,6 +196,18 @@ def _similarity(run: Path, plans: Mapping[str, Plan]) -> dict[str, str]:
         for stack, found in spans.items()
     ]
     return {"heatmaps": figures.heatmaps(maps, boxes), "differences": figures.differences(deltas)}
+
+
+def _compared(run: Path) -> str:
+    """Say of which heatmaps only the first samples were compared."""
+    found = (_json(run / "intervals" / "candidates.json") or {}).get("compared", {})
+    few = [
+        f"{stack} · {stream}: the first {own} of {of}"
+        for stack, streams in found.items()
+        for stream, (own, of) in streams.items()
+        if own < of
+    ]
+    return f" Outputs of whole stacks are large, and not all samples are in: {'; '.join(few)}." if few else ""
 
 
 def _removed(plans: Mapping[str, Plan], stack: str, stream: str) -> list[tuple[int, int]]:

@@ -93,7 +93,9 @@ def _segments(
     for form, fit, stack, student, origin in zip(forms, fits, stacks, students, wider, strict=True):
         fit.solve(section.ridge)
         student.requires_grad_(True)
-        optimization = Optimization(form.key, [student], section, exchange=section.split == "samples")
+        optimization = Optimization(
+            form.key, [student], section, exchange=section.split == "samples", device=runner.placement.device
+        )
         segment = Segment(form, stack, student, optimization, LOSSES[section.loss])
         segment.wider, segment.alignment = origin, section.alignment
         if runner.placement.streamed:

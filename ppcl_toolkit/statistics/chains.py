@@ -86,6 +86,11 @@ class ChainedCka:
         """Go on from what `state` returned, or from such sums of several added up."""
         self._sums, self._samples = tensors["sums"], tensors["samples"]
 
+    @property
+    def samples(self) -> int:
+        """How many samples were observed."""
+        return int(self._samples.max())
+
     def means(self) -> Tensor:
         """Return cka(u, k), [M, M]: the upper triangle, 1 on the diagonal; NaN for blocks that were never observed."""
         assert not self._waiting, "chains wait to be followed"
@@ -130,6 +135,11 @@ class Heatmap:
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state` returned, or from such sums of several added up."""
         self._sums, self._samples = tensors["sums"], tensors["samples"]
+
+    @property
+    def samples(self) -> int:
+        """How many samples were compared."""
+        return int(self._samples.max())
 
     def means(self) -> Tensor:
         """Return the symmetric table [M, M], 1 on the diagonal; NaN for blocks that were never observed."""

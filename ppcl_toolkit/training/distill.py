@@ -10,6 +10,7 @@ from torch import nn
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.storage import Desk, save_tree
+from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
@@ -19,7 +20,7 @@ from ppcl_toolkit.training.segment import Segment
 
 
 class Settings(loop.Settings, Protocol):
-    """What distillation needs to know beyond the optimizer."""
+    """What distillation needs to know beyond a training."""
 
     @property
     def checkpoint_every(self) -> int: ...  # noqa: D102
@@ -87,6 +88,10 @@ def finish(folder: Path, keys: Sequence[str]) -> None:
         curves: dict[str, Any] = {}
         for path in [whole, *parts] if whole.exists() else parts:
             curves.update(json.loads(path.read_text()))
+        if lost := [key for key in keys if key not in curves]:
+            raise PpclError(
+                f"{folder} has no losses of {', '.join(lost)}: all processes need this folder, and its files"
+            )
         # In one order, whoever trained what.
         _write(whole, {key: curves[key] for key in keys})
         for leftover in [*parts, *folder.glob("state-*.tmp"), *folder.glob(".state-*.partial")]:

@@ -15,24 +15,17 @@ from torch import Tensor, nn
 from ppcl_toolkit.artifacts.storage import load_tree, save_tree
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.processes import average
+from ppcl_toolkit.training import optimizers
 from ppcl_toolkit.training.optimizers import Masters, make_rule
 
 
-class Settings(Protocol):
-    """What a training needs to know: the recipe's depth, width and fine-tuning sections have it."""
+class Settings(optimizers.Settings, Protocol):
+    """What a training needs to know beyond its optimizer: depth, width and fine-tuning sections have it."""
 
     @property
     def steps(self) -> int: ...  # noqa: D102
     @property
-    def learning_rate(self) -> float: ...  # noqa: D102
-    @property
     def warmup(self) -> int: ...  # noqa: D102
-    @property
-    def betas(self) -> tuple[float, float]: ...  # noqa: D102
-    @property
-    def weight_decay(self) -> float: ...  # noqa: D102
-    @property
-    def clip(self) -> float | None: ...  # noqa: D102
 
 
 class Optimization:

@@ -1,13 +1,12 @@
 """The whole path on every family, from a recipe: record, probe, choose, distil, fine-tune, export, evaluate."""
 
-import importlib
 import json
 
 import pytest
 import torch
 from PIL import Image
 
-from ppcl_toolkit import compress, load_compressed
+from ppcl_toolkit import algorithm, compress, load_compressed
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.stages import evaluate
 
@@ -36,7 +35,7 @@ STEPS = {
 @pytest.fixture
 def summary(world, monkeypatch):
     """The result of a run; only one family pays for the processes in which memory is measured, and none for figures."""
-    monkeypatch.setattr(importlib.import_module("ppcl_toolkit.compress"), "write_report", lambda _: None)
+    monkeypatch.setattr(algorithm, "write_report", lambda _: None)
     if world.name != "flux_kontext":
         monkeypatch.setattr(evaluate, "_resident_growth", lambda *_: None)
     world.teacher.pipeline.save_pretrained(world.folder / "teacher")

@@ -1,13 +1,11 @@
 """Every shipped recipe, on a tiny random pipeline of its family: all of its keys, with sizes and steps cut down."""
 
-import importlib
-
 import pytest
 import tiny
 import yaml
 from worlds import FAMILIES
 
-from ppcl_toolkit import compress
+from ppcl_toolkit import algorithm, compress
 from ppcl_toolkit.recipe import Recipe, find_recipe, shipped_recipes
 from ppcl_toolkit.stages import evaluate
 
@@ -54,7 +52,7 @@ def cut_down(name, world):
 
 @pytest.mark.parametrize("name", [name for name in shipped_recipes() if name != "tiny"])
 def test_a_shipped_recipe_runs(name, worlds, tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("ppcl_toolkit.compress"), "write_report", lambda _: None)
+    monkeypatch.setattr(algorithm, "write_report", lambda _: None)
     monkeypatch.setattr(evaluate, "_resident_growth", lambda *_: None)
     world = worlds[TEACHERS[Recipe.load(name).teacher.path]]
     data = cut_down(name, world)

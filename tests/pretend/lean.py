@@ -1,20 +1,23 @@
 """Training on the pretended device in less memory than weights and moments take: `test_lean.py` starts it."""
 
 import gc
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import DUAL, batches, desk, plan_of, runner
+from runs import DUAL, SINGLE, batches, desk, equal, plan_of, runner
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ppcl_toolkit.artifacts.storage import Bank
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import Interval
-from ppcl_toolkit.recipe import Depth, Finetune
+from ppcl_toolkit.plan import FfnSwap, Interval
+from ppcl_toolkit.recipe import Depth, Finetune, Width
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.stages.depth import distill_depth
 from ppcl_toolkit.stages.finetune import finetune, load_weights
+from ppcl_toolkit.stages.width import distill_width
 from ppcl_toolkit.training.loop import Optimization
 from ppcl_toolkit.training.means import Job, Machine, means_of
 from ppcl_toolkit.training.offload import Offload
@@ -156,3 +159,92 @@ def test_what_fits_is_chosen_and_said_and_what_fits_in_no_way_is_refused(tmp_pat
     small.total_memory = 1000
     with pytest.raises(PpclError, match=r"fits in no way: there are 0.0 GB of the device .* optimizer adafactor"):
         finetune(run, plan, Bank(), batches(), velocities, section, desk(tmp_path / "none"))
+
+
+CARD = torch.device("cuda")
+PLACEMENTS = {
+    "resident": Placement(device=CARD),
+    "streamed": Placement(device=CARD, streamed=True),
+    "in files": Placement(device=CARD, streamed=True, chunk=2, waiting=0),
+}
+
+
+@pytest.fixture
+def steps():
+    """Of every step of an optimizer: whether one kernel did it, and where its counts of steps were."""
+    seen = []
+
+    def note(optimizer, *_):
+        seen.append((optimizer.defaults["fused"], {state["step"].device.type for state in optimizer.state.values()}))
+
+    handle = register_optimizer_step_post_hook(note)
+    yield seen
+    handle.remove()
+
+
+class Killed(Exception):
+    pass
+
+
+class Dying:
+    """Batches that end the process, so to speak, at one of their numbers."""
+
+    def __init__(self, at):
+        self.noised, self.at = batches(), at
+        self.dtype = self.noised.dtype
+
+    def __call__(self, start, stop):
+        return self.noised(start, stop)
+
+    def __getitem__(self, number):
+        if number == self.at:
+            raise Killed
+        return self.noised[number]
+
+
+def distilled(folder, placement, die_at=None):
+    """Students of two intervals and a linear FFN, four steps each."""
+    run, noised = runner(placement=placement), Dying(die_at)
+    plan = plan_of(
+        run,
+        Interval(stack=DUAL.path, first=0, last=1),
+        Interval(stack=SINGLE.path, first=0, last=2),
+        FfnSwap(stack=DUAL.path, block=3, streams=("image", "text")),
+    )
+    section = {"steps": 4, "learning_rate": 1e-3, "checkpoint_every": 2}
+    said = distill_depth(run, [plan], noised, Depth(**section), desk(folder / "depth"))
+    said += distill_width(
+        run, [plan], Bank(folder / "depth"), noised, Width(**section, batches=16), desk(folder / "width")
+    )
+    assert not said
+    bank = Bank(folder / "depth", folder / "width")
+    curves = [json.loads((folder / stage / "losses.json").read_text()) for stage in ("depth", "width")]
+    return {key: bank[key] for key in bank}, {k: [loss for _, loss in c] for both in curves for k, c in both.items()}
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_segments_step_by_one_kernel_wherever_they_wait(tmp_path, steps, name):
+    _, host = distilled(tmp_path / "host", Placement())
+    assert steps
+    assert not any(fused for fused, _ in steps)
+    steps.clear()
+    _, card = distilled(tmp_path / "card", PLACEMENTS[name])
+    assert steps == [(True, {"cuda"})] * 12
+    assert card.keys() == host.keys()
+    for key, losses in card.items():
+        assert losses == pytest.approx(host[key], rel=1e-3)
+
+
+@pytest.mark.parametrize("before", ["host", *PLACEMENTS])
+@pytest.mark.parametrize("after", PLACEMENTS)
+def test_segments_go_on_from_a_state_of_another_place(tmp_path, steps, before, after):
+    whole, curves = distilled(tmp_path / "whole", PLACEMENTS[after])
+    with pytest.raises(Killed):
+        distilled(tmp_path / "killed", PLACEMENTS.get(before, Placement()), die_at=3)
+    assert list((tmp_path / "killed" / "depth").glob("state-*-2.safetensors.tmp"))
+    steps.clear()
+    resumed, losses = distilled(tmp_path / "killed", PLACEMENTS[after])
+    assert steps == [(True, {"cuda"})] * 8
+    for key, weights in whole.items():
+        assert before == "host" or equal(resumed[key], weights), key
+        assert losses[key] == pytest.approx(curves[key], rel=1e-3)

@@ -6,7 +6,6 @@ first steps of AdamW follow the signs of gradients, and where one is almost zero
 learning rate.
 """
 
-import importlib
 import json
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import tiny
 from PIL import Image
 from worlds import World, made
 
-from ppcl_toolkit import Recipe, compress
+from ppcl_toolkit import Recipe, algorithm, compress
 from ppcl_toolkit.stages import evaluate
 
 CLOSE = 1e-3
@@ -79,7 +78,7 @@ def prepared(request, tmp_path_factory) -> Prepared:
         tiny.small_edits(patch.setattr)
         # Memory on the CPU, for which further processes start, and figures are compared with nothing here.
         patch.setattr(evaluate, "_resident_growth", lambda *_: None)
-        patch.setattr(importlib.import_module("ppcl_toolkit.compress"), "write_report", lambda _: None)
+        patch.setattr(algorithm, "write_report", lambda _: None)
         world = made(request.param, tmp_path_factory.mktemp(request.param))
         world.teacher.pipeline.save_pretrained(world.folder / "teacher")
         recipe = world.recipe(**(FOUND if world.name == "flux" else GIVEN))
@@ -89,10 +88,11 @@ def prepared(request, tmp_path_factory) -> Prepared:
         )
 
 
-def run(prepared: Prepared, way: list[str], out: Path, *overrides: str) -> None:
-    """Go some way on the device, in a process of its own."""
-    script = [sys.executable, str(Path(__file__).with_name("run_family.py"))]
-    ends = {**device.environment(memory=MEMORY), "OMP_NUM_THREADS": "1"}
+def run(prepared: Prepared, way: list[str], out: Path, *overrides: str, devices: int = 1) -> None:
+    """Go some way on the device, in a process of its own; on several, in a process each."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={devices}", "--standalone"] if devices > 1 else []
+    script = [sys.executable, *launcher, str(Path(__file__).with_name("run_family.py"))]
+    ends = {**device.environment(devices, memory=MEMORY), "OMP_NUM_THREADS": "1"}
     command = [*script, ",".join(way), str(prepared.folder), str(out), *overrides]
     done = subprocess.run(command, env=ends, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -126,6 +126,21 @@ def test_a_run_on_the_device_is_the_one_on_the_cpu(prepared, schedule):
         assert Image.open(out / "picture.png").size == size
         exam = [json.loads(path.read_text()) for path in sorted((out / "exam").glob("*/measurement.json"))]
         assert [row["memory_of"] for row in exam] == ["cuda allocations"] * 2
+
+
+@pytest.mark.parametrize("prepared", ["flux"], indirect=True)
+def test_a_run_on_two_devices_makes_the_blocks_of_one_on_the_cpu(prepared):
+    """All that they share; the batches of fine-tuning are twice as large."""
+    out = prepared.folder / "two"
+    run(prepared, ["compress"], out, "depth.split=segments", "width.split=segments", devices=2)
+    summary = json.loads((out / "summary.json").read_text())
+    found, wanted = figures(out, summary), figures(prepared.folder / "cpu", prepared.summary)
+    assert found["plans"] == wanted["plans"]
+    for stage in (Path("depth"), Path("width")):
+        assert found["losses"][stage]
+        assert max(compared(found["losses"][stage], wanted["losses"][stage])) < CLOSE
+    for row, other in zip(summary["variants"], prepared.summary["variants"], strict=True):
+        assert (row["params"], row["opens"], row["memory_of"]) == (other["params"], other["opens"], "cuda allocations")
 
 
 def agree(out: Path, summary: dict[str, Any], prepared: Prepared) -> None:

@@ -8,11 +8,13 @@ import torch
 from runs import DUAL, SINGLE, batches, desk, equal, identity, plan_of, runner
 
 from ppcl_toolkit.artifacts.storage import Bank
+from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form, Interval
 from ppcl_toolkit.recipe import Depth
 from ppcl_toolkit.running.capture import run_block
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.stages.depth import distill_depth, initial_students
+from ppcl_toolkit.training.distill import finish
 
 FIRST, SECOND, THIRD = (
     Interval(stack=DUAL.path, first=0, last=1),
@@ -212,6 +214,12 @@ def test_a_segment_that_breaks_is_named_and_the_others_go_on(tmp_path):
     # Its last good state is where it started.
     assert equal(bank[KEYS[1]], {n: v.float() for n, v in run.blocks(DUAL.path)[2].state_dict().items()})
     assert (len(losses[KEYS[0]]), len(losses[KEYS[1]])) == (4, 0)
+
+
+def test_curves_that_another_folder_holds_are_named(tmp_path):
+    (tmp_path / "losses-0.json").write_text(json.dumps({KEYS[0]: [[1, 0.5]]}))
+    with pytest.raises(PpclError, match=f"has no losses of {KEYS[1]}: all processes need this folder"):
+        finish(tmp_path, KEYS[:2])
 
 
 def test_a_teacher_in_half_precision_has_students_in_single(tmp_path):

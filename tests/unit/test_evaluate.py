@@ -1,6 +1,7 @@
 """Evaluation: an image is its prompt's and seed's alone, what is there is kept, and equal pipelines measure equal."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -98,6 +99,17 @@ def test_true_pictures_score_1_and_foreign_ones_do_not(tmp_path):
     assert perfect.score == 1
     assert all(mean == 1 for mean, _ in perfect.categories.values())
     assert perfect.chance < 0.5
+
+
+def test_one_prompt_alone_has_no_chance_and_its_figures_are_json(tmp_path):
+    exam = examine(Evaluate(count=1, seeds=(0,)), {**CALL, "height": 32, "width": 32})
+    for name in ("teacher", "student"):
+        assert measure(tiny.flux_pipeline(2, 2), exam, tmp_path / name, progress=silent).chance is None
+    assert compare(tmp_path / "student", tmp_path / "teacher", velocity_error=float("nan")).velocity_error is None
+    for name in ("teacher", "student"):
+        found = json.loads((tmp_path / name / "measurement.json").read_text(), parse_constant=pytest.fail)
+        assert found["score"] is not None
+        assert (found["chance"], found["velocity_error"]) == (None, None)
 
 
 def test_an_argument_that_the_pipeline_does_not_take_is_named(tmp_path):

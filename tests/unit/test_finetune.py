@@ -10,6 +10,8 @@ import pytest
 import torch
 from runs import DUAL, batches, desk, equal, plan_of, runner
 from torch import multiprocessing
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.storage import Bank, Desk
@@ -274,6 +276,47 @@ def one_of_two(rank, bank, folder):
 
 def test_sharded_over_two_processes_equals_whole_students_in_each(bank, tmp_path):
     multiprocessing.spawn(one_of_two, args=(bank, tmp_path), nprocs=2)
+
+
+class Exchanged(TorchDispatchMode):
+    """Notes the dtypes of what processes gather and add up, by operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = {"allgather": set(), "reduce_scatter": set()}
+
+    def __torch_dispatch__(self, function, _, arguments=(), options=None):
+        for name, found in self.dtypes.items():
+            if function.namespace == "c10d" and name in function.name():
+                found |= {value.dtype for value in pytree.tree_leaves(arguments) if isinstance(value, torch.Tensor)}
+        return function(*arguments, **(options or {}))
+
+
+def one_of_two_in_half(rank, bank, folder):
+    addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29589", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ.update(addresses | {"WORLD_SIZE": "2"})
+    processes.pick_device("cpu")
+    teacher, noised = of_dtype(torch.bfloat16)
+    whole, losses, _ = tuned(teacher, bank, folder / "whole", noised)
+    start, _, _ = tuned(teacher, bank, folder / "start", noised, steps=0)
+    processes.wait()
+    with Exchanged() as exchanged:
+        sharded, curve, _ = tuned(teacher, bank, folder / "sharded", noised, shard=True)
+    assert exchanged.dtypes == {"allgather": {torch.bfloat16}, "reduce_scatter": {torch.float32}}
+    # Weights are rounded where they are gathered, and where autocast takes them.
+    assert [loss for _, loss in curve] == pytest.approx(
+        [loss for _, loss in losses], rel=torch.finfo(torch.bfloat16).eps
+    )
+    assert apart(sharded, whole) < 0.1 * apart(whole, start)
+
+
+def apart(one, other):
+    """The norm of the difference of two state dicts."""
+    return sum(float((value.double() - other[name].double()).square().sum()) for name, value in one.items()) ** 0.5
+
+
+def test_of_a_half_precision_teacher_halves_are_gathered_and_gradients_averaged_in_single(bank, tmp_path):
+    multiprocessing.spawn(one_of_two_in_half, args=(bank, tmp_path), nprocs=2)
 
 
 def test_a_loss_that_breaks_keeps_the_last_good_state(teacher, bank, tmp_path, monkeypatch):

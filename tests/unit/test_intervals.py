@@ -14,6 +14,7 @@ from ppcl_toolkit.running.capture import Streams
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Reading, Runner
 from ppcl_toolkit.stages.intervals import Candidates, detect, find_intervals
+from ppcl_toolkit.statistics import chains
 from ppcl_toolkit.statistics.cka import cka, heatmap
 from ppcl_toolkit.statistics.trend import differences, text_runs, threshold_intervals, trend_intervals
 
@@ -266,12 +267,21 @@ def test_a_last_block_without_text_leaves_the_mean_to_the_image():
     torch.testing.assert_close(curves["mean"].cka[0, 1], (curves["image"].cka + curves["text"].cka)[0, 1] / 2)
 
 
+def test_it_is_known_of_how_many_samples_a_heatmap_is(monkeypatch):
+    transformer = flux_transformer(dual=3, single=2)
+    assert {s for own in found(transformer).compared.values() for s in own.values()} == {(6, 6)}
+    monkeypatch.setattr(chains, "_HELD", 1)
+    compared = found(transformer).compared
+    assert compared == {stack.path: {"image": (2, 6), "text": (2, 6)} for stack in FLUX.stacks}
+
+
 def test_saved_is_loaded(tmp_path):
     candidates = found(flux_transformer(dual=3, single=2), strategy="threshold", threshold=0.0)
     candidates.save(tmp_path)
     loaded = Candidates.load(tmp_path)
     assert loaded.intervals == candidates.intervals
     assert loaded.text_runs == candidates.text_runs
+    assert loaded.compared == candidates.compared
     assert list(loaded.intervals) == [DUAL.path, SINGLE.path]
     for path, streams in candidates.curves.items():
         assert set(loaded.curves[path]) == set(streams) == {"image", "text", "mean"}

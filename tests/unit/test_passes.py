@@ -12,6 +12,7 @@ from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.passes import Pass
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Probe, Recipe
+from ppcl_toolkit.stages import probe as stage
 from ppcl_toolkit.stages.intervals import Candidates, detect
 from ppcl_toolkit.stages.probe import Probes, probe
 
@@ -94,8 +95,12 @@ def one_of_two(rank, folder):
     each.add_up(torch.device("cpu"))
     assert part.total.tolist() == [60.0, 60.0]
     assert run(folder, Numbers(), alone=True)[0] == list(range(10, 16))
+    own, trained = stage.ProbeTrainer, []
+    stage.ProbeTrainer = lambda stack, block, *more: trained.append(f"{stack.path}.{block}") or own(stack, block, *more)
     for count in COUNTS:
         detected(folder / str(count), count)
+    both = [f"{stack.path}.{block}" for stack in FLUX.stacks for block in range(2)]
+    assert trained == both[rank::2] * len(COUNTS)
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
@@ -104,8 +109,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
     for count in COUNTS:
         detected(tmp_path / "one" / str(count), count)
         one, two = (tmp_path / kind / str(count) for kind in ("one", "two"))
-        for stage in ("probe", "intervals"):
-            assert sorted(p.name for p in (one / stage).iterdir()) == sorted(p.name for p in (two / stage).iterdir())
+        for made in ("probe", "intervals"):
+            assert sorted(p.name for p in (one / made).iterdir()) == sorted(p.name for p in (two / made).iterdir())
         alone, shared = Probes.load(one / "probe"), Probes.load(two / "probe")
         assert shared.weights.keys() == alone.weights.keys()
         for key, weight in alone.weights.items():

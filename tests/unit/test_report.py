@@ -95,7 +95,8 @@ def write_findings(run, rng: np.random.Generator) -> None:
     }
     spans = {stack: [s for s in trend_intervals(c["image"].delta, 1) if s[0] < s[1]] for stack, c in found.items()}
     intervals = {stack: tuple(Interval(stack=stack, first=u, last=v) for u, v in s) for stack, s in spans.items()}
-    Candidates(intervals, (WIDTH[0],), found).save(run / "intervals")
+    compared = {stack: {"image": (16, 160), "text": (160, 160)} for stack in DEPTHS}
+    Candidates(intervals, (WIDTH[0],), found, compared).save(run / "intervals")
     keys = [(stack, b, stream) for stack, depth in DEPTHS.items() for b in range(depth) for stream in ("image", "text")]
     shares = {key: float(rng.lognormal(-2 if key[2] == "image" else -3.5, 0.6)) for key in keys}
     Probes({key: torch.zeros(2, 2) for key in keys}, shares).save(run / "probe")
@@ -186,6 +187,14 @@ def test_every_variant_operation_and_category_is_named(page):
         assert category.replace("_", " ") in page
 
 
+def test_a_heatmap_says_of_how_many_samples_it_is(page):
+    whole = (
+        "not all samples are in: transformer_blocks · image: the first 16 of 160; single_transformer_blocks · image:"
+    )
+    assert f"{whole} the first 16 of 160.</figcaption>" in page
+    assert "text: the first" not in page
+
+
 def test_strips_show_each_block_once(page):
     assert page.count('<div class="block ') == 2 * sum(DEPTHS.values())
     removed = sum(i.removed for i in INTERVALS)
@@ -249,6 +258,13 @@ def test_what_was_chosen_is_shown_however_many_were_measured(tmp_path):
     (tmp_path / "select" / "measured.json").write_text(json.dumps(rows))
     page = write_report(tmp_path).read_text()
     assert "blocks[79] ffn image" in page and "blocks[0] ffn image" in page and "blocks[60] ffn image" not in page
+
+
+def test_a_chance_that_nobody_knows_is_a_dash(tmp_path):
+    run = synthetic_run(tmp_path / "run")
+    teacher = {**SUMMARY["teacher"], "chance": None}
+    (run / "summary.json").write_text(json.dumps({**SUMMARY, "teacher": teacher, "warnings": []}))
+    assert "other prompts of their category score –." in write_report(run).read_text()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

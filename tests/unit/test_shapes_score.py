@@ -91,5 +91,6 @@ def test_chance_compares_with_other_captions_of_the_category():
     captions = ["a red circle", "a blue circle", "a ring", "a square"]
     levels = chance(captions, [picture(caption) for caption in captions])
     assert levels == {"colors": 0.0, "single_object": 0.0, "overall": 0.0}
+    assert chance(captions[:1], [picture(captions[0])]) == {}
     captions = ["a circle", "one circle"]
     assert chance(captions, [picture(caption) for caption in captions])["overall"] == 1.0

@@ -80,13 +80,14 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     batches = noised("finetune", recipe.finetune.batch)
     answers = partial(record_velocities, runner("velocities", chosen), plans, batches, recipe.finetune)
     velocities = run.stage("velocities", _part(recipe, _ANSWERS), answers, Velocities, together=True)
-    variants = []
+    exports = []
     for name, plan in chosen.items():
         tune = partial(finetune, runner("finetune", chosen), plan, bank, batches, velocities, recipe.finetune)
         tuned = run.stage(f"finetune/{name}", recipe.finetune, tune, Path, together=True)
         variant = _variant(recipe, run.path, name, teacher.whole(plan))
         make = partial(_export, teacher, whole, variant, plan, (bank, tuned), batches[0])
-        variants.append(run.stage(f"export/{name}", recipe.export, make, variant.read))
+        exports.append(run.job(f"export/{name}", recipe.export, make, variant.read))
+    variants = run.results(exports)
     velocities.discard()
 
     batches = noised("evaluate", recipe.samples.batch)
