@@ -91,10 +91,11 @@ def _needs(memory: Any) -> Table:
 
 def _verdicts(stages: Any) -> Table:
     """Draw what a machine has to say to every stage."""
-    table = Table("stage", "device", "host", "by", "fits", box=None)
+    table = Table("stage", "device", "host", "files", "by", "fits", box=None)
     for stage in stages:
         told = "yes" if stage.fits else f"no: {stage.otherwise}"
-        table.add_row(stage.name, _scaled(stage.device, "B"), _scaled(stage.host, "B"), stage.means, told)
+        sizes = (_scaled(size, "B") for size in (stage.device, stage.host, stage.pages))
+        table.add_row(stage.name, *sizes, stage.means, told)
     return table
 
 

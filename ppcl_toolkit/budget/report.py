@@ -254,5 +254,6 @@ def _basis(recipe: Recipe, model: Model, tflops: float) -> tuple[str, ...]:
         f"one call: {', '.join(f'{name} {list(shape)}' for name, shape in tokens.items())}",
         "memory: held to counts of the real code on tensors without data; kernels' workspaces and fragments are not "
         f"in it; text encoders and autoencoder ({sum(model.others) / 1e9:.1f} GB) are",
+        "files: weights read where they lie, by all processes together; without room on the host, they are read again",
         f"time: counted operations at {tflops:g} TFLOP/s a device, an assumption (--tflops)",
     )
