@@ -25,7 +25,7 @@ Noised = Callable[[Mapping[str, Any]], int]
 class Stack:
     """One container of consecutive blocks.
 
-    Module paths in `ffn`, `joint_attention`, `text_query` and `text_out` are relative to a block.
+    Module paths in `ffn`, `joint_attention`, `text_query`, `text_out` and `modulation` are relative to a block.
     """
 
     path: str
@@ -50,6 +50,9 @@ class Stack:
     """Modules that only make text queries: dead once nobody reads the text's own attention output."""
     text_out: tuple[str, ...] = ()
     """Modules that only project the text's attention output: dead likewise."""
+    modulation: tuple[str, ...] = ()
+    """Linear layers from the conditioning vector to shifts, scales and gates; empty where blocks have none of their own
+    (shared or tabled by design), and then there is nothing to take out."""
 
     @property
     def streams(self) -> tuple[Stream, ...]:

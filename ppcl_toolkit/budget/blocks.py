@@ -164,7 +164,7 @@ class Blocks:
         first = self._shapes[form.stack][form.first]
         # A stock class may shape a block by its position: SD3's last one returns no text.
         place = (form.last == len(self._shapes[form.stack]) - 1, form.first == form.last)
-        return form.stack, form.text, form.ffn, first, place if self.model.adapter.remap else ()
+        return form.stack, form.text, form.ffn, form.modulation, first, place if self.model.adapter.remap else ()
 
     @cached_property
     def _shapes(self) -> dict[str, list[tuple[Any, ...]]]:

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.budget.model import Model
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import Interval, Operation, Plan, TextRun
+from ppcl_toolkit.plan import Interval, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.stages.select import Measured, Sizes, choose, ffn_candidates
+from ppcl_toolkit.training.substitution import Candidate
 
 
 def are_given(recipe: Recipe) -> bool:
@@ -38,7 +39,7 @@ def plans(recipe: Recipe, model: Model) -> dict[str, Plan]:
     raise AssertionError("a stack has blocks")
 
 
-def _chosen(recipe: Recipe, model: Model, operations: list[Operation]) -> dict[str, Plan]:
+def _chosen(recipe: Recipe, model: Model, operations: list[Candidate]) -> dict[str, Plan]:
     measured = [Measured(operation=each, error=float(rank), saves=1) for rank, each in enumerate(operations)]
     sizes = Sizes(model.runner, model.calls)
     return choose(model.plan, measured, recipe.targets, sizes, recipe.width).plans
@@ -55,10 +56,10 @@ def _intervals(recipe: Recipe, model: Model, longer: int) -> Iterator[Interval]:
             first = last + 1
 
 
-def _width(recipe: Recipe, model: Model) -> list[Operation]:
+def _width(recipe: Recipe, model: Model) -> list[Candidate]:
     if recipe.width.given or not any(target.width for target in recipe.targets):
         return list(recipe.width.given)
-    found: list[Operation] = []
+    found: list[Candidate] = []
     for stack in model.adapter.stacks if recipe.width.text_blocks else ():
         found += _text_runs(stack, model.plan.depths[stack.path])
     return found + list(reversed(ffn_candidates(model.runner, recipe.width)))

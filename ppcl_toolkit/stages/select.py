@@ -21,7 +21,7 @@ from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.artifacts.workspace import write_json
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import FfnSwap, Form, Interval, Operation, Plan, TextRun
+from ppcl_toolkit.plan import FfnSwap, Form, Interval, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe, Target, Width
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
@@ -168,7 +168,7 @@ class Sizes:
         return self._rest + sum(self._block(form) for form in plan.forms())
 
     def _block(self, form: Form) -> int:
-        key = (form.stack, form.first, form.last, form.text, form.ffn)
+        key = (form.stack, form.first, form.last, form.text, form.ffn, form.modulation)
         if key not in self._known:
             block = placed(self._runner, form)
             if not form.is_stock:
@@ -204,7 +204,7 @@ class Choice:
     def load(cls, folder: Path) -> "Choice":
         """Read what `save` wrote."""
         plans = {n: Plan.model_validate(p) for n, p in json.loads((folder / "targets.json").read_text()).items()}
-        operations = TypeAdapter(tuple[Operation, ...]).validate_json((folder / "order.json").read_text())
+        operations = TypeAdapter(tuple[Candidate, ...]).validate_json((folder / "order.json").read_text())
         return cls(plans=plans, order=operations)
 
 
