@@ -97,6 +97,8 @@ class Adapter:
     """Hub ids, and where their config differs from the class's defaults: `ppcl plan` needs no download for these."""
     guidance: str = "true_cfg_scale"
     """Argument of the pipeline that, above 1, makes it run every picture twice: classifier-free guidance."""
+    distilled: str = "guidance"
+    """Argument by which a guidance-distilled model is told its guidance, where it is one."""
     others: tuple[int, ...] = ()
     """Parameters of each of the pipeline's other parts, text encoders and autoencoder: for `ppcl plan`."""
     example: Example | None = None

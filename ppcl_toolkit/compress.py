@@ -1,7 +1,8 @@
 """The main path: Algorithm 1, from a teacher to verified variants of every size that was asked for."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from ppcl_toolkit.artifacts.storage import Bank, Desk
 from ppcl_toolkit.artifacts.workspace import Progress, Workspace, silent, write_json
 from ppcl_toolkit.budget import check_machine
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import Plan, trained_forms
+from ppcl_toolkit.plan import ModulationSwap, Plan, low_rank_forms, trained_forms
 from ppcl_toolkit.recipe import Recipe
-from ppcl_toolkit.running.noise import Batches, Sample
+from ppcl_toolkit.running.noise import Batches, Calibration, Sample
 from ppcl_toolkit.running.placement import Placement, host_bytes
 from ppcl_toolkit.running.schedule import Batch, Runner
 from ppcl_toolkit.stages.depth import distill_depth
@@ -25,13 +26,15 @@ from ppcl_toolkit.stages.evaluate import evaluate, summarise
 from ppcl_toolkit.stages.export import Variant, export
 from ppcl_toolkit.stages.finetune import finetune, load_weights, record_velocities
 from ppcl_toolkit.stages.intervals import Candidates, detect
+from ppcl_toolkit.stages.modulation import LowRankChoice, bank_low_rank, check_modulation, find_modulation
 from ppcl_toolkit.stages.probe import Probes, probe
 from ppcl_toolkit.stages.report import write_report
-from ppcl_toolkit.stages.samples import load_samples, record_samples
+from ppcl_toolkit.stages.samples import EMPTY, load_samples, record_samples
 from ppcl_toolkit.stages.select import Choice, parse_size, select
 from ppcl_toolkit.stages.width import distill_width
 from ppcl_toolkit.surgery.assemble import count_parameters, student_of
 from ppcl_toolkit.training.means import check_optimizer
+from ppcl_toolkit.training.substitution import Candidate
 from ppcl_toolkit.training.targets import Velocities
 
 # Resident or streamed, results are the same: a run that was too large for its device may go on otherwise.
@@ -54,33 +57,43 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
         check_machine(recipe, device)
     run.open(recipe.dump())
     teacher, runner = _opened(recipe, device)
+    if recipe.modulation is not None:
+        check_modulation(runner, recipe.modulation)
 
     asked = {"source": teacher.source, **_part(recipe, _RECORDING)}
+    asked |= {"empty_prompt": True} if recipe.modulation else {}
     record = partial(record_samples, runner, teacher, recipe)
     samples = run.stage("samples", asked, record, load_samples, together=True)
     noised = partial(_noised, recipe, teacher, samples)
-    fit = partial(probe, runner, noised("probe", recipe.probe.batch), recipe.probe)
-    probes = run.stage("probe", recipe.probe, fit, Probes.load, together=True)
-    find = partial(detect, runner, noised("intervals", recipe.intervals.batch), probes.weights, recipe)
-    found = run.stage("intervals", _part(recipe, _DETECTION), find, Candidates.load, together=True)
+    low = None
+    if recipe.modulation is not None:
+        of_low_rank = partial(find_modulation, runner, _calibration(recipe, run, noised), recipe.modulation)
+        low = run.stage("modulation", recipe.modulation, of_low_rank, LowRankChoice.load, together=True)
+    candidates = _detected(recipe, runner, run, noised) if recipe.searches else ()
     held_out = noised("select", recipe.select.batch)
-    choose = partial(select, runner, teacher.plan(), found.operations(), held_out, recipe)
+    choose = partial(select, runner, teacher.plan(), (candidates, low.swaps if low else ()), held_out, recipe)
     choice = run.stage("select", _part(recipe, _CHOICE), choose, Choice.load, together=True)
 
     plans = list(choice.plans.values())
-    deep = partial(distill_depth, runner, plans, noised("depth", recipe.depth.batch), recipe.depth)
-    depth = run.stage("depth", recipe.depth, deep, Bank, together=True)
-    wide = partial(distill_width, runner, plans, depth, noised("width", recipe.width.batch), recipe.width)
-    bank = run.stage("width", recipe.width, wide, depth.joined, together=True)
+    bank = Bank(*([run.path / "modulation"] if low else []))
+    if recipe.searches:
+        bank = _trained(recipe, runner, run, plans, noised).joined(*bank.folders)
+    if low and recipe.searches:
+        factor = partial(bank_low_rank, runner, plans, bank, low)
+        bank = run.stage("low_rank", {}, factor, bank.joined, together=True)
 
     batches = noised("finetune", recipe.finetune.batch)
-    answers = partial(record_velocities, runner, plans, batches, recipe.finetune)
-    velocities = run.stage("velocities", _part(recipe, _ANSWERS), answers, Velocities, together=True)
+    velocities = Velocities(run.path / "velocities")
+    if recipe.learns:
+        answers = partial(record_velocities, runner, plans, batches, recipe.finetune)
+        velocities = run.stage("velocities", _part(recipe, _ANSWERS), answers, Velocities, together=True)
     variants = []
     for name, plan in choice.plans.items():
-        tune = partial(finetune, runner, plan, bank, batches, velocities, recipe.finetune)
-        tuned = run.stage(f"finetune/{name}", recipe.finetune, tune, Path, together=True)
-        variant = _variant(recipe, run.path, name, teacher.whole(plan))
+        tuned = None
+        if recipe.learns:
+            tune = partial(finetune, runner, plan, bank, batches, velocities, recipe.finetune)
+            tuned = run.stage(f"finetune/{name}", recipe.finetune, tune, Path, together=True)
+        variant = _variant(recipe, run.path, name, teacher.whole(plan), low)
         make = partial(_export, teacher, runner, variant, plan, (bank, tuned), batches[0])
         variants.append(run.stage(f"export/{name}", recipe.export, make, variant.read))
     velocities.discard()
@@ -96,6 +109,26 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     return summary
 
 
+def _detected(
+    recipe: Recipe, runner: Runner, run: Workspace, noised: Callable[[str, int], Batches]
+) -> Sequence[Candidate]:
+    """Return what may go: stages `probe` and `intervals`."""
+    fit = partial(probe, runner, noised("probe", recipe.probe.batch), recipe.probe)
+    probes = run.stage("probe", recipe.probe, fit, Probes.load, together=True)
+    find = partial(detect, runner, noised("intervals", recipe.intervals.batch), probes.weights, recipe)
+    return run.stage("intervals", _part(recipe, _DETECTION), find, Candidates.load, together=True).operations()
+
+
+def _trained(
+    recipe: Recipe, runner: Runner, run: Workspace, plans: Sequence[Plan], noised: Callable[[str, int], Batches]
+) -> Bank:
+    """Return the blocks that stand in for others: stages `depth` and `width`."""
+    deep = partial(distill_depth, runner, plans, noised("depth", recipe.depth.batch), recipe.depth)
+    depth = run.stage("depth", recipe.depth, deep, Bank, together=True)
+    wide = partial(distill_width, runner, plans, depth, noised("width", recipe.width.batch), recipe.width)
+    return run.stage("width", recipe.width, wide, depth.joined, together=True)
+
+
 def export_target(out: str | Path, params: str, name: str | None = None) -> dict[str, Any]:
     """Assemble another size from the bank of a run, without training, and verify it.
 
@@ -103,15 +136,18 @@ def export_target(out: str | Path, params: str, name: str | None = None) -> dict
     `PpclError` where no plan of the bank is that small, with the smallest there is.
     """
     path = Path(out)
-    if not (path / "select").is_dir() or not (path / "width").is_dir():
+    folders = [path / name for name in ("depth", "width", "modulation", "low_rank") if (path / name).is_dir()]
+    if not (path / "select").is_dir() or not folders:
         raise PpclError(f"{path} has no bank: run `ppcl compress --out {path}` until its width stage is done")
     recipe = Recipe.load(path / "recipe.yaml")
     teacher, runner = _opened(recipe, processes.pick_device(recipe.device))
-    bank = Bank(path / "depth", path / "width")
+    bank = Bank(*folders)
+    low = LowRankChoice.load(path / "modulation") if recipe.modulation else None
     example = _noised(recipe, teacher, load_samples(path / "samples"), "finetune", recipe.finetune.batch)[0]
-    plan, count = _first_that_fits(runner, Choice.load(path / "select"), bank, params, example)
+    choice = Choice.load(path / "select")
+    plan, count = _first_that_fits(runner, (choice, low.swaps if low else ()), bank, params, example)
     name = name or params.strip().removesuffix("%")
-    variant = _variant(recipe, path, name, teacher.whole(plan))
+    variant = _variant(recipe, path, name, teacher.whole(plan), low)
     if (path / "export" / name).exists():
         raise PpclError(f"{variant.folder} exists already; choose another --name")
     run = Workspace(path)
@@ -141,10 +177,22 @@ def _noised(recipe: Recipe, teacher: Teacher, samples: Sequence[Sample], stage: 
     )
 
 
-def _variant(recipe: Recipe, run: Path, name: str, plan: Plan) -> Variant:
-    return Variant(
-        name=name, folder=run / "variants" / name, plan=plan, dtype=recipe.export.dtype, call=recipe.teacher.call
-    )
+def _calibration(recipe: Recipe, run: Workspace, noised: Callable[[str, int], Batches]) -> Calibration:
+    """Return batches at all noise levels, at the recipe's values of guidance, with the empty prompt among them."""
+    assert recipe.modulation is not None
+    batches = noised("modulation", recipe.modulation.batch)
+    batches = replace(batches, uniform=True, guidance=recipe.modulation.guidance)
+    empty = load_samples(run.path / "samples", EMPTY)
+    call = recipe.teacher.call
+    guided = float(call.get(batches.adapter.guidance, 1) or 1) > 1
+    facts = {"negative_prompt": call.get("negative_prompt", "") if guided else None}
+    return Calibration(batches=batches, empty=replace(batches, samples=empty) if empty else None, facts=facts)
+
+
+def _variant(recipe: Recipe, run: Path, name: str, plan: Plan, low: LowRankChoice | None) -> Variant:
+    call, dtype = recipe.teacher.call, recipe.export.dtype
+    covered = low.covered if low and plan.modulation_swaps else {}
+    return Variant(name=name, folder=run / "variants" / name, plan=plan, dtype=dtype, call=call, covered=covered)
 
 
 def _export(
@@ -164,13 +212,16 @@ def _export(
     export(teacher.pipeline, student, variant, example, desk, device=runner.placement.device)
 
 
-def _first_that_fits(runner: Runner, choice: Choice, bank: Bank, params: str, example: Batch) -> tuple[Plan, int]:
+def _first_that_fits(
+    runner: Runner, found: tuple[Choice, Sequence[ModulationSwap]], bank: Bank, params: str, example: Batch
+) -> tuple[Plan, int]:
+    choice, modulation = found
     total = sum(p.numel() for p in runner.transformer.parameters())
     goal = parse_size(params, total)
     smallest = total
-    for count in range(1, len(choice.order) + 1):
-        plan = next(iter(choice.plans.values())).with_operations(choice.order[:count])
-        if all(form.key in bank for form in trained_forms([plan])):
+    for count in range(0 if modulation else 1, len(choice.order) + 1):
+        plan = next(iter(choice.plans.values())).with_operations([*choice.order[:count], *modulation])
+        if all(form.key in bank for form in [*trained_forms([plan]), *low_rank_forms([plan])]):
             smallest = count_parameters(runner.transformer, runner.adapter, plan, example)
             if smallest <= goal:
                 return plan, smallest

@@ -211,6 +211,11 @@ def modulation_layers(block: nn.Module, stack: Stack) -> dict[str, nn.Linear]:
     return found
 
 
+def largest_rank(weight: Tensor) -> int:
+    """Return the largest rank at which two maps are smaller than the one of this weight."""
+    return (weight.numel() - 1) // sum(weight.shape)
+
+
 def _factored(block: nn.Module, stack: Stack, rank: int) -> tuple[tuple[str, int], ...]:
     """Return the modulation layers that `rank` makes smaller, each with it: what few rows are left of may stay whole.
 
@@ -219,7 +224,7 @@ def _factored(block: nn.Module, stack: Stack, rank: int) -> tuple[tuple[str, int
     layers = modulation_layers(block, stack)
     if not layers:
         raise PpclError(f"{type(block).__name__} has no modulation of its own that could become one of low rank")
-    smaller = {path for path, one in layers.items() if rank * (one.in_features + one.out_features) < one.weight.numel()}
+    smaller = {path for path, layer in layers.items() if rank <= largest_rank(layer.weight)}
     if not smaller:
         width = max(layer.in_features for layer in layers.values())
         raise PpclError(f"modulation of rank {rank} saves nothing: {stack.path} is {width} wide")
