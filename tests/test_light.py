@@ -169,8 +169,9 @@ def test_a_light_variant_is_a_teacher_of_fewer_blocks(world, light):
 
 def test_a_narrow_variant_becomes_light(world, tmp_path):
     swaps = "width.given=[{kind: ffn_swap, stack: transformer_blocks, block: 1, streams: [image, text]}]"
-    targets = "targets=[{name: narrow, params: 95%}]"
-    earlier = compress(recipe(world, "modulation=null", targets, swaps), tmp_path / "narrow")["variants"][0]
+    targets = "targets=[{name: narrow, params: 97%}]"
+    none = "intervals.strategy=given"
+    earlier = compress(recipe(world, "modulation=null", targets, none, swaps), tmp_path / "narrow")["variants"][0]
     plan = Plan.load(Path(earlier["path"]) / "plan.json")
     assert plan.ffn_swaps
     (variant,) = compress(recipe(world, f"teacher.path={earlier['path']}"), tmp_path / "light")["variants"]

@@ -40,6 +40,6 @@ def _calibrated(covered: Mapping[str, Any]) -> str:
     return (
         "Modulation layers are of low rank, the nearest to the teacher's on what was recorded: "
         + "; ".join(parts)
-        + ". Other conditioning is further from the teacher. LoRA weights for modulation layers have to be merged into "
-        "the teacher before it is compressed; those for other layers load as ever.\n"
-    ).rstrip("\n")
+        + ". Other conditioning is further from the teacher. LoRA weights for these layers have to be merged into the "
+        "teacher before it is compressed."
+    )

@@ -16,6 +16,7 @@ from ppcl_toolkit.plan import Form, Plan
 from ppcl_toolkit.running.capture import Arguments, Streams, map_tensors, run_block
 from ppcl_toolkit.running.schedule import Reading
 from ppcl_toolkit.surgery.graph import meta_copy
+from ppcl_toolkit.surgery.narrow import modulation_layers
 from ppcl_toolkit.training.losses import LOSSES
 from ppcl_toolkit.training.segment import Segment, block_inputs
 
@@ -69,6 +70,18 @@ class Blocks:
     def params(self) -> dict[str, list[int]]:
         """Parameters of the teacher's blocks, by stack."""
         return {s.path: [count(b) for b in s.blocks(self.model.transformer)] for s in self.model.adapter.stacks}
+
+    @cached_property
+    def modulation(self) -> list[tuple[int, int]]:
+        """Rows and features of every modulation layer of the teacher."""
+        stacks = [
+            (stack, block) for stack in self.model.adapter.stacks for block in stack.blocks(self.model.transformer)
+        ]
+        return [
+            (layer.out_features, layer.in_features)
+            for stack, block in stacks
+            for layer in modulation_layers(block, stack).values()
+        ]
 
     @cached_property
     def largest(self) -> int:

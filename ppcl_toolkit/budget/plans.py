@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.budget.model import Model
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import Interval, Plan, TextRun
+from ppcl_toolkit.plan import Interval, ModulationSwap, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.stages.modulation import check_modulation, swaps
 from ppcl_toolkit.stages.select import Measured, Sizes, choose, ffn_candidates
 from ppcl_toolkit.training.substitution import Candidate
+
+RANK = 32
+"""Assumed of modulation where the run is to find it."""
 
 
 def are_given(recipe: Recipe) -> bool:
@@ -26,7 +30,7 @@ def plans(recipe: Recipe, model: Model) -> dict[str, Plan]:
 
     Raises `PpclError` where a target is out of reach.
     """
-    if are_given(recipe):
+    if are_given(recipe) or not recipe.searches:
         return _chosen(recipe, model, [*recipe.intervals.given, *recipe.width.given])
     deepest = max(model.plan.depths.values())
     for longer in range(deepest):
@@ -42,7 +46,15 @@ def plans(recipe: Recipe, model: Model) -> dict[str, Plan]:
 def _chosen(recipe: Recipe, model: Model, operations: list[Candidate]) -> dict[str, Plan]:
     measured = [Measured(operation=each, error=float(rank), saves=1) for rank, each in enumerate(operations)]
     sizes = Sizes(model.runner, model.calls)
-    return choose(model.plan, measured, recipe.targets, sizes, recipe.width).plans
+    low = _modulation(recipe, model)
+    return choose(model.plan, measured, recipe.targets, sizes, recipe.width, modulation=low).plans
+
+
+def _modulation(recipe: Recipe, model: Model) -> tuple[ModulationSwap, ...]:
+    if recipe.modulation is None:
+        return ()
+    limit = check_modulation(model.runner, recipe.modulation)
+    return swaps(model.adapter, recipe.modulation.rank or min(RANK, limit))
 
 
 def _intervals(recipe: Recipe, model: Model, longer: int) -> Iterator[Interval]:

@@ -13,16 +13,28 @@ from ppcl_toolkit.budget.disk import disk
 from ppcl_toolkit.budget.machine import ROOM, UNLIMITED, Machine
 from ppcl_toolkit.budget.memory import Memory, Need
 from ppcl_toolkit.budget.model import Model, Size, is_known
-from ppcl_toolkit.budget.plans import are_given, plans
+from ppcl_toolkit.budget.plans import RANK, are_given, plans
 from ppcl_toolkit.budget.whole import Whole
-from ppcl_toolkit.budget.work import work
+from ppcl_toolkit.budget.work import absent, work
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
 
 DEVICES = 8
 """Of a node: what several devices need is told for so many (paper: 8)."""
-STAGES = ("samples", "probe", "intervals", "select", "depth", "width", "velocities", "finetune", "export", "evaluate")
+STAGES = (
+    "samples",
+    "modulation",
+    "probe",
+    "intervals",
+    "select",
+    "depth",
+    "width",
+    "velocities",
+    "finetune",
+    "export",
+    "evaluate",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +132,7 @@ class Budget:
         """Judge every stage that has something to do."""
         idle = {"width"} if all(form.is_stock for form in Memory(self.recipe, self.blocks, self.plans).forms) else set()
         idle |= set() if self.recipe.finetune.steps else {"velocities", "finetune"}
+        idle |= absent(self.recipe)
         return tuple(self.stage(name, machine) for name in STAGES if name not in idle)
 
     def _otherwise(self, name: str, machine: Machine, *, streamed: bool) -> str:
@@ -212,7 +225,8 @@ def _table(budget: Budget) -> dict[str, dict[str, dict[str, int]]]:
         (f"resident, {DEVICES} devices", False, DEVICES),
     ):
         machine = Machine(devices=devices)
-        needs = {stage: budget.need(stage, streamed=streamed, machine=machine) for stage in STAGES}
+        asked = [stage for stage in STAGES if stage not in absent(budget.recipe)]
+        needs = {stage: budget.need(stage, streamed=streamed, machine=machine) for stage in asked}
         table[label] = {s: {"device": need.device, "host": need.host * devices} for s, need in needs.items()}
     return table
 
@@ -224,7 +238,9 @@ def _told(need: Need, devices: int) -> str:
 def _basis(recipe: Recipe, model: Model, tflops: float) -> tuple[str, ...]:
     tokens = {name: tuple(v.shape) for name, v in model.example.items() if isinstance(v, Tensor) and v.ndim > 1}
     assumed = "assumed, runs of two and three blocks in turn as in the paper's: the run finds them itself"
-    found = "the recipe's operations, in its order" if are_given(recipe) else assumed
+    found = "the recipe's operations, in its order" if are_given(recipe) or not recipe.searches else assumed
+    if recipe.modulation is not None and recipe.modulation.rank is None:
+        found += f"; modulation of rank {RANK}, assumed"
     return (
         f"plans: {found}",
         f"one call: {', '.join(f'{name} {list(shape)}' for name, shape in tokens.items())}",

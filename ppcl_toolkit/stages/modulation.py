@@ -16,6 +16,7 @@ from typing import Any, Self, final
 from torch import Tensor, nn
 
 from ppcl_toolkit import processes
+from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.artifacts.passes import Pass
 from ppcl_toolkit.artifacts.storage import Bank, Desk, load_tree, save_tree
 from ppcl_toolkit.artifacts.workspace import write_json
@@ -29,7 +30,7 @@ from ppcl_toolkit.statistics.lowrank import LowRank, Spread, Vectors, reduced_ra
 from ppcl_toolkit.surgery.narrow import largest_rank, modulation_layers
 
 _CURVE, _SUMS = "curve.json", "sums/conditioning.safetensors"
-_AT_ONCE = 256
+AT_ONCE = 256
 """Rank up to which factors of all layers are kept in memory at first: 5 GB for Qwen-Image."""
 _MOST_SHOWN = 64
 """The curve goes so far at least, where ranks so large save anything."""
@@ -54,8 +55,13 @@ class LowRankChoice:
         """Read what the stage wrote."""
         found = json.loads((folder / _CURVE).read_text())
         curve = {int(rank): error for rank, error in found["curve"].items()}
-        swaps = tuple(ModulationSwap.model_validate(swap) for swap in found["swaps"])
-        return cls(found["rank"], curve, found["covered"], swaps, folder / _SUMS)
+        low = tuple(ModulationSwap.model_validate(swap) for swap in found["swaps"])
+        return cls(found["rank"], curve, found["covered"], low, folder / _SUMS)
+
+
+def swaps(adapter: Adapter, rank: int) -> tuple[ModulationSwap, ...]:
+    """Return all modulation of a family at one rank."""
+    return tuple(ModulationSwap(stack=stack.path, rank=rank) for stack in adapter.stacks if stack.modulation)
 
 
 def check_modulation(runner: Runner, section: Modulation) -> int:
@@ -96,7 +102,6 @@ def find_modulation(runner: Runner, batches: Calibration, section: Modulation, d
     held_out = list(batches(section.batches, section.batches + section.velocity_batches))
     curve = _Curve(runner, factors, held_out, desk)
     rank = _chosen(curve, section, limit)
-    swaps = [ModulationSwap(stack=s.path, rank=rank) for s in runner.adapter.stacks if s.modulation]
     states = factors.at(rank)
     for form in _shared_out(Form(stack, block, block, modulation=rank) for stack, block in _blocks(runner)):
         own = {layer.path: state for layer, state in states.items() if layer[:2] == (form.stack, form.first)}
@@ -106,7 +111,11 @@ def find_modulation(runner: Runner, batches: Calibration, section: Modulation, d
         tree = {"sums": {str(layer): sums[layer].state() for layer in sums}}
         (desk.folder / _SUMS).parent.mkdir(exist_ok=True)
         save_tree(desk.folder / _SUMS, {**tree, "origin": {str(layer): str(one) for layer, one in origin.items()}})
-        found = {"rank": rank, "swaps": [swap.model_dump(mode="json") for swap in swaps], "covered": batches.covered()}
+        found = {
+            "rank": rank,
+            "swaps": [swap.model_dump(mode="json") for swap in swaps(runner.adapter, rank)],
+            "covered": batches.covered(),
+        }
         write_json(desk.folder / _CURVE, {**found, "curve": curve.known})
     processes.wait()
     if processes.is_main():
@@ -202,7 +211,7 @@ class _Factors:
         if rank > self._most:
             # Powers of two come one after another: each of them would begin anew.
             limit = min(largest_rank(module.weight) for module in modules.values())
-            self._most = min(_AT_ONCE, limit) if rank <= _AT_ONCE else limit
+            self._most = min(AT_ONCE, limit) if rank <= AT_ONCE else limit
             self._found = {layer: self._factored(layer, module) for layer, module in modules.items()}
         return {layer: found.at(rank, modules[layer].bias) for layer, found in self._found.items()}
 

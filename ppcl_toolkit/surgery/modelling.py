@@ -13,8 +13,9 @@ _WIDTH = 116
 _FILE = string.Template('''\
 """$name: $stock with narrow blocks, written by ppcl-toolkit.
 
-$what This file needs torch and diffusers, and opens with
-`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
+$what
+
+It needs torch and diffusers, and opens with `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
 """
 
 import inspect
