@@ -51,7 +51,8 @@ ADAPTER = Adapter(
             joint_attention="attn",
             text_query=("attn.add_q_proj", "attn.norm_added_q"),
             text_out=("attn.to_add_out",),
+            modulation=("norm1.linear", "norm1_context.linear"),
         ),
-        Stack(path="single_transformer_blocks", depth_key="num_single_layers"),
+        Stack(path="single_transformer_blocks", depth_key="num_single_layers", modulation=("norm.linear",)),
     ),
 )

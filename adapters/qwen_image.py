@@ -45,6 +45,7 @@ ADAPTER = Adapter(
             joint_attention="attn",
             text_query=("attn.add_q_proj", "attn.norm_added_q"),
             text_out=("attn.to_add_out",),
+            modulation=("img_mod.1", "txt_mod.1"),
         ),
     ),
 )

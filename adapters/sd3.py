@@ -20,8 +20,9 @@ def remap(config: dict[str, Any], state: dict[str, Tensor], _: Mapping[str, Sequ
     last = f"{BLOCKS}.{config['num_layers'] - 1}."
     for name in [name for name in state if name.startswith((f"{last}ff_context.", f"{last}attn.to_add_out."))]:
         del state[name]
-    for name in (f"{last}norm1_context.linear.weight", f"{last}norm1_context.linear.bias"):
-        # A block whose text is narrow already has none.
+    modulation = f"{last}norm1_context.linear"
+    # Of low rank, it is a pair whose second has the rows; a block whose text is narrow already has none.
+    for name in [f"{modulation}{layer}.{kind}" for layer in ("", ".1") for kind in ("weight", "bias")]:
         if name in state and len(state[name]) == 6 * config["num_attention_heads"] * config["attention_head_dim"]:
             shift, scale = state[name].chunk(6)[:2]
             state[name] = torch.cat([scale, shift])
@@ -75,6 +76,7 @@ ADAPTER = Adapter(
             joint_attention="attn",
             text_query=("attn.add_q_proj", "attn.norm_added_q"),
             text_out=("attn.to_add_out",),
+            modulation=("norm1.linear", "norm1_context.linear"),
         ),
     ),
 )

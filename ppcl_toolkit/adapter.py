@@ -25,7 +25,7 @@ Noised = Callable[[Mapping[str, Any]], int]
 class Stack:
     """One container of consecutive blocks.
 
-    Module paths in `ffn`, `joint_attention`, `text_query` and `text_out` are relative to a block.
+    Module paths in `ffn`, `joint_attention`, `text_query`, `text_out` and `modulation` are relative to a block.
     """
 
     path: str
@@ -50,6 +50,9 @@ class Stack:
     """Modules that only make text queries: dead once nobody reads the text's own attention output."""
     text_out: tuple[str, ...] = ()
     """Modules that only project the text's attention output: dead likewise."""
+    modulation: tuple[str, ...] = ()
+    """Linear layers from the conditioning vector to shifts, scales and gates; empty where blocks have none of their own
+    (shared or tabled by design), and then there is nothing to take out."""
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -94,6 +97,8 @@ class Adapter:
     """Hub ids, and where their config differs from the class's defaults: `ppcl plan` needs no download for these."""
     guidance: str = "true_cfg_scale"
     """Argument of the pipeline that, above 1, makes it run every picture twice: classifier-free guidance."""
+    distilled: str = "guidance"
+    """Argument by which a guidance-distilled model is told its guidance, where it is one."""
     others: tuple[int, ...] = ()
     """Parameters of each of the pipeline's other parts, text encoders and autoencoder: for `ppcl plan`."""
     dtype: str = "bfloat16"

@@ -1,10 +1,11 @@
 """The main path: Algorithm 1, from a teacher to verified variants of every size that was asked for."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import nn
@@ -15,9 +16,9 @@ from ppcl_toolkit.artifacts.storage import Bank, Desk
 from ppcl_toolkit.artifacts.workspace import Progress, Workspace, silent, write_json
 from ppcl_toolkit.budget import Schedules, check_machine
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import Plan, trained_forms
+from ppcl_toolkit.plan import ModulationSwap, Plan, low_rank_forms, trained_forms
 from ppcl_toolkit.recipe import Recipe
-from ppcl_toolkit.running.noise import Batches, Sample
+from ppcl_toolkit.running.noise import Batches, Calibration, Sample
 from ppcl_toolkit.running.placement import Placement, host_bytes
 from ppcl_toolkit.running.schedule import Batch, Runner
 from ppcl_toolkit.stages.depth import distill_depth
@@ -25,13 +26,15 @@ from ppcl_toolkit.stages.evaluate import evaluate, summarise
 from ppcl_toolkit.stages.export import Variant, export
 from ppcl_toolkit.stages.finetune import finetune, load_weights, record_velocities
 from ppcl_toolkit.stages.intervals import Candidates, detect
+from ppcl_toolkit.stages.modulation import LowRankChoice, bank_low_rank, check_modulation, find_modulation
 from ppcl_toolkit.stages.probe import Probes, probe
 from ppcl_toolkit.stages.report import write_report
-from ppcl_toolkit.stages.samples import load_samples, record_samples
+from ppcl_toolkit.stages.samples import EMPTY, load_samples, record_samples
 from ppcl_toolkit.stages.select import Choice, parse_size, select
 from ppcl_toolkit.stages.width import distill_width
 from ppcl_toolkit.surgery.assemble import count_parameters, student_of
 from ppcl_toolkit.training.means import check_optimizer
+from ppcl_toolkit.training.substitution import Candidate
 from ppcl_toolkit.training.targets import Velocities
 
 # Resident or streamed, results are the same: a run that was too large for its device may go on otherwise.
@@ -49,56 +52,114 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     """
     device = processes.pick_device(recipe.device)
     check_optimizer(recipe.finetune.optimizer)
-    run = Workspace(out, progress=progress)
-    if not run.is_begun:
+    workspace = Workspace(out, progress=progress)
+    if not workspace.is_begun:
         check_machine(recipe, device)
-    run.open(recipe.dump())
-    teacher, whole = _opened(recipe, device)
-    schedules = Schedules(recipe, whole)
-    runner = schedules.runner
+    workspace.open(recipe.dump())
+    teacher, runner = _opened(recipe, device)
+    if recipe.modulation is not None:
+        check_modulation(runner, recipe.modulation)
 
-    asked = {"source": teacher.source, **_part(recipe, _RECORDING)}
-    record = partial(record_samples, runner("samples"), teacher, recipe)
-    samples = run.stage("samples", asked, record, load_samples, together=True)
-    noised = partial(_noised, recipe, teacher, samples)
-    fit = partial(probe, runner("probe"), noised("probe", recipe.probe.batch), recipe.probe)
-    probes = run.stage("probe", recipe.probe, fit, Probes.load, together=True)
-    find = partial(detect, runner("intervals"), noised("intervals", recipe.intervals.batch), probes.weights, recipe)
-    found = run.stage("intervals", _part(recipe, _DETECTION), find, Candidates.load, together=True)
-    held_out = noised("select", recipe.select.batch)
-    choose = partial(select, runner("select"), teacher.plan(), found.operations(), held_out, recipe)
-    choice = run.stage("select", _part(recipe, _CHOICE), choose, Choice.load, together=True)
+    run = _Run(recipe, workspace, teacher, Schedules(recipe, runner))
+    low = run.low_rank() if recipe.modulation is not None else None
+    candidates = run.candidates() if recipe.searches else ()
+    plans = run.choice(candidates, low).plans
+    bank = run.bank(plans, low)
+    variants = run.variants(plans, bank, low)
+    summary = run.evaluated(plans, variants)
 
-    chosen, plans = choice.plans, list(choice.plans.values())
-    deep = partial(distill_depth, runner("depth", chosen), plans, noised("depth", recipe.depth.batch), recipe.depth)
-    depth = run.stage("depth", recipe.depth, deep, Bank, together=True)
-    wide = partial(
-        distill_width, runner("width", chosen), plans, depth, noised("width", recipe.width.batch), recipe.width
-    )
-    bank = run.stage("width", recipe.width, wide, depth.joined, together=True)
-
-    batches = noised("finetune", recipe.finetune.batch)
-    answers = partial(record_velocities, runner("velocities", chosen), plans, batches, recipe.finetune)
-    velocities = run.stage("velocities", _part(recipe, _ANSWERS), answers, Velocities, together=True)
-    exports = []
-    for name, plan in chosen.items():
-        tune = partial(finetune, runner("finetune", chosen), plan, bank, batches, velocities, recipe.finetune)
-        tuned = run.stage(f"finetune/{name}", recipe.finetune, tune, Path, together=True)
-        variant = _variant(recipe, run.path, name, teacher.whole(plan))
-        make = partial(_export, teacher, whole, variant, plan, (bank, tuned), batches[0])
-        exports.append(run.job(f"export/{name}", recipe.export, make, variant.read))
-    variants = run.results(exports)
-    velocities.discard()
-
-    batches = noised("evaluate", recipe.samples.batch)
-    compare = partial(evaluate, runner("evaluate", chosen), teacher, recipe, variants, batches)
-    summary = run.stage("evaluate", recipe.evaluate, compare, partial(summarise, variants), together=True)
-    summary["warnings"] = [*schedules.said(), *run.warnings]
-    run.close(recipe.dump())
+    workspace.close(recipe.dump())
     if processes.is_main():
-        write_json(run.path / "summary.json", summary)
-        write_report(run.path)
+        write_json(workspace.path / "summary.json", summary)
+        write_report(workspace.path)
     return summary
+
+
+@final
+class _Run:
+    """The stages of a run, a few at a time, in the order in which `compress` goes through them."""
+
+    def __init__(self, recipe: Recipe, workspace: Workspace, teacher: Teacher, schedules: Schedules) -> None:
+        self._recipe, self._teacher, self._schedules = recipe, teacher, schedules
+        self._workspace, self._runner = workspace, schedules.runner
+        self._stage = partial(workspace.stage, together=True)
+        # Several stages draw other batches from the same samples.
+        asked = {"source": teacher.source, **_part(recipe, _RECORDING)}
+        asked |= {"empty_prompt": True} if recipe.modulation else {}
+        record = partial(record_samples, self._runner("samples"), teacher, recipe)
+        samples = self._stage("samples", asked, record, load_samples)
+        self._noised = partial(_noised, recipe, teacher, samples)
+
+    def low_rank(self) -> LowRankChoice:
+        """Find the rank of modulation: stage `modulation`."""
+        section = self._recipe.modulation
+        assert section is not None
+        batches = _calibration(self._recipe, self._workspace, self._noised)
+        find = partial(find_modulation, self._runner("modulation"), batches, section)
+        return self._stage("modulation", section, find, LowRankChoice.load)
+
+    def candidates(self) -> Sequence[Candidate]:
+        """Find what may go: stages `probe` and `intervals`."""
+        recipe = self._recipe
+        fit = partial(probe, self._runner("probe"), self._noised("probe", recipe.probe.batch), recipe.probe)
+        probes = self._stage("probe", recipe.probe, fit, Probes.load)
+        batches = self._noised("intervals", recipe.intervals.batch)
+        find = partial(detect, self._runner("intervals"), batches, probes.weights, recipe)
+        return self._stage("intervals", _part(recipe, _DETECTION), find, Candidates.load).operations()
+
+    def choice(self, candidates: Sequence[Candidate], low: LowRankChoice | None) -> Choice:
+        """Choose what goes for every target: stage `select`."""
+        recipe, found = self._recipe, (candidates, low.swaps if low else ())
+        held_out = self._noised("select", recipe.select.batch)
+        choose = partial(select, self._runner("select"), self._teacher.plan(), found, held_out, recipe)
+        return self._stage("select", _part(recipe, _CHOICE), choose, Choice.load)
+
+    def bank(self, plans: Mapping[str, Plan], low: LowRankChoice | None) -> Bank:
+        """Make the blocks that stand in for others: stages `depth`, `width` and `low_rank`."""
+        recipe, wanted = self._recipe, list(plans.values())
+        bank = Bank(*([self._workspace.path / "modulation"] if low else []))
+        if not recipe.searches:
+            return bank
+        batches = self._noised("depth", recipe.depth.batch)
+        deep = partial(distill_depth, self._runner("depth", plans), wanted, batches, recipe.depth)
+        depth = self._stage("depth", recipe.depth, deep, Bank)
+        batches = self._noised("width", recipe.width.batch)
+        wide = partial(distill_width, self._runner("width", plans), wanted, depth, batches, recipe.width)
+        bank = self._stage("width", recipe.width, wide, depth.joined).joined(*bank.folders)
+        if low:
+            factor = partial(bank_low_rank, self._runner("low_rank", plans), wanted, bank, low)
+            bank = self._stage("low_rank", {}, factor, bank.joined)
+        return bank
+
+    def variants(self, plans: Mapping[str, Plan], bank: Bank, low: LowRankChoice | None) -> list[dict[str, Any]]:
+        """Fine-tune what learns, and export: stages `velocities`, `finetune/<target>` and `export/<target>`."""
+        recipe, batches = self._recipe, self._noised("finetune", self._recipe.finetune.batch)
+        velocities = Velocities(self._workspace.path / "velocities")
+        if recipe.learns:
+            wanted = list(plans.values())
+            answer = partial(record_velocities, self._runner("velocities", plans), wanted, batches, recipe.finetune)
+            velocities = self._stage("velocities", _part(recipe, _ANSWERS), answer, Velocities)
+        exports = []
+        for name, plan in plans.items():
+            tuned = None
+            if recipe.learns:
+                runner = self._runner("finetune", plans)
+                tune = partial(finetune, runner, plan, bank, batches, velocities, recipe.finetune)
+                tuned = self._stage(f"finetune/{name}", recipe.finetune, tune, Path)
+            variant = _variant(recipe, self._workspace.path, name, self._teacher.whole(plan), low)
+            runner = self._runner("export", plans)
+            make = partial(_export, self._teacher, runner, variant, plan, (bank, tuned), batches[0])
+            exports.append(self._workspace.job(f"export/{name}", recipe.export, make, variant.read))
+        found = self._workspace.results(exports)
+        velocities.discard()
+        return found
+
+    def evaluated(self, plans: Mapping[str, Plan], variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Set variants beside the teacher: stage `evaluate`."""
+        recipe, batches = self._recipe, self._noised("evaluate", self._recipe.samples.batch)
+        compare = partial(evaluate, self._runner("evaluate", plans), self._teacher, recipe, variants, batches)
+        summary = self._stage("evaluate", recipe.evaluate, compare, partial(summarise, variants))
+        return {**summary, "warnings": [*self._schedules.said(), *self._workspace.warnings]}
 
 
 def export_target(out: str | Path, params: str, name: str | None = None) -> dict[str, Any]:
@@ -108,15 +169,18 @@ def export_target(out: str | Path, params: str, name: str | None = None) -> dict
     `PpclError` where no plan of the bank is that small, with the smallest there is.
     """
     path = Path(out)
-    if not (path / "select").is_dir() or not (path / "width").is_dir():
+    folders = [path / name for name in ("depth", "width", "modulation", "low_rank") if (path / name).is_dir()]
+    if not (path / "select").is_dir() or not folders:
         raise PpclError(f"{path} has no bank: run `ppcl compress --out {path}` until its width stage is done")
     recipe = Recipe.load(path / "recipe.yaml")
     teacher, runner = _opened(recipe, processes.pick_device(recipe.device))
-    bank = Bank(path / "depth", path / "width")
+    bank = Bank(*folders)
+    low = LowRankChoice.load(path / "modulation") if recipe.modulation else None
     example = _noised(recipe, teacher, load_samples(path / "samples"), "finetune", recipe.finetune.batch)[0]
-    plan, count = _first_that_fits(runner, Choice.load(path / "select"), bank, params, example)
+    choice = Choice.load(path / "select")
+    plan, count = _first_that_fits(runner, (choice, low.swaps if low else ()), bank, params, example)
     name = name or params.strip().removesuffix("%")
-    variant = _variant(recipe, path, name, teacher.whole(plan))
+    variant = _variant(recipe, path, name, teacher.whole(plan), low)
     if (path / "export" / name).exists():
         raise PpclError(f"{variant.folder} exists already; choose another --name")
     run = Workspace(path)
@@ -146,10 +210,22 @@ def _noised(recipe: Recipe, teacher: Teacher, samples: Sequence[Sample], stage: 
     )
 
 
-def _variant(recipe: Recipe, run: Path, name: str, plan: Plan) -> Variant:
-    return Variant(
-        name=name, folder=run / "variants" / name, plan=plan, dtype=recipe.export.dtype, call=recipe.teacher.call
-    )
+def _calibration(recipe: Recipe, run: Workspace, noised: Callable[[str, int], Batches]) -> Calibration:
+    """Return batches at all noise levels, at the recipe's values of guidance, with the empty prompt among them."""
+    assert recipe.modulation is not None
+    batches = noised("modulation", recipe.modulation.batch)
+    batches = replace(batches, uniform=True, guidance=recipe.modulation.guidance)
+    empty = load_samples(run.path / "samples", EMPTY)
+    call = recipe.teacher.call
+    guided = float(call.get(batches.adapter.guidance, 1) or 1) > 1
+    facts = {"negative_prompt": call.get("negative_prompt", "") if guided else None}
+    return Calibration(batches=batches, empty=replace(batches, samples=empty) if empty else None, facts=facts)
+
+
+def _variant(recipe: Recipe, run: Path, name: str, plan: Plan, low: LowRankChoice | None) -> Variant:
+    call, dtype = recipe.teacher.call, recipe.export.dtype
+    covered = low.covered if low and plan.modulation_swaps else {}
+    return Variant(name=name, folder=run / "variants" / name, plan=plan, dtype=dtype, call=call, covered=covered)
 
 
 def _export(
@@ -169,13 +245,16 @@ def _export(
     export(teacher.pipeline, student, variant, example, desk, device=runner.placement.device)
 
 
-def _first_that_fits(runner: Runner, choice: Choice, bank: Bank, params: str, example: Batch) -> tuple[Plan, int]:
+def _first_that_fits(
+    runner: Runner, found: tuple[Choice, Sequence[ModulationSwap]], bank: Bank, params: str, example: Batch
+) -> tuple[Plan, int]:
+    choice, modulation = found
     total = sum(p.numel() for p in runner.transformer.parameters())
     goal = parse_size(params, total)
     smallest = total
-    for count in range(1, len(choice.order) + 1):
-        plan = next(iter(choice.plans.values())).with_operations(choice.order[:count])
-        if all(form.key in bank for form in trained_forms([plan])):
+    for count in range(0 if modulation else 1, len(choice.order) + 1):
+        plan = next(iter(choice.plans.values())).with_operations([*choice.order[:count], *modulation])
+        if all(form.key in bank for form in [*trained_forms([plan]), *low_rank_forms([plan])]):
             smallest = count_parameters(runner.transformer, runner.adapter, plan, example)
             if smallest <= goal:
                 return plan, smallest

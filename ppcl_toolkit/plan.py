@@ -4,12 +4,12 @@ Block numbers are the teacher's: 0-based, inclusive, per stack. Plans are sets o
 plan whose forms it holds: that is what makes it plug and play.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from ppcl_toolkit.adapter import Stream
 from ppcl_toolkit.errors import PpclError
@@ -60,8 +60,23 @@ class FfnSwap(_Record):
         return f"{self.stack}[{self.block}] ffn {'+'.join(self.streams)}"
 
 
-Operation = Annotated[Interval | TextRun | FfnSwap, Field(discriminator="kind")]
-_ORDER = {"interval": 0, "text_run": 1, "ffn_swap": 2}
+class ModulationSwap(_Record):
+    """Modulation layers W e + b become W_k (e - m) + (b + W m) of rank k: two linear maps, D -> k -> rows."""
+
+    kind: Literal["modulation_swap"] = "modulation_swap"
+    stack: str
+    rank: PositiveInt
+    blocks: tuple[NonNegativeInt, ...] | None = None
+    """Blocks that are kept; None for all of the stack."""
+
+    def __str__(self) -> str:
+        blocks = "" if self.blocks is None else f"[{','.join(map(str, self.blocks))}]"
+        return f"{self.stack}{blocks} modulation of rank {self.rank}"
+
+
+AnyOperation = Interval | TextRun | FfnSwap | ModulationSwap
+Operation = Annotated[AnyOperation, Field(discriminator="kind")]
+_ORDER = {"interval": 0, "text_run": 1, "ffn_swap": 2, "modulation_swap": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +92,8 @@ class Form:
     """Where an `inside` or `end` block finds its text: first and last block of the reference's own form."""
     ffn: tuple[Stream, ...] = ()
     """Streams whose FFN is a linear map."""
+    modulation: int = 0
+    """Rank of its modulation layers; 0 for whole ones."""
 
     @property
     def narrow_text(self) -> bool:
@@ -91,12 +108,12 @@ class Form:
     @property
     def is_stock(self) -> bool:
         """Whether this is an unmodified block class (weights may differ)."""
-        return self.text == "own" and not self.ffn
+        return self.text == "own" and not self.ffn and not self.modulation
 
     @property
     def is_teacher(self) -> bool:
         """Whether the weights are the teacher's own."""
-        return self.first == self.last and not self.narrow_text and not self.ffn
+        return self.first == self.last and not (self.narrow_text or self.ffn or self.modulation)
 
     @property
     def key(self) -> str:
@@ -107,11 +124,15 @@ class Form:
             parts.append(f"text_{self.reference[0]}-{self.reference[1]}_{self.text}")
         if self.ffn:
             parts.append("ffn_" + "_".join(self.ffn))
+        if self.modulation:
+            parts.append(f"modulation_{self.modulation}")
         return ".".join(parts)
 
     @property
     def previous(self) -> "Form | None":
-        """The wider form that this one is trained from; None for a teacher block."""
+        """The wider form that this one is made from; None for a teacher block."""
+        if self.modulation:
+            return replace(self, modulation=0)
         if self.ffn:
             return replace(self, ffn=())
         if self.narrow_text:
@@ -148,11 +169,16 @@ class Plan(_Record):
         return tuple(o for o in self.operations if isinstance(o, FfnSwap))
 
     @property
+    def modulation_swaps(self) -> tuple[ModulationSwap, ...]:
+        """Modulation layers of low rank."""
+        return tuple(o for o in self.operations if isinstance(o, ModulationSwap))
+
+    @property
     def is_depth_only(self) -> bool:
         """Whether the student is a stock class with fewer blocks."""
-        return not (self.text_runs or self.ffn_swaps)
+        return not (self.text_runs or self.ffn_swaps or self.modulation_swaps)
 
-    def with_operations(self, operations: Iterable[Interval | TextRun | FfnSwap]) -> "Plan":
+    def with_operations(self, operations: Iterable[AnyOperation]) -> "Plan":
         """Return the plan of other operations for the same teacher; a `ValueError` says which rule they break."""
         ordered = sorted(operations, key=lambda o: _ORDER[o.kind])
         return type(self).model_validate({**dict(self), "operations": tuple(ordered)})
@@ -178,7 +204,7 @@ class Plan(_Record):
         """Return the one plan that does what this one does and then `later`, whose teacher is this one's student.
 
         Block numbers are those of this plan's teacher; both plans are kept in its history. What `later` removes takes
-        its linear maps along: a text run that vanishes inside an interval, and FFNs of blocks that go.
+        its linear maps along: a text run that vanishes inside an interval, FFNs and modulation of blocks that go.
         """
         forms = {stack: [form for form in self.forms() if form.stack == stack] for stack in self.depths}
         _rule(
@@ -198,10 +224,16 @@ class Plan(_Record):
         ]
         swaps = [s for s in self.ffn_swaps if not any(_covers(i, s.stack, s.block, 1) for i in intervals)]
         swaps += [s.model_copy(update={"block": forms[s.stack][s.block].first}) for s in later.ffn_swaps]
+        kept = (_without_covered(swap, intervals) for swap in self.modulation_swaps)
+        modulation = [swap for swap in kept if swap.blocks != ()]
+        modulation += [
+            s if s.blocks is None else s.model_copy(update={"blocks": tuple(forms[s.stack][b].first for b in s.blocks)})
+            for s in later.modulation_swaps
+        ]
         composed = any("operations" in entry for entry in self.history)
         added = [later] if composed else [self, later]
         history = (*self.history, *(plan.model_dump(mode="json", exclude={"history"}) for plan in added))
-        return self.model_copy(update={"history": history}).with_operations([*intervals, *runs, *swaps])
+        return self.model_copy(update={"history": history}).with_operations([*intervals, *runs, *swaps, *modulation])
 
     def save(self, path: Path) -> None:
         """Write this plan as JSON."""
@@ -231,16 +263,19 @@ class Plan(_Record):
         for swap in self.ffn_swaps:
             if swap.stack == form.stack and swap.block == form.first:
                 form = replace(form, ffn=swap.streams)
+        for low in self.modulation_swaps:
+            if low.stack == form.stack and (low.blocks is None or form.first in low.blocks):
+                form = replace(form, modulation=low.rank)
         return form
 
     @model_validator(mode="after")
     def _check(self) -> "Plan":
         ranks = [_ORDER[o.kind] for o in self.operations]
-        _rule(ranks == sorted(ranks), "operations come in the order intervals, text runs, FFN swaps")
+        _rule(ranks == sorted(ranks), "operations come in the order intervals, text runs, FFN swaps, modulation")
         for operation in self.operations:
             depth = self.depths.get(operation.stack)
             _rule(depth is not None, f"{operation}: the teacher has no such stack, it has {list(self.depths)}")
-            end = operation.block if isinstance(operation, FfnSwap) else operation.last
+            end = _last_block(operation)
             _rule(end < (depth or 0), f"{operation}: the stack has blocks 0 to {(depth or 0) - 1}")
         _check_spans([(i.stack, i.first, i.last, i) for i in self.intervals])
         _check_spans([(r.stack, r.reference, r.last, r) for r in self.text_runs])
@@ -258,7 +293,18 @@ class Plan(_Record):
             seen.add((swap.stack, swap.block))
             in_run = any(r.stack == swap.stack and r.reference < swap.block <= r.last for r in self.text_runs)
             _rule(not (in_run and "text" in swap.streams), f"{swap}: a text run already removes this text FFN")
+        self._check_modulation(firsts.keys())
         return self
+
+    def _check_modulation(self, kept: Collection[tuple[str, int]]) -> None:
+        seen: set[tuple[str, int]] = set()
+        for swap in self.modulation_swaps:
+            _rule(swap.blocks != (), f"{swap}: no block is named")
+            every = [block for stack, block in kept if stack == swap.stack]
+            for block in every if swap.blocks is None else swap.blocks:
+                _rule(block in every, f"{swap}: block {block} is removed by an interval")
+                _rule((swap.stack, block) not in seen, f"{swap}: block {block} has low rank already")
+                seen.add((swap.stack, block))
 
     def _depth_forms(self) -> Iterator[Form]:
         depth_only = self.model_construct(family=self.family, depths=self.depths, operations=self.intervals)
@@ -266,17 +312,37 @@ class Plan(_Record):
 
 
 def trained_forms(plans: Iterable[Plan]) -> list[Form]:
-    """Return every form that a bank for `plans` must hold, wider ones before those trained from them."""
+    """Return every form that learns for `plans`, wider ones before those trained from them."""
     forms: dict[str, Form] = {}
     for plan in plans:
         for form in plan.forms():
             chain: list[Form] = []
-            link: Form | None = replace(form, text="own") if form.text == "tap" else form
+            whole = replace(form, modulation=0)
+            link: Form | None = replace(whole, text="own") if form.text == "tap" else whole
             while link is not None and not link.is_teacher:
                 chain.append(link)
                 link = link.previous
             forms.update({link.key: link for link in reversed(chain)})
     return list(forms.values())
+
+
+def low_rank_forms(plans: Iterable[Plan]) -> list[Form]:
+    """Return every form of low-rank modulation that a bank for `plans` must hold, each beside its `previous`."""
+    return list({form.key: form for plan in plans for form in plan.forms() if form.modulation}.values())
+
+
+def _last_block(operation: AnyOperation) -> int:
+    if isinstance(operation, ModulationSwap):
+        return max(operation.blocks or (0,))
+    return operation.block if isinstance(operation, FfnSwap) else operation.last
+
+
+def _without_covered(swap: ModulationSwap, intervals: Iterable[Interval]) -> ModulationSwap:
+    """Return a swap of those blocks that no interval removes."""
+    if swap.blocks is None:
+        return swap
+    gone = {block for block in swap.blocks for i in intervals if _covers(i, swap.stack, block, 1)}
+    return swap.model_copy(update={"blocks": tuple(block for block in swap.blocks if block not in gone)})
 
 
 def _covers(interval: Interval, stack: str, block: int, after: int = 0) -> bool:

@@ -96,16 +96,46 @@ class Intervals(Section):
     batch: PositiveInt = 4
 
 
+class Modulation(Section):
+    """Modulation layers of low rank, in closed form."""
+
+    rank: PositiveInt | None = None
+    """Of all layers."""
+    error: PositiveFloat | None = None
+    """Instead: relative velocity error that it may cost; the smallest rank below it is taken."""
+    guidance: tuple[float, ...] = ()
+    """Of a guidance-distilled model: values of guidance to cover. Default: the recorded ones."""
+    batches: PositiveInt = 128
+    """Batches whose conditioning is recorded."""
+    batch: PositiveInt = 8
+    velocity_batches: PositiveInt = 4
+    """Batches on which ranks are measured."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Modulation":
+        if (self.rank is None) == (self.error is None):
+            raise ValueError("give rank, or the error that it may cost")
+        return self
+
+
 class Target(Section):
     """One size to export."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    params: str
+    params: str | None = None
     """At most this many transformer parameters: a share of the teacher's (`70%`) or a number (`8B`, `650M`)."""
     width: bool = True
-    """Whether text streams and FFNs may go; without it the variant is a stock diffusers folder."""
+    """Whether text streams and FFNs may go; without it, and modulation, the variant is a stock diffusers folder."""
+    modulation: bool = False
+    """Whether the modulation of all blocks is of low rank, before anything else goes; `params` may then be left out."""
+
+    @model_validator(mode="after")
+    def _is_smaller(self) -> "Target":
+        if self.params is None and not self.modulation:
+            raise ValueError("params is missing: without it a target needs modulation: true")
+        return self
 
 
 class Select(Section):
@@ -225,6 +255,7 @@ class Recipe(Section):
     probe: Probe = Probe()
     intervals: Intervals = Intervals()
     targets: Annotated[tuple[Target, ...], Field(min_length=1)]
+    modulation: Modulation | None = None
     select: Select = Select()
     depth: Depth = Depth()
     width: Width = Width()
@@ -237,7 +268,22 @@ class Recipe(Section):
         names = [target.name for target in self.targets]
         if len(set(names)) < len(names):
             raise ValueError(f"targets share a name: {names}")
+        asked = any(target.modulation for target in self.targets)
+        if asked and self.modulation is None:
+            raise ValueError("a target asks for modulation: give a section modulation with a rank, or an error")
+        if self.modulation is not None and not asked:
+            raise ValueError("no target has modulation: true, so the section modulation has no use")
         return self
+
+    @property
+    def searches(self) -> bool:
+        """Whether blocks have to go for any target: without it there is nothing to probe, and nothing to train."""
+        return any(target.params is not None for target in self.targets)
+
+    @property
+    def learns(self) -> bool:
+        """Whether students are fine-tuned as a whole; where modulation is all that changes, 0 steps are none."""
+        return self.searches or self.finetune.steps > 0
 
     @classmethod
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":

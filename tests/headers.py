@@ -8,32 +8,41 @@ from ppcl_toolkit.budget.report import Budget, DryRun, dry_run
 from ppcl_toolkit.recipe import Recipe, shipped_recipes
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-PLANNED = [name for name in shipped_recipes() if name != "tiny"]
+PLANNED = [name for name in shipped_recipes() if not name.startswith("tiny")]
 FIRST = "# Takes of a GPU: "
+TOLD = {"samples": "samples", "modulation": "modulation", "depth": "depth", "width": "width", "finetune": "fine-tuning"}
 
 
 def header(name: str, found: DryRun) -> str:
     """Return the lines of a recipe that quote `ppcl plan`."""
-    resident, streamed, eight = found.memory.values()
+    recipe, schedules = Recipe.load(name), tuple(found.memory.values())
 
     def sizes(stage: str) -> str:
-        device = [round(needs[stage]["device"] / 1e9) for needs in (resident, streamed, eight)]
+        device = [round(needs[stage]["device"] / 1e9) for needs in schedules]
         return f"{device[0]} GB, streamed {device[1]}, on each of eight {device[2]}"
 
-    distilled = f"depth {sizes('depth')}" + (f"; width {sizes('width')}" if found.hours["width"] else "")
-    card = Machine(card=80 * 10**9, host=256 * 10**9)
-    lean = Budget(Recipe.load(name)).stage("finetune", card)
-    tuned = f"fine-tuning {round(resident['finetune']['device'] / 1e9)} GB with AdamW, {round(lean.device / 1e9)} "
-    tuned += f"where 80 are there ({lean.means}), on each of eight {round(eight['finetune']['device'] / 1e9)}"
-    host = [round(max(need["host"] for need in needs.values()) / 1e9) for needs in (resident, streamed, eight)]
-    hours = {"samples": "samples", "depth": "depth", "width": "width", "finetune": "fine-tuning"}
-    times = ", ".join(f"{told} {found.hours[stage]:.1f} h" for stage, told in hours.items() if found.hours[stage])
+    taken = [f"modulation {sizes('modulation')}"] if recipe.modulation else []
+    if recipe.searches:
+        taken += [f"depth {sizes('depth')}", *([f"width {sizes('width')}"] if found.hours["width"] else [])]
+        lean = Budget(recipe).stage("finetune", Machine(card=80 * 10**9, host=256 * 10**9))
+        tuned = [round(needs["finetune"]["device"] / 1e9) for needs in schedules]
+        taken.append(
+            f"fine-tuning {tuned[0]} GB with AdamW, {round(lean.device / 1e9)} where 80 are there ({lean.means}), "
+            f"on each of eight {tuned[2]}"
+        )
+    host = [round(max(need["host"] for need in needs.values()) / 1e9) for needs in schedules]
+    hours = {told: found.hours[stage] for stage, told in TOLD.items() if found.hours.get(stage)}
     text = (
-        f"{FIRST}{distilled}; {tuned}. Of the host at most {host[0]} GB, streamed {host[1]}, with eight {host[2]}; "
-        f"of the disk {round(sum(found.disk.values()) / 1e9)} GB. At 400 TFLOP/s a GPU: {times}. "
+        f"{FIRST}{'; '.join(taken)}. Of the host at most {host[0]} GB, streamed {host[1]}, with eight {host[2]}; "
+        f"of the disk {round(sum(found.disk.values()) / 1e9)} GB. At 400 TFLOP/s a GPU: "
+        f"{', '.join(f'{told} {_duration(spent)}' for told, spent in hours.items())}. "
         f"Estimates: ppcl plan --recipe {name}"
     )
     return textwrap.fill(text, 118, subsequent_indent="# ", break_on_hyphens=False) + "\n"
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 0.05 else f"{max(1, round(60 * hours))} min"
 
 
 def parts(source: str) -> tuple[str, str, str]:

@@ -30,7 +30,57 @@ def planned(name):
     return dry_run(Recipe.load(name))
 
 
-@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name != "tiny"])
+LIGHT = {
+    "flux_light": 8_714_982_464,
+    "qwen_image_light": 13_718_203_968,
+    "sd35_large_light": 5_424_308_544,
+}
+"""Modulation of rank 32, a projection per layer."""
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_modulation_alone(name):
+    found = planned(name)
+    (variant,) = found.variants
+    assert variant.params == LIGHT[name] and variant.bytes == 2 * LIGHT[name]
+    assert variant.blocks == found.teacher.blocks
+    # The same work for every picture, but for what layers do once for each.
+    assert variant.teraflops == pytest.approx(found.teacher.teraflops, rel=0.002)
+    for needs in found.memory.values():
+        assert list(needs) == ["samples", "modulation", "export", "evaluate"]
+    # Beside text encoders, factors of rank 256 of all layers, and of what is chosen, in fp32.
+    layers = (found.teacher.params - variant.params) / (1 - 32 / 2633)
+    resident, streamed, _ = (needs["modulation"] for needs in found.memory.values())
+    assert resident["device"] > found.teacher.bytes > 2 * streamed["device"]
+    others = 2 * sum(load_adapter(name.split("_light")[0].replace("sd35_large", "sd3")).others)
+    assert layers * 256 / 2633 * 4 < resident["host"] - others < layers * 300 / 1800 * 4
+    assert found.hours["modulation"] < 0.25
+    assert "states" not in found.disk and "students" not in found.disk
+
+
+def test_a_rank_that_is_to_be_found_is_assumed():
+    recipe = Recipe.load("flux_light", ["modulation.rank=null", "modulation.error=0.02"])
+    found = dry_run(recipe)
+    assert found.variants[0].params == LIGHT["flux_light"]
+    assert "modulation of rank 32, assumed" in found.basis[0]
+
+
+def test_modulation_before_blocks():
+    """8B is 0.7B below what modulation leaves: fewer blocks go than without it."""
+    changes = ["modulation.rank=32", "targets=[{name: a, params: 8B}, {name: b, params: 8B, modulation: true}]"]
+    plain, low = dry_run(Recipe.load("flux_8b", changes)).variants
+    assert low.params <= 8e9 and sum(low.blocks.values()) > sum(plain.blocks.values()) + 5
+
+
+@pytest.mark.parametrize("rank", [2634, 3072, 5000])
+def test_a_rank_beyond_the_width_is_refused_by_the_plan(rank):
+    with pytest.raises(
+        PpclError, match=rf"modulation.rank: {rank} saves nothing, layers are 3072 wide; from 1 to 2303"
+    ):
+        dry_run(Recipe.load("flux_light", [f"modulation.rank={rank}"]))
+
+
+@pytest.mark.parametrize("name", [n for n in shipped_recipes() if not n.startswith("tiny") and n not in LIGHT])
 def test_every_recipe_starts_from_its_teacher_and_asks_for_less(name):
     found = planned(name)
     assert found.teacher.params == TEACHERS[Recipe.load(name).teacher.path]

@@ -77,8 +77,12 @@ def load_teacher(recipe: Recipe) -> Teacher:
     transformer.requires_grad_(False).eval()
     earlier = Plan.load(Path(folder) / "plan.json") if (Path(folder) / "plan.json").is_file() else None
     if earlier and not earlier.is_depth_only:
-        # Blocks are narrowed once: what is left to this teacher is depth.
-        stacks = tuple(replace(stack, ffn={}, joint_attention=None) for stack in adapter.stacks)
+        # Blocks are narrowed once: what is left to this teacher is depth, and modulation that is whole.
+        low = {swap.stack for swap in earlier.modulation_swaps}
+        stacks = tuple(
+            replace(s, ffn={}, joint_attention=None, modulation=() if s.path in low else s.modulation)
+            for s in adapter.stacks
+        )
         adapter = replace(adapter, stacks=stacks)
     family = adapter.family if recipe.adapter == "auto" else recipe.adapter
     return Teacher(pipeline, adapter, family, _identity(section.path, folder, section.revision), earlier)

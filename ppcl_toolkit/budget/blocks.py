@@ -16,6 +16,7 @@ from ppcl_toolkit.plan import Form, Plan
 from ppcl_toolkit.running.capture import Arguments, Streams, map_tensors, run_block
 from ppcl_toolkit.running.schedule import Reading
 from ppcl_toolkit.surgery.graph import meta_copy
+from ppcl_toolkit.surgery.narrow import modulation_layers
 from ppcl_toolkit.training.losses import LOSSES
 from ppcl_toolkit.training.segment import Segment, block_inputs
 
@@ -69,6 +70,18 @@ class Blocks:
     def params(self) -> dict[str, list[int]]:
         """Parameters of the teacher's blocks, by stack."""
         return {s.path: [count(b) for b in s.blocks(self.model.transformer)] for s in self.model.adapter.stacks}
+
+    @cached_property
+    def modulation(self) -> list[tuple[int, int]]:
+        """Rows and features of every modulation layer of the teacher."""
+        stacks = [
+            (stack, block) for stack in self.model.adapter.stacks for block in stack.blocks(self.model.transformer)
+        ]
+        return [
+            (layer.out_features, layer.in_features)
+            for stack, block in stacks
+            for layer in modulation_layers(block, stack).values()
+        ]
 
     @cached_property
     def largest(self) -> int:
@@ -164,7 +177,7 @@ class Blocks:
         first = self._shapes[form.stack][form.first]
         # A stock class may shape a block by its position: SD3's last one returns no text.
         place = (form.last == len(self._shapes[form.stack]) - 1, form.first == form.last)
-        return form.stack, form.text, form.ffn, first, place if self.model.adapter.remap else ()
+        return form.stack, form.text, form.ffn, form.modulation, first, place if self.model.adapter.remap else ()
 
     @cached_property
     def _shapes(self) -> dict[str, list[tuple[Any, ...]]]:

@@ -12,19 +12,22 @@ def disk(memory: Memory) -> dict[str, int]:
     recipe, blocks = memory.recipe, memory.blocks
     whole = Whole(memory, 0, 0)
     banked = sum(memory.blocks.size(form) for form in memory.forms)
-    squares, _ = memory.squares()
+    low = {swap.rank for plan in memory.plans.values() for swap in plan.modulation_swaps}
+    factors = max(low, default=0) * sum(map(sum, blocks.modulation))
+    squares = memory.squares()[0] if recipe.searches else 0
     variants = [whole.params(plan) * blocks.model.dtype.itemsize for plan in memory.plans.values()]
     students = max(whole.params(plan) for plan in memory.plans.values()) if recipe.finetune.steps else 0
-    return {
+    found = {
         "samples": recipe.samples.count * blocks.model.forwards * blocks.model.sample_bytes,
         "probes": squares * FITTED,
         "velocities": _answered(memory),
-        "bank": banked * _WEIGHT,
-        "students": sum(variants),
+        "bank": (banked + factors) * _WEIGHT,
+        "students": sum(variants) if recipe.learns else 0,
         "variants": sum(variants) + len(variants) * sum(whole.others),
         # Segments have one at the last step and one at the step before, until all are as far.
         "states": max(squares * SUMS, 2 * banked * LEARNING, students * LEARNING),
     }
+    return {kind: size for kind, size in found.items() if size}
 
 
 def _answered(memory: Memory) -> int:

@@ -15,6 +15,7 @@ from ppcl_toolkit.budget.blocks import Blocks, Trained
 from ppcl_toolkit.plan import Form, Plan, trained_forms
 from ppcl_toolkit.recipe import Distillation, Recipe
 from ppcl_toolkit.running.slices import block_costs, slices
+from ppcl_toolkit.stages.modulation import AT_ONCE
 
 WEIGHT, LEARNING, STEP = 4, 12, 8
 """Bytes of a parameter that learns: its weight; at rest; and of its gradient and the lists of AdamW's step."""
@@ -59,6 +60,19 @@ class Memory:
         at_work = max(self.blocks.forward(section.batch), self._added_up(section.batch))
         visiting = 2 * most * (SUMS if self.streamed and not section.steps else TRAINED)
         return self.resting().beside(at_work + visiting, host).beside(*self.passing(section.batch))
+
+    def modulation(self) -> Need:
+        """Modulation of low rank: one layer at a time in fp64, all factors on the host, and whole forwards."""
+        section = self.recipe.modulation
+        if section is None:
+            return self.resting()
+        shapes = [(R, D) for R, D in self.blocks.modulation]
+        # The weight, its product with the root of the covariance, and five squares on the way.
+        exact = 8 * max(2 * R * D + 5 * D * D for R, D in shapes)
+        most = min(AT_ONCE, *(R * D // (R + D) for R, D in shapes))
+        host = 4 * (most + (section.rank or most)) * sum(R + D for R, D in shapes)
+        at_work = max(self.blocks.forward(section.batch), exact)
+        return self.resting().beside(at_work, host).beside(*self.passing(section.batch))
 
     def intervals(self) -> Need:
         """Similarities: chains of some samples, one after another; outputs of all blocks for the heatmap."""

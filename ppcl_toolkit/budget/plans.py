@@ -10,9 +10,14 @@ from collections.abc import Iterator
 from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.budget.model import Model
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import Interval, Operation, Plan, TextRun
+from ppcl_toolkit.plan import Interval, ModulationSwap, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.stages.modulation import check_modulation, swaps
 from ppcl_toolkit.stages.select import Measured, Sizes, choose, ffn_candidates
+from ppcl_toolkit.training.substitution import Candidate
+
+RANK = 32
+"""Assumed of modulation where the run is to find it."""
 
 
 def are_given(recipe: Recipe) -> bool:
@@ -25,7 +30,7 @@ def plans(recipe: Recipe, model: Model) -> dict[str, Plan]:
 
     Raises `PpclError` where a target is out of reach.
     """
-    if are_given(recipe):
+    if are_given(recipe) or not recipe.searches:
         return _chosen(recipe, model, [*recipe.intervals.given, *recipe.width.given])
     deepest = max(model.plan.depths.values())
     for longer in range(deepest):
@@ -38,10 +43,18 @@ def plans(recipe: Recipe, model: Model) -> dict[str, Plan]:
     raise AssertionError("a stack has blocks")
 
 
-def _chosen(recipe: Recipe, model: Model, operations: list[Operation]) -> dict[str, Plan]:
+def _chosen(recipe: Recipe, model: Model, operations: list[Candidate]) -> dict[str, Plan]:
     measured = [Measured(operation=each, error=float(rank), saves=1) for rank, each in enumerate(operations)]
     sizes = Sizes(model.runner, model.calls)
-    return choose(model.plan, measured, recipe.targets, sizes, recipe.width).plans
+    low = _modulation(recipe, model)
+    return choose(model.plan, measured, recipe.targets, sizes, recipe.width, modulation=low).plans
+
+
+def _modulation(recipe: Recipe, model: Model) -> tuple[ModulationSwap, ...]:
+    if recipe.modulation is None:
+        return ()
+    limit = check_modulation(model.runner, recipe.modulation)
+    return swaps(model.adapter, recipe.modulation.rank or min(RANK, limit))
 
 
 def _intervals(recipe: Recipe, model: Model, longer: int) -> Iterator[Interval]:
@@ -55,10 +68,10 @@ def _intervals(recipe: Recipe, model: Model, longer: int) -> Iterator[Interval]:
             first = last + 1
 
 
-def _width(recipe: Recipe, model: Model) -> list[Operation]:
+def _width(recipe: Recipe, model: Model) -> list[Candidate]:
     if recipe.width.given or not any(target.width for target in recipe.targets):
         return list(recipe.width.given)
-    found: list[Operation] = []
+    found: list[Candidate] = []
     for stack in model.adapter.stacks if recipe.width.text_blocks else ():
         found += _text_runs(stack, model.plan.depths[stack.path])
     return found + list(reversed(ffn_candidates(model.runner, recipe.width)))

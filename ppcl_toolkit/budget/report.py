@@ -14,16 +14,28 @@ from ppcl_toolkit.budget.disk import disk
 from ppcl_toolkit.budget.machine import ROOM, UNLIMITED, Machine
 from ppcl_toolkit.budget.memory import Memory, Need
 from ppcl_toolkit.budget.model import Model, Size, is_known
-from ppcl_toolkit.budget.plans import are_given, plans
+from ppcl_toolkit.budget.plans import RANK, are_given, plans
 from ppcl_toolkit.budget.whole import Whole
-from ppcl_toolkit.budget.work import work
+from ppcl_toolkit.budget.work import absent, work
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
 
 DEVICES = 8
 """Of a node: what several devices need is told for so many (paper: 8)."""
-STAGES = ("samples", "probe", "intervals", "select", "depth", "width", "velocities", "finetune", "export", "evaluate")
+STAGES = (
+    "samples",
+    "modulation",
+    "probe",
+    "intervals",
+    "select",
+    "depth",
+    "width",
+    "velocities",
+    "finetune",
+    "export",
+    "evaluate",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +123,7 @@ class Budget:
         if asked != "auto":
             return asked
         # Pipelines come to any device by themselves, and an export has no teacher on it.
-        if name in {"samples", "export", "evaluate", *self.idle}:
+        if name in {"samples", "low_rank", "export", "evaluate", *self.idle}:
             return False
         # What fine-tuning misses of the teacher's answers is recorded there.
         need = self.need("velocities" if name == "finetune" else name, streamed=False, machine=machine)
@@ -140,7 +152,8 @@ class Budget:
     def idle(self) -> set[str]:
         """Stages with nothing to do."""
         deep = all(form.is_stock for form in Memory(self.recipe, self.blocks, self.plans).forms)
-        return ({"width"} if deep else set()) | (set() if self.recipe.finetune.steps else {"velocities", "finetune"})
+        untuned = set() if self.recipe.finetune.steps else {"velocities", "finetune"}
+        return absent(self.recipe) | untuned | ({"width"} if deep else set())
 
     def _otherwise(self, name: str, machine: Machine, *, streamed: bool) -> str:
         """Return what would fit: the other schedule, fewer learners in memory, or several devices."""
@@ -232,7 +245,8 @@ def _table(budget: Budget) -> dict[str, dict[str, dict[str, int]]]:
         (f"resident, {DEVICES} devices", False, DEVICES),
     ):
         machine = Machine(devices=devices)
-        needs = {stage: budget.need(stage, streamed=streamed, machine=machine) for stage in STAGES}
+        asked = [stage for stage in STAGES if stage not in absent(budget.recipe)]
+        needs = {stage: budget.need(stage, streamed=streamed, machine=machine) for stage in asked}
         table[label] = {
             stage: {"device": need.device, "host": need.host * devices, "pages": need.pages}
             for stage, need in needs.items()
@@ -248,7 +262,9 @@ def _told(need: Need, devices: int) -> str:
 def _basis(recipe: Recipe, model: Model, tflops: float) -> tuple[str, ...]:
     tokens = {name: tuple(v.shape) for name, v in model.example.items() if isinstance(v, Tensor) and v.ndim > 1}
     assumed = "assumed, runs of two and three blocks in turn as in the paper's: the run finds them itself"
-    found = "the recipe's operations, in its order" if are_given(recipe) else assumed
+    found = "the recipe's operations, in its order" if are_given(recipe) or not recipe.searches else assumed
+    if recipe.modulation is not None and recipe.modulation.rank is None:
+        found += f"; modulation of rank {RANK}, assumed"
     return (
         f"plans: {found}",
         f"one call: {', '.join(f'{name} {list(shape)}' for name, shape in tokens.items())}",

@@ -1,7 +1,7 @@
 """Memory of the stages that run whole models: recording, fine-tuning, export, evaluation."""
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ppcl_toolkit.budget.memory import Memory, Need
@@ -60,7 +60,9 @@ class Whole:
         """Assembling a variant beside the teacher, which is on the host by now, and running it once."""
         memory, batch = self.memory, self.memory.recipe.finetune.batch
         own = self.params(self._largest) * self._itemsize
-        forms = [form for form in self._largest.forms() if not form.is_teacher]
+        # Of the modulation of a teacher's block, the bank has that alone.
+        whole = (replace(form, modulation=0) for form in self._largest.forms())
+        forms = [form for form in whole if not form.is_teacher]
         banked = sum(count(memory.blocks.model.block(form)) for form in forms) * self._itemsize
         device = own if own <= _ROOM * self.card else memory.blocks.outside + 2 * memory.blocks.largest
         return self._teachers.beside(device + self._running(batch), banked + own)

@@ -14,6 +14,8 @@ _EXACT = 20
 """Operations in half precision that a device makes in the time of one in full: similarities and sums are in fp32."""
 _PARTS = 3
 """Products in fp32 of which one in fp64 is put together."""
+_RANKS = 9
+"""Ranks that are measured, and the teacher."""
 _BACKWARD = 3
 """A forward pass with its backward pass, in forward passes."""
 
@@ -46,8 +48,9 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
         pictures = section["steps"] * section["batch"]
         return Work(pictures * forward * (1 + _BACKWARD * learning[stock]) if learning[stock] else 0.0)
 
-    return {
+    found = {
         "samples": Work(recipe.samples.count * image * forward),
+        "modulation": _factored(recipe, blocks, forward),
         # A step of a probe is three products in fp32, where its sums are two of three parts each.
         # In training, every device runs the teacher for the probes that are its own.
         "probe": Work(probed[0] * (forward + _sums(blocks)) + probed[1] * _sums(blocks) / 2, probed[1] * forward),
@@ -58,6 +61,24 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
         "finetune": Work(recipe.finetune.steps * recipe.finetune.batch * (len(sizes[1:]) * forward + again * students)),
         "evaluate": Work(pictures * image * (forward + students)),
     }
+    return {stage: each for stage, each in found.items() if stage not in absent(recipe)}
+
+
+def absent(recipe: Recipe) -> set[str]:
+    """Return the stages that a recipe does not have."""
+    found = set() if recipe.modulation else {"modulation"}
+    found |= set() if recipe.searches else {"probe", "intervals", "select", "depth", "width"}
+    return found | (set() if recipe.learns else {"velocities", "finetune"})
+
+
+def _factored(recipe: Recipe, blocks: Blocks, forward: float) -> Work:
+    """Return the work of modulation of low rank: two products and two eigensystems a layer, and the curve."""
+    if recipe.modulation is None:
+        return Work(0.0)
+    layers = sum(4 * rows * width**2 + 18 * width**3 for rows, width in blocks.modulation)
+    return Work(
+        recipe.modulation.velocity_batches * recipe.modulation.batch * _RANKS * forward, layers * _PARTS * _EXACT
+    )
 
 
 def _share(blocks: Blocks, forms: Sequence[Form]) -> float:

@@ -4,7 +4,7 @@ Noise is added in the space in which the transformer sees latents: x_t = (1 - si
 tokens only; reference tokens of edit models follow them unchanged.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,6 +78,10 @@ class Batches:
     sigma_mean: float = 0.0
     sigma_std: float = 1.0
     dtype: torch.dtype = torch.float32
+    uniform: bool = False
+    """Whether all noise levels from 0 to 1 are as likely, instead."""
+    guidance: tuple[float, ...] = ()
+    """What to draw the guidance of a guidance-distilled model from, instead of what was recorded."""
 
     def __call__(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield batches `start` to `stop - 1`."""
@@ -87,7 +91,7 @@ class Batches:
     def __getitem__(self, number: int) -> Batch:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         chosen = self._choose(generator)
-        sigma = torch.sigmoid(self.sigma_mean + self.sigma_std * torch.randn(len(chosen), generator=generator))
+        sigma = self._levels(len(chosen), generator)
         clean = torch.cat([sample.latents for sample in chosen]).float()
         noise = torch.randn(clean.shape, generator=generator)
         level = sigma.view(-1, *[1] * (clean.ndim - 1))
@@ -98,7 +102,25 @@ class Batches:
         batch[self.adapter.latents] = noised.to(self.dtype)
         batch[self.adapter.timestep] = sigma * self.adapter.timestep_scale
         batch["return_dict"] = False
+        if self.guidance:
+            self._guide(batch, generator)
         return batch
+
+    def _levels(self, count: int, generator: torch.Generator) -> Tensor:
+        if self.uniform:
+            # The ends themselves, too: a run of the pipeline begins at 1.
+            return (1.02 * torch.rand(count, generator=generator) - 0.01).clamp(0, 1)
+        return torch.sigmoid(self.sigma_mean + self.sigma_std * torch.randn(count, generator=generator))
+
+    def _guide(self, batch: dict[str, Any], generator: torch.Generator) -> None:
+        recorded = batch.get(self.adapter.distilled)
+        if not isinstance(recorded, Tensor):
+            raise PpclError(
+                f"modulation.guidance: the recorded calls have no {self.adapter.distilled!r}, the teacher is not told "
+                "its guidance; leave the values out"
+            )
+        drawn = torch.randint(len(self.guidance), recorded.shape, generator=generator)
+        batch[self.adapter.distilled] = torch.tensor(self.guidance).to(recorded)[drawn]
 
     @cached_property
     def _alike(self) -> dict[Shape, list[int]]:
@@ -117,6 +139,37 @@ class Batches:
         alike = self._alike[self._shapes[first]]
         rest = torch.randint(len(alike), (self.size - 1,), generator=generator)
         return [self.samples[number] for number in (first, *(alike[i] for i in rest.tolist()))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Batches at all noise levels, of which every eighth is of the empty prompt alone."""
+
+    batches: Batches
+    empty: Batches | None = None
+    facts: Mapping[str, Any]
+    """What else is to be said of them."""
+
+    def __call__(self, start: int, stop: int) -> Iterator[Batch]:
+        """Yield batches `start` to `stop - 1`."""
+        for number in range(start, stop):
+            yield self[number]
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.empty[number] if self.empty is not None and number % 8 == 0 else self.batches[number]
+
+    def covered(self) -> dict[str, Any]:
+        """Return what users may rely on, as JSON."""
+        name = self.batches.adapter.distilled
+        recorded = self.batches.samples[0].arguments.get(name)
+        values = recorded.flatten().tolist() if isinstance(recorded, Tensor) else []
+        return {
+            "samples": len(self.batches.samples),
+            "noise_levels": [0, 1],
+            "guidance": sorted(self.batches.guidance or set(values)),
+            "empty_prompt": self.empty is not None,
+            **self.facts,
+        }
 
 
 def collate(calls: Sequence[dict[str, Any]], shared: Sequence[str]) -> dict[str, Any]:

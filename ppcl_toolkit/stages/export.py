@@ -6,13 +6,14 @@ export: {dtype: bfloat16}
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ppcl_toolkit.artifacts.card import write_card
 from ppcl_toolkit.artifacts.pipeline import CALL, quiet
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.artifacts.variant import save_variant, verify_variant
@@ -37,6 +38,8 @@ class Variant:
     """Of the transformer on disk; the other parts stay as the teacher's are."""
     call: Mapping[str, Any]
     """Arguments of the pipeline that it was compressed for."""
+    covered: Mapping[str, Any] = field(default_factory=dict)
+    """What the calibration of its modulation covered, for the model card."""
 
     def read(self, record: Path) -> dict[str, Any]:
         """Return {"name", "path", "opens", "difference"} of an exported variant; a missing folder is a `PpclError`."""
@@ -72,6 +75,7 @@ def _export(
         expected = student(**moved(example, device))[0].cpu()
     opens = save_variant(pipeline, student, variant.plan, example, variant.folder)
     (variant.folder / CALL).write_text(json.dumps(dict(variant.call), indent=2) + "\n")
+    (variant.folder / "README.md").write_text(write_card(variant.name, variant.plan, variant.covered))
     desk.progress(1, 2, "written")
     # Loaded weights lie elsewhere in memory, and kernels may round otherwise: half the digits must agree.
     tolerance = torch.finfo(dtype).eps ** 0.5 * float(expected.abs().max())

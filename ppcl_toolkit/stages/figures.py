@@ -130,6 +130,27 @@ def shares(panels_of: Sequence[tuple[str, Mapping[str, Sequence[float]]]]) -> st
         return _svg(figure)
 
 
+def ranks(curve: Mapping[int, float], chosen: int, bound: float | None) -> str:
+    """Draw the velocity error of the teacher with all its modulation of a rank, and what it may be at most."""
+    with matplotlib.rc_context(_STYLE):
+        figure, (axes,) = _panels(1, height=2.3, width=4.6)
+        points = sorted(curve)
+        axes.plot(points, [curve[rank] for rank in points], "o-", color=COLORS[0], markerfacecolor="none", ms=5)
+        axes.plot(chosen, curve[chosen], "o", color=COLORS[0], ms=5)
+        notes = [(f"rank {chosen}: {curve[chosen]:.3g}", chosen, curve[chosen])]
+        if bound is not None:
+            axes.axhline(bound, color=COLORS[1], lw=0.9, ls="--")
+            notes.append((f"at most {bound:g}", points[0], bound))
+        for note, x, y in notes:
+            axes.annotate(note, (x, y), xytext=(6, 4), textcoords="offset points", color=INK)
+        _logarithmic(axes, "y")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(points, [str(rank) for rank in points])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(xlabel="rank of all modulation layers", ylabel="relative velocity error")
+        return _svg(figure)
+
+
 def candidates(rows: Sequence[tuple[str, str, float, str, bool]]) -> str:
     """Draw the error of each operation when it alone is made: (label, kind, error, note, chosen), best first."""
     with matplotlib.rc_context(_STYLE):

@@ -103,16 +103,19 @@ def _strip(name: str, plan: Plan) -> dict[str, Any]:
 def _cell(form: Form, index: int) -> dict[str, Any]:
     if index > form.first:
         return {"index": index, "kind": "gone", "marks": [], "title": f"block {index}: block {form.first} stands in"}
-    marks = (["text"] if form.narrow_text else []) + [f"{stream} FFN" for stream in form.ffn]
+    linear = (["text"] if form.narrow_text else []) + [f"{stream} FFN" for stream in form.ffn]
     stands = f" stands for {form.first} to {form.last}" if form.last > form.first else " kept"
-    linear = f", linear: {', '.join(marks)}" if marks else ""
+    said = [f", linear: {', '.join(linear)}"] if linear else []
+    said += [f", modulation of rank {form.modulation}"] if form.modulation else []
     kind = "student" if form.last > form.first else "kept"
-    return {"index": index, "kind": kind, "marks": marks, "title": f"block {index}{stands}{linear}"}
+    marks = linear + (["modulation"] if form.modulation else [])
+    return {"index": index, "kind": kind, "marks": marks, "title": f"block {index}{stands}{''.join(said)}"}
 
 
 def _figures(run: Path, rows: Sequence[Mapping[str, Any]], plans: Mapping[str, Plan]) -> dict[str, Markup]:
     drawn = {
         "tradeoff": _tradeoff(rows),
+        "ranks": _ranks(run),
         "candidates": _candidates(run),
         "unexplained": _unexplained(run),
         "losses": _losses(run),
@@ -128,6 +131,16 @@ def _tradeoff(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     whole = scored[0]["params"]
     return figures.tradeoff([(r["name"], 100 * r["params"] / whole, r["score"], r["score_std"] or 0) for r in scored])
+
+
+def _ranks(run: Path) -> str:
+    found = _json(run / "modulation" / "curve.json")
+    if not found:
+        return ""
+    asked = (_json(run / "modulation" / "made_from.json") or {}).get("settings", {})
+    return figures.ranks(
+        {int(rank): error for rank, error in found["curve"].items()}, found["rank"], asked.get("error")
+    )
 
 
 def _candidates(run: Path) -> str:

@@ -24,6 +24,8 @@ from ppcl_toolkit.running.noise import Recorded, Sample
 from ppcl_toolkit.running.record import denoised, encoded
 from ppcl_toolkit.running.schedule import Runner
 
+EMPTY = "empty"
+"""Name of the file of the empty prompt."""
 Item = tuple[str, Path | None]
 """A prompt, and the image that belongs to it."""
 
@@ -43,11 +45,19 @@ def record_samples(runner: Runner, teacher: Teacher, recipe: Recipe, desk: Desk)
                 samples = _record(teacher, recipe, items[start : start + section.batch], seed + start)
                 save_tree(path, [{name: getattr(s, name) for name in Sample.__slots__} for s in samples])
             desk.progress(min(start + section.batch, len(items)), len(items))
+        path = desk.folder / f"{EMPTY}.safetensors"
+        alone = recipe.modulation is not None and not section.edits and not section.images
+        if alone and processes.is_main() and not path.exists():
+            samples = _record(teacher, recipe, [("", None)], seed + len(items))
+            save_tree(path, [{name: getattr(s, name) for name in Sample.__slots__} for s in samples])
 
 
-def load_samples(folder: Path) -> Recorded:
-    """Return what `record_samples` wrote; a sample is read when it is asked for. `PpclError` for a damaged file."""
-    return Recorded(sorted(folder.glob("*.safetensors")), _read)
+def load_samples(folder: Path, name: str = "*") -> Recorded:
+    """Return what `record_samples` wrote; a sample is read when it is asked for. `PpclError` for a damaged file.
+
+    Where modulation becomes one of low rank, `EMPTY` is the name of what is recorded of the empty prompt.
+    """
+    return Recorded(sorted(folder.glob(f"{name}.safetensors")), _read)
 
 
 def prompts(section: Samples, seed: int) -> list[str]:

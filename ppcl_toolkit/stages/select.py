@@ -4,7 +4,7 @@ Every candidate is put into the teacher alone, with least-squares maps and no tr
 the velocity that results. Candidates are taken by error per parameter saved, smallest first, until a target is met;
 smaller targets go on from larger ones, so that one bank serves all.
 
-    targets: [{name: "70", params: 70%, width: false}, {name: "50", params: 50%}]
+    targets: [{name: "70", params: 70%, width: false}, {name: "50", params: 50%, modulation: true}]
     select: {batches: 4, batch: 8}
 """
 
@@ -21,7 +21,7 @@ from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.artifacts.workspace import write_json
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import FfnSwap, Form, Interval, Operation, Plan, TextRun
+from ppcl_toolkit.plan import FfnSwap, Form, Interval, ModulationSwap, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe, Target, Width
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
@@ -33,20 +33,29 @@ _NOTES = "measured-*.json"
 
 
 def select(
-    runner: Runner, plan: Plan, found: Sequence[Candidate], batches: Batches, recipe: Recipe, desk: Desk
+    runner: Runner,
+    plan: Plan,
+    found: tuple[Sequence[Candidate], Sequence[ModulationSwap]],
+    batches: Batches,
+    recipe: Recipe,
+    desk: Desk,
 ) -> None:
-    """Measure `found` and all FFNs that may become linear, and write the choice for every target of the recipe.
+    """Measure all candidates and all FFNs that may become linear, and write the choice for every target of the recipe.
 
-    Several processes share the candidates. What a killed run has measured is kept.
+    `found` are the candidates, and the modulation of low rank for targets that ask for it. Several processes share the
+    candidates. What a killed run has measured is kept.
     """
-    operations: list[Candidate] = [candidate for candidate in found if isinstance(candidate, Interval)]
-    if any(target.width for target in recipe.targets):
-        runs = [candidate for candidate in found if isinstance(candidate, TextRun)]
+    candidates, modulation = found
+    operations: list[Candidate] = [candidate for candidate in candidates if isinstance(candidate, Interval)]
+    if recipe.searches and any(target.width for target in recipe.targets):
+        runs = [candidate for candidate in candidates if isinstance(candidate, TextRun)]
         operations += recipe.width.given or [*runs, *ffn_candidates(runner, recipe.width)]
     measured = _measured(runner, plan, operations, batches, recipe.select.batches, desk)
     if processes.is_main():
         example = example_calls(runner.transformer, runner.adapter, batches[0])
-        choice = choose(plan, measured, recipe.targets, Sizes(runner, example), recipe.width, order=recipe.select.order)
+        size = Sizes(runner, example)
+        order = recipe.select.order
+        choice = choose(plan, measured, recipe.targets, size, recipe.width, order=order, modulation=modulation)
         choice.save(desk.folder, measured)
         for path in desk.folder.glob(_NOTES):
             path.unlink()
@@ -100,18 +109,26 @@ def choose(
     width: Width,
     *,
     order: str = "price",
+    modulation: Sequence[ModulationSwap] = (),
 ) -> "Choice":
     """Take candidates as they are `ranked` until every target is met; `size` counts the parameters of a plan's student.
 
-    What a target does not need after all, since a later candidate saved more, is given back, the largest error first.
-    Raises `PpclError` with the nearest size where a target is out of reach.
+    A target that asks for `modulation` has it first. What a target does not need after all, since a later candidate
+    saved more, is given back, the largest error first. Raises `PpclError` with the nearest size where a target is out
+    of reach.
     """
     total = size(plan)
     chosen: list[Measured] = []
     plans: dict[str, Plan] = {}
-    for target in sorted(targets, key=lambda t: -parse_size(t.params, total)):
-        goal = parse_size(target.params, total)
+    goals = {t.name: total if t.params is None else parse_size(t.params, total) for t in targets}
+    for target in sorted(targets, key=lambda t: -goals[t.name]):
+        goal = goals[target.name]
         taken, left = plan.with_operations(m.operation for m in chosen), total
+        if target.modulation:
+            taken = plan.with_operations(modulation)
+            for candidate in chosen:
+                # Of what larger targets lose, as much as this one needs.
+                taken = taken if size(taken) <= goal else _extended(taken, candidate.operation, width) or taken
         for candidate in [m for m in ranked(measured, order) if m not in chosen]:
             left = size(taken)
             if left <= goal:
@@ -168,7 +185,7 @@ class Sizes:
         return self._rest + sum(self._block(form) for form in plan.forms())
 
     def _block(self, form: Form) -> int:
-        key = (form.stack, form.first, form.last, form.text, form.ffn)
+        key = (form.stack, form.first, form.last, form.text, form.ffn, form.modulation)
         if key not in self._known:
             block = placed(self._runner, form)
             if not form.is_stock:
@@ -204,7 +221,7 @@ class Choice:
     def load(cls, folder: Path) -> "Choice":
         """Read what `save` wrote."""
         plans = {n: Plan.model_validate(p) for n, p in json.loads((folder / "targets.json").read_text()).items()}
-        operations = TypeAdapter(tuple[Operation, ...]).validate_json((folder / "order.json").read_text())
+        operations = TypeAdapter(tuple[Candidate, ...]).validate_json((folder / "order.json").read_text())
         return cls(plans=plans, order=operations)
 
 

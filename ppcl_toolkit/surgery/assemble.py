@@ -13,7 +13,7 @@ from ppcl_toolkit.plan import Form, Interval, Plan
 from ppcl_toolkit.running.capture import Arguments, Streams, stack_calls
 from ppcl_toolkit.running.placement import device_of, moved
 from ppcl_toolkit.surgery.graph import meta_copy, sharing_copy
-from ppcl_toolkit.surgery.narrow import NarrowBlock, narrow
+from ppcl_toolkit.surgery.narrow import NarrowBlock, low_rank, narrow
 
 Calls = dict[str, tuple[Arguments, Streams]]
 """An example call of a block of each stack, by the stack's path."""
@@ -140,20 +140,33 @@ def count_parameters(transformer: nn.Module, adapter: Adapter, plan: Plan, kwarg
 def load_bank(transformer: nn.Module, adapter: Adapter, plan: Plan, bank: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Load every block of a reshaped student that is not the teacher's own from `bank`, by `Form.key`, strictly.
 
-    Raises `PpclError` with the key when weights are missing or are those of another form.
+    Of low-rank modulation the bank has those layers alone: the others are those of the form before. Raises `PpclError`
+    with the key when weights are missing or are those of another form.
     """
     for block, form in student_blocks(transformer, adapter, plan):
         if form.is_teacher:
             continue
-        if form.key not in bank:
-            raise PpclError(f"the bank has no weights for {form.key}")
+        own = block.state_dict()
+        weights = _banked(bank, form, block, own)
         try:
-            own = block.state_dict()
-            weights = {name: value.to(own[name]) if name in own else value for name, value in bank[form.key].items()}
+            weights = {name: value.to(own[name]) if name in own else value for name, value in weights.items()}
             # Assigned, not copied into memory that may be the teacher's.
             block.load_state_dict(weights, strict=True, assign=True)
         except RuntimeError as error:
             raise PpclError(f"the weights of {form.key} in the bank do not fit: {error}") from error
+
+
+def _banked(
+    bank: Mapping[str, Mapping[str, Tensor]], form: Form, block: nn.Module, own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return all weights of a form; what is the teacher's is the block's `own`."""
+    if form.key not in bank:
+        raise PpclError(f"the bank has no weights for {form.key}")
+    if not form.modulation or form.previous is None:
+        return dict(bank[form.key])
+    whole = dict(own) if form.previous.is_teacher else _banked(bank, form.previous, block, own)
+    factored = tuple(f"{path}." for path, _ in block.blueprint.factored) if isinstance(block, NarrowBlock) else ()
+    return {name: value for name, value in whole.items() if not name.startswith(factored)} | dict(bank[form.key])
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
@@ -179,8 +192,11 @@ def _fit(transformer: nn.Module, adapter: Adapter, state: dict[str, Tensor]) -> 
     for stack in adapter.stacks:
         blocks = stack.blocks(transformer)
         for index, (own, other) in enumerate(zip(blocks, stack.blocks(stock), strict=True)):
+            kind = own.blueprint if isinstance(own, NarrowBlock) else None
+            if kind and not kind.source:
+                low_rank(other, kind.factored)
             # What is narrow already is no matter of its position.
-            if _shapes(own) != _shapes(other) and not isinstance(own, NarrowBlock):
+            if _shapes(own) != _shapes(other) and not (kind and kind.source):
                 blocks[index] = other.train(own.training)
     if adapter.remap is None and _shapes(transformer) != {name: value.shape for name, value in state.items()}:
         different = sorted({name for name, _ in set(_shapes(stock).items()) ^ {(n, v.shape) for n, v in state.items()}})

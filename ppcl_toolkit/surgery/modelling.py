@@ -1,18 +1,21 @@
-"""The modelling file of a width-pruned variant: its generated forwards as code, for readers and for diffusers."""
+"""The modelling file of a variant that is no stock model: what is narrow in it as code, for readers and diffusers."""
 
 import hashlib
 import inspect
 import string
+import textwrap
 from collections.abc import Sequence
 
 from ppcl_toolkit.plan import Form
 from ppcl_toolkit.surgery.narrow import Blueprint, NarrowBlock, bypass, reshape_block
 
+_WIDTH = 116
 _FILE = string.Template('''\
 """$name: $stock with narrow blocks, written by ppcl-toolkit.
 
-Text streams and feed-forward networks of some blocks are linear maps here (Eq. 8 and 9 of arXiv 2511.16156, PPCL). This
-file needs torch and diffusers, and opens with `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
+$what
+
+It needs torch and diffusers, and opens with `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
 """
 
 import inspect
@@ -47,7 +50,7 @@ class $name($stock):
         for path, narrow in NARROW_BLOCKS.items():
             for index, kind in narrow.items():
                 block = self.get_submodule(path)[index]
-                reshape_block(block, kind.removed, kind.bypassed, kind.shrunk, kind.added)
+                reshape_block(block, kind.removed, kind.bypassed, kind.shrunk, kind.added, kind.factored)
                 block.__class__ = kind
 
     # diffusers reads off the signature which entries of config.json belong here.
@@ -71,7 +74,7 @@ class $name($base):
     bypassed = $bypassed
     shrunk = $shrunk
     added = $added
-
+    factored = $factored
 $forward
 
 $name.__name__ = "$base"  # diffusers knows blocks by the name of their class''')
@@ -97,6 +100,7 @@ def write_modelling(stock: type, blocks: Sequence[tuple[object, Form]]) -> tuple
     source = _FILE.substitute(
         name=f"Narrow{stock.__name__}",
         stock=stock.__name__,
+        what=_summarise([form for _, form in blocks]),
         imports="\n".join(f"from {module} import {name}" for module, name in bases),
         helpers="\n\n".join(inspect.getsource(function) for function in (bypass, reshape_block)).rstrip(),
         classes="\n\n\n".join(_write_class(name, *kind, found[name]) for kind, name in names.items()),
@@ -115,13 +119,26 @@ def _write_class(name: str, base: type, blueprint: Blueprint, forms: list[Form])
         bypassed=repr(blueprint.bypassed),
         shrunk=repr(blueprint.shrunk),
         added=repr(blueprint.added),
-        forward="\n".join(f"    {line}".rstrip() for line in blueprint.source.splitlines()),
+        factored=repr(blueprint.factored),
+        forward="".join(f"\n    {line}".rstrip(" ") for line in blueprint.source.splitlines()),
     )
 
 
 def _write_row(path: str, row: dict[int, str]) -> str:
     entries = "".join(f"        {index}: {name},\n" for index, name in row.items())
     return f'    "{path}": {{\n{entries}    }},'
+
+
+def _summarise(forms: Sequence[Form]) -> str:
+    said = []
+    if any(form.narrow_text or form.ffn for form in forms):
+        said.append(
+            "Text streams and feed-forward networks of some blocks are linear maps here (Eq. 8 and 9 of arXiv "
+            "2511.16156, PPCL)."
+        )
+    if any(form.modulation for form in forms):
+        said.append("Modulation layers of blocks are of low rank: two small linear maps in place of a large one.")
+    return textwrap.fill(" ".join(said), _WIDTH)
 
 
 def _describe(forms: list[Form]) -> str:
@@ -132,5 +149,7 @@ def _describe(forms: list[Form]) -> str:
         "end": "its text comes from an earlier block, and the text stream resumes here",
     }
     parts = [texts[forms[0].text], f"linear {' and '.join(forms[0].ffn)} FFN" if forms[0].ffn else ""]
+    parts.append(f"modulation of rank {forms[0].modulation}" if forms[0].modulation else "")
     blocks = ", ".join(f"{form.first}" if form.first == form.last else f"{form.first}-{form.last}" for form in forms)
-    return f"{forms[0].stack} {blocks} of the teacher: {', '.join(part for part in parts if part)}"
+    text = f"{forms[0].stack} {blocks} of the teacher: {', '.join(part for part in parts if part)}"
+    return textwrap.fill(text, _WIDTH - 8, subsequent_indent="    ")

@@ -1,4 +1,4 @@
-"""Narrow forms of a block: the stock block with text streams or feed-forward networks replaced by linear maps.
+"""Narrow forms of a block: text streams or feed-forward networks become linear maps, modulation one of low rank.
 
 What stays keeps its module names, so a narrow block loads what remains of a wider block's weights.
 """
@@ -8,7 +8,7 @@ import linecache
 import math
 import zlib
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +27,7 @@ class Blueprint:
     """How a stock block becomes narrow: plain data, the same for every block of one form."""
 
     source: str
-    """Its forward, as Python that needs torch only."""
+    """Its forward, as Python that needs torch only; empty where the stock class's own does."""
     removed: tuple[str, ...]
     """Submodules that go."""
     bypassed: tuple[str, ...]
@@ -36,6 +36,8 @@ class Blueprint:
     """Linear layers that keep some of their output rows: path, chunks kept, number of chunks."""
     added: tuple[tuple[str, int], ...]
     """New linear maps and their width D."""
+    factored: tuple[tuple[str, int], ...] = ()
+    """Linear layers that become two, D -> rank -> rows: path, rank."""
 
 
 class NarrowBlock(nn.Module):
@@ -53,21 +55,35 @@ def narrow(block: nn.Module, stack: Stack, form: Form, arguments: Arguments, str
 
     `arguments` and `streams` are an example of its call in the teacher. New linear maps are zero, so until they are
     fitted or trained a narrow FFN returns the post-attention residual g itself: run the block to record g (Eq. 9).
+    The modulation of a narrow block may be made one of low rank, too.
     """
     if form.is_stock:
         return
-    blueprint = draw(block, stack, form, arguments, streams)
-    reshape_block(block, blueprint.removed, blueprint.bypassed, blueprint.shrunk, blueprint.added)
-    stock: type = type(block)
+    if form.text != "own" or form.ffn:
+        assert not isinstance(block, NarrowBlock), "narrow forms are made from stock blocks"
+        blueprint = draw(block, stack, form, arguments, streams)
+        reshape_block(block, blueprint.removed, blueprint.bypassed, blueprint.shrunk, blueprint.added, ())
+        _become(block, blueprint)
+    if form.modulation:
+        low_rank(block, _factored(block, stack, form.modulation))
+
+
+def low_rank(block: nn.Module, factored: tuple[tuple[str, int], ...]) -> None:
+    """Make two maps of weight zero, D -> rank -> rows, of the linear layers at these paths, in place."""
+    reshape_block(block, (), (), (), (), factored)
+    _become(block, replace(block.blueprint if isinstance(block, NarrowBlock) else _STOCK, factored=factored))
+
+
+def _become(block: nn.Module, blueprint: Blueprint) -> None:
+    stock: type = type(block).__bases__[0] if isinstance(block, NarrowBlock) else type(block)
     block.__class__ = narrow_class(stock, blueprint)
 
 
 def draw(block: nn.Module, stack: Stack, form: Form, arguments: Arguments, streams: Streams) -> Blueprint:
-    """Work out the blueprint by which `block` takes `form`; the block is not touched and may have no weights.
+    """Work out the blueprint by which `block` takes the text and FFN of `form`; the block may have no weights.
 
     Raises `PpclError` where the architecture does not allow it.
     """
-    assert not isinstance(block, NarrowBlock), "narrow forms are made from stock blocks"
     given = streams.of(stack.streams)
     call = arguments | {stack.argument(name): given[name] for name in stack.streams}
     attention = () if stack.joint_attention is None else (stack.joint_attention,)
@@ -95,6 +111,9 @@ def draw(block: nn.Module, stack: Stack, form: Form, arguments: Arguments, strea
     return blueprint
 
 
+_STOCK = Blueprint(source="", removed=(), bypassed=(), shrunk=(), added=())
+
+
 @functools.cache
 def narrow_class(base: type, blueprint: Blueprint) -> type[NarrowBlock]:
     """Make the class of the blocks of one blueprint: one code object for all of them, so they compile once.
@@ -105,7 +124,9 @@ def narrow_class(base: type, blueprint: Blueprint) -> type[NarrowBlock]:
     linecache.cache[filename] = (len(blueprint.source), None, blueprint.source.splitlines(True), filename)
     namespace: dict[str, Any] = {"torch": torch}
     exec(compile(blueprint.source, filename, "exec"), namespace)
-    attributes = {"forward": namespace["forward"], "blueprint": blueprint, "__module__": base.__module__}
+    attributes: dict[str, Any] = {"blueprint": blueprint, "__module__": base.__module__}
+    if blueprint.source:
+        attributes["forward"] = namespace["forward"]
     return type(base.__name__, (base, NarrowBlock), attributes)
 
 
@@ -123,8 +144,9 @@ def reshape_block(
     bypassed: Iterable[str],
     shrunk: Iterable[tuple[str, tuple[int, ...], int]],
     added: Iterable[tuple[str, int]],
+    factored: Iterable[tuple[str, int]],
 ) -> None:
-    """Remove, bypass and shrink submodules of a stock block, and add linear maps of weight zero."""
+    """Remove, bypass and shrink submodules of a stock block, add linear maps of weight zero, factor others likewise."""
     like = next(block.parameters())
     for path in [*removed, *bypassed]:
         parent, _, name = path.rpartition(".")
@@ -142,6 +164,15 @@ def reshape_block(
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
         block.add_module(name, linear)
+    for path, rank in factored:
+        parent, _, name = path.rpartition(".")
+        whole = block.get_submodule(path)
+        where = {"device": whole.weight.device, "dtype": whole.weight.dtype}
+        down = nn.utils.skip_init(nn.Linear, whole.in_features, rank, bias=False, **where)
+        up = nn.utils.skip_init(nn.Linear, rank, whole.out_features, **where)
+        for value in (down.weight, up.weight, up.bias):
+            nn.init.zeros_(value)
+        setattr(block.get_submodule(parent), name, nn.Sequential(down, up))
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
@@ -161,6 +192,43 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         raise PpclError(f"{type(source).__name__} lacks weights of its narrow form: {', '.join(missing)}")
     shared = {name: state[name] for name in target.state_dict() if name in state}
     target.load_state_dict(shared, strict=False)
+
+
+def modulation_layers(block: nn.Module, stack: Stack) -> dict[str, nn.Linear]:
+    """Return the modulation layers of a block that are whole, by path; blocks of one stack may have different ones.
+
+    Raises `PpclError` where the adapter names something else.
+    """
+    found: dict[str, nn.Linear] = {}
+    modules = dict(block.named_modules())
+    low = {path for path, _ in block.blueprint.factored} if isinstance(block, NarrowBlock) else set()
+    for path in stack.modulation:
+        if path in modules and path not in low:
+            layer = modules[path]
+            if not isinstance(layer, nn.Linear):
+                raise PpclError(f"{stack.path}: {path} is a {type(layer).__name__}, modulation is a Linear")
+            found[path] = layer
+    return found
+
+
+def largest_rank(weight: Tensor) -> int:
+    """Return the largest rank at which two maps are smaller than the one of this weight."""
+    return (weight.numel() - 1) // sum(weight.shape)
+
+
+def _factored(block: nn.Module, stack: Stack, rank: int) -> tuple[tuple[str, int], ...]:
+    """Return the modulation layers that `rank` makes smaller, each with it: what few rows are left of may stay whole.
+
+    Raises `PpclError` where that is none.
+    """
+    layers = modulation_layers(block, stack)
+    if not layers:
+        raise PpclError(f"{type(block).__name__} has no modulation of its own that could become one of low rank")
+    smaller = {path for path, layer in layers.items() if rank <= largest_rank(layer.weight)}
+    if not smaller:
+        width = max(layer.in_features for layer in layers.values())
+        raise PpclError(f"modulation of rank {rank} saves nothing: {stack.path} is {width} wide")
+    return tuple((path, rank) for path in layers if path in smaller)
 
 
 def _rewrite_text(trace: graph.Trace, stack: Stack, form: Form) -> None:
@@ -198,7 +266,7 @@ def _bypassed(block: nn.Module, stack: Stack) -> tuple[str, ...]:
 
 def _check_saving(block: nn.Module, blueprint: Blueprint) -> None:
     narrow = graph.meta_copy(block)
-    reshape_block(narrow, blueprint.removed, blueprint.bypassed, blueprint.shrunk, blueprint.added)
+    reshape_block(narrow, blueprint.removed, blueprint.bypassed, blueprint.shrunk, blueprint.added, ())
     before, after = (sum(p.numel() for p in module.parameters()) for module in (block, narrow))
     if blueprint.added and after >= before:
         raise PpclError(f"it would grow from {before} to {after} parameters: its streams share their weights")

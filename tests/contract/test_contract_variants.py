@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ppcl_toolkit.artifacts.variant import save_variant
-from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
+from ppcl_toolkit.plan import FfnSwap, Interval, ModulationSwap, Plan, TextRun
 from ppcl_toolkit.running.capture import map_tensors
 from ppcl_toolkit.surgery.assemble import reshape
 
@@ -26,7 +26,8 @@ WIDTH = (
     FfnSwap(stack=STACK, block=0, streams=("image", "text")),
     FfnSwap(stack=STACK, block=2, streams=("image",)),
 )
-PLANS = {"depth": DEPTH, "width": WIDTH}
+LIGHT = (ModulationSwap(stack=STACK, rank=3),)
+PLANS = {"depth": DEPTH, "width": WIDTH, "light": LIGHT, "all": (*WIDTH, *LIGHT)}
 ELSEWHERE = """
 import json, sys
 import tiny, torch
@@ -137,11 +138,12 @@ def test_bfloat16(world, kind):
     assert (found.float() - expected).norm() < 0.1 * expected.norm()
 
 
+@pytest.mark.parametrize("kind", ["width", "light"])
 @pytest.mark.parametrize("family", ["flux", "sd3", "qwen_image", "qwen_image_edit_2511"])
 @torch.no_grad()
-def test_repeated_blocks_compile(family, worlds):
+def test_repeated_blocks_compile(family, kind, worlds):
     world = worlds[family]
-    made, _ = student(world, "width")
+    made, _ = student(world, kind)
     batch = world.batches()[0]
     expected = made(**batch)[0]
     torch.compiler.reset()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
+from ppcl_toolkit.plan import FfnSwap, Interval, ModulationSwap, Plan, TextRun
 from ppcl_toolkit.shapes import scenes
 from ppcl_toolkit.stages.intervals import Candidates, Curves, differences, trend_intervals
 from ppcl_toolkit.stages.probe import Probes
@@ -270,3 +270,20 @@ def test_a_chance_that_nobody_knows_is_a_dash(tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(PpclError, match=r"no run of ppcl"):
         write_report(tmp_path)
+
+
+def test_the_curve_of_ranks_and_their_marks(tmp_path):
+    run = synthetic_run(tmp_path / "light")
+    (run / "modulation").mkdir()
+    curve = {"1": 0.2, "2": 0.1, "4": 0.031, "3": 0.049}
+    (run / "modulation/curve.json").write_text(json.dumps({"rank": 3, "curve": curve, "swaps": [], "covered": {}}))
+    (run / "modulation/made_from.json").write_text(json.dumps({"settings": {"error": 0.05}}))
+    low = ModulationSwap(stack="transformer_blocks", rank=3)
+    plan = PLANS["50"].with_operations([*PLANS["50"].operations, low])
+    (run / "select/targets.json").write_text(json.dumps({"light": plan.model_dump(mode="json")}))
+    page = write_report(run).read_text()
+    assert page.count("<figure>") == 7
+    assert "rank 3: 0.049" in page and "at most 0.05" in page
+    assert page.count('<i class="modulation">') == 1 + 6  # the key, and the blocks that are left
+    assert "block 5 kept, linear: image FFN, modulation of rank 3" in page
+    assert "transformer_blocks modulation of rank 3" in page

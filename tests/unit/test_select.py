@@ -190,7 +190,7 @@ def test_a_target_out_of_reach_names_the_nearest(teacher, sizes, measured, width
 def test_the_stage_writes_its_choice_and_every_figure(teacher, tmp_path):
     asked = recipe({"params": "80%", "width": False}, {"params": "60%"}, width={"text_blocks": 4, "ffn_blocks": 2})
     seen = []
-    select(teacher, plan_of(teacher), [PAIR, RUN, TAIL, TEXT], batches(), asked, desk(tmp_path, seen))
+    select(teacher, plan_of(teacher), ([PAIR, RUN, TAIL, TEXT], ()), batches(), asked, desk(tmp_path, seen))
     choice = Choice.load(tmp_path)
     assert list(choice.plans) == ["t0", "t1"]
     assert set(choice.plans["t1"].operations) == set(choice.order)
@@ -204,13 +204,13 @@ def test_the_stage_writes_its_choice_and_every_figure(teacher, tmp_path):
 def test_what_the_recipe_gives_replaces_the_search(teacher, tmp_path):
     given = [{"kind": "ffn_swap", "stack": DUAL.path, "block": 0, "streams": ["image"]}]
     asked = recipe({"params": "97%"}, width={"given": given, "ffn_blocks": 0})
-    select(teacher, plan_of(teacher), [TEXT], batches(), asked, desk(tmp_path))
+    select(teacher, plan_of(teacher), ([TEXT], ()), batches(), asked, desk(tmp_path))
     assert [str(operation) for operation in Choice.load(tmp_path).order] == ["transformer_blocks[0] ffn image"]
 
 
 def test_a_killed_measurement_goes_on_where_it_was(teacher, tmp_path, monkeypatch):
     asked = recipe({"params": "60%"}, width={"ffn_blocks": 10})
-    select(teacher, plan_of(teacher), [RUN, TAIL], batches(size=4), asked, desk(tmp_path / "straight"))
+    select(teacher, plan_of(teacher), ([RUN, TAIL], ()), batches(size=4), asked, desk(tmp_path / "straight"))
     killed = desk(tmp_path / "killed")
 
     def dies(done, *_):
@@ -218,11 +218,11 @@ def test_a_killed_measurement_goes_on_where_it_was(teacher, tmp_path, monkeypatc
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        select(teacher, plan_of(teacher), [RUN, TAIL], batches(size=4), asked, Desk(killed.folder, dies))
+        select(teacher, plan_of(teacher), ([RUN, TAIL], ()), batches(size=4), asked, Desk(killed.folder, dies))
     asked_for = []
     whole = stage.measure
     monkeypatch.setattr(stage, "measure", lambda *args: asked_for.append(args[2]) or whole(*args))
-    select(teacher, plan_of(teacher), [RUN, TAIL], batches(size=4), asked, killed)
+    select(teacher, plan_of(teacher), ([RUN, TAIL], ()), batches(size=4), asked, killed)
     assert len(asked_for[0]) == len(json.loads((killed.folder / "measured.json").read_text())) - 2
     files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in tmp_path.iterdir()]
     assert files[0] == files[1]
