@@ -75,7 +75,7 @@ class Probe(Section):
     batches: PositiveInt = 40
     batch: PositiveInt = 4
     ridge: PositiveFloat = 1e-6
-    """Relative to the mean diagonal of X X^T."""
+    """Of the squares of a map's weights, relative to the variance of the feature that each reads."""
     steps: Count = 0
     """AdamW steps after the closed form (paper: 2000); the closed form already is the minimum of Eq. 2."""
     learning_rate: PositiveFloat = 1e-4
@@ -173,6 +173,7 @@ class Width(Distillation):
     batches: PositiveInt = 20
     """Batches for the least-squares start."""
     ridge: PositiveFloat = 1e-6
+    """As that of the probes."""
 
 
 class Finetune(Training):
