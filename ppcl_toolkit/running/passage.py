@@ -87,6 +87,8 @@ class Leg:
     """Those that read here: behind these blocks, or what comes in."""
     places: list[Place]
     """Of all readers of this stack: some may read further on, in another process."""
+    text_ends: bool = False
+    """Whether nobody reads the text behind these blocks: it is not there to be learned, either."""
 
     @property
     def midway(self) -> bool:
@@ -177,6 +179,8 @@ def _pass(passage: Passage, block: nn.Module, leg: Leg, index: int, placement: P
         passage.z[index] = placement.leave(seen[0])
     else:
         streams = run_block(block, leg.stack, arguments, streams)
+    if leg.text_ends and index == leg.blocks.stop - 1:
+        streams = Streams(streams.image)
     passage.streams = placement.leave(streams)
 
 

@@ -116,14 +116,15 @@ class Segment(_Reads):
         """Eq. 12: z and h of a text run, or the streams whose FFN is linear.
 
         Relative to the target's energy, a scale that the paper leaves open: raw, a text stream whose values are in the
-        thousands would silence Eq. 11.
+        thousands would silence Eq. 11. Zero where all that is new is text that nobody reads.
         """
         names: set[Stream] = set(self.form.ffn) | ({"text"} if self.form.text == "end" else set())
         pairs = [(value, getattr(reading.target, name)) for name, value in output.of(tuple(names)).items()]
         if self.form.narrow_text and not self.form.ffn:
             assert self.wider is not None
             pairs.append((seen[0], text_of(self.wider, self.stack, reading)))
-        return torch.stack([relative_mse(Streams(own), Streams(target)) for own, target in pairs]).sum()
+        errors = [relative_mse(Streams(own), Streams(target)) for own, target in pairs]
+        return torch.stack(errors).sum() if errors else output.image.new_zeros(())
 
 
 @final
