@@ -104,8 +104,18 @@ class Target(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     params: str
     """At most this many transformer parameters: a share of the teacher's (`70%`) or a number (`8B`, `650M`)."""
+    depth: str | None = None
+    """Where intervals stop: at most this many parameters by depth alone, the rest by width. Default: `params`."""
     width: bool = True
     """Whether text streams and FFNs may go; without it the variant is a stock diffusers folder."""
+
+    @model_validator(mode="after")
+    def _has_a_rest(self) -> "Target":
+        if self.depth and not self.width:
+            raise ValueError(
+                f"target {self.name!r} has a depth of its own and no width for the rest; give params alone"
+            )
+        return self
 
 
 class Select(Section):

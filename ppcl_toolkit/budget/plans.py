@@ -41,7 +41,7 @@ def plans(recipe: Recipe, model: Model) -> dict[str, Plan]:
 def _chosen(recipe: Recipe, model: Model, operations: list[Operation]) -> dict[str, Plan]:
     measured = [Measured(operation=each, error=float(rank), saves=1) for rank, each in enumerate(operations)]
     sizes = Sizes(model.runner, model.calls)
-    return choose(model.plan, measured, recipe.targets, sizes, recipe.width).plans
+    return choose(model.plan, measured, recipe.targets, sizes, recipe.width, order=recipe.select.order).plans
 
 
 def _intervals(recipe: Recipe, model: Model, longer: int) -> Iterator[Interval]:
