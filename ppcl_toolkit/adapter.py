@@ -46,6 +46,9 @@ class Stack:
     """Attention with separate text weights, where a text stream may be replaced (Eq. 8)."""
     attention_text: str = "encoder_hidden_states"
     """Argument of `joint_attention` by which the text enters: the `z` of Eq. 8."""
+    text_mask: str | None = None
+    """Argument, also of the transformer, that says which tokens of the text [B, N] are none of the padding; None where
+    text cannot be masked. The transformer's own text argument is then called as that of the blocks."""
     text_query: tuple[str, ...] = ()
     """Modules that only make text queries: dead once nobody reads the text's own attention output."""
     text_out: tuple[str, ...] = ()
@@ -107,6 +110,12 @@ class Adapter:
                 return stack
         known = ", ".join(stack.path for stack in self.stacks)
         raise PpclError(f"{self.family} has no stack {path!r}; it has: {known}")
+
+    @property
+    def padded(self) -> tuple[str, str] | None:
+        """The transformer's arguments of the text and of its mask; None where text cannot be masked."""
+        stack = self.stacks[0]
+        return None if stack.text_mask is None else (stack.argument("text"), stack.text_mask)
 
     def depths(self, transformer: nn.Module) -> dict[str, int]:
         """Return the number of blocks of each stack."""

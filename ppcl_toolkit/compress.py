@@ -17,7 +17,7 @@ from ppcl_toolkit.budget import check_machine
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan, trained_forms
 from ppcl_toolkit.recipe import Recipe
-from ppcl_toolkit.running.noise import Batches, Sample
+from ppcl_toolkit.running.noise import Batches, Sample, share_of_negatives
 from ppcl_toolkit.running.placement import Placement, host_bytes
 from ppcl_toolkit.running.schedule import Batch, Runner
 from ppcl_toolkit.stages.depth import distill_depth
@@ -138,6 +138,7 @@ def _noised(recipe: Recipe, teacher: Teacher, samples: Sequence[Sample], stage: 
         sigma_mean=recipe.samples.sigma_mean,
         sigma_std=recipe.samples.sigma_std,
         dtype=getattr(torch, recipe.teacher.dtype),
+        negatives=share_of_negatives(recipe.teacher.call.get(teacher.adapter.guidance)),
     )
 
 

@@ -28,6 +28,21 @@ class Streams(NamedTuple):
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
+def unpadded(stack: Stack, arguments: Arguments) -> Tensor | None:
+    """Return which tokens of the text belong to it, [B, N] of bool; None where all do."""
+    mask = arguments.get(stack.text_mask) if stack.text_mask else None
+    return None if mask is None else mask.bool()
+
+
+def each_alone(streams: Streams, unpadded_BN: Tensor) -> list[Streams]:
+    """Return the streams of every sample by itself, without the padding of its text, and of what travels behind it."""
+    if streams.text is None:
+        return [Streams(image[None]) for image in streams.image]
+    mask_BN = unpadded_BN.repeat(1, streams.text.shape[1] // unpadded_BN.shape[1])
+    rows = zip(streams.image, streams.text, mask_BN, strict=True)
+    return [Streams(image[None], text[mask][None]) for image, text, mask in rows]
+
+
 class StackCalls(NamedTuple):
     """How a transformer calls the blocks of one stack for one batch."""
 
