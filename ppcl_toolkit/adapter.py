@@ -153,6 +153,22 @@ def load_adapter(name: str) -> Adapter:
     return found
 
 
+def adapter_of(family: str, wanted: str = "auto") -> Adapter:
+    """Return the adapter of a plan that a file holds: the one `wanted` by a user, or the installed one of its `family`.
+
+    A name in a file names no code: `package.module:NAME` there is a `PpclError`, and nothing is imported.
+    """
+    if wanted != "auto":
+        return load_adapter(wanted)
+    if ":" in family:
+        raise PpclError(
+            f"a plan names the adapter {family!r}, which is code: files may only name installed adapters "
+            f"({', '.join(available_adapters())}); give it yourself if you trust it, as the recipe's `adapter` or to "
+            "load_compressed"
+        )
+    return load_adapter(family)
+
+
 def adapter_for(transformer_class: str, wanted: str = "auto") -> Adapter:
     """Return the adapter `wanted` for a transformer class; `auto` is the one that names the class.
 

@@ -144,7 +144,12 @@ def _noised(recipe: Recipe, teacher: Teacher, samples: Sequence[Sample], stage: 
 
 def _variant(recipe: Recipe, run: Path, name: str, plan: Plan) -> Variant:
     return Variant(
-        name=name, folder=run / "variants" / name, plan=plan, dtype=recipe.export.dtype, call=recipe.teacher.call
+        name=name,
+        folder=run / "variants" / name,
+        plan=plan,
+        dtype=recipe.export.dtype,
+        call=recipe.teacher.call,
+        adapter=recipe.adapter,
     )
 
 
