@@ -43,6 +43,7 @@ ADAPTER = Adapter(
             depth_key="num_layers",
             ffn={"image": "img_mlp", "text": "txt_mlp"},
             joint_attention="attn",
+            text_mask="encoder_hidden_states_mask",
             text_query=("attn.add_q_proj", "attn.norm_added_q"),
             text_out=("attn.to_add_out",),
             modulation=("img_mod.1", "txt_mod.1"),

@@ -46,6 +46,9 @@ class Stack:
     """Attention with separate text weights, where a text stream may be replaced (Eq. 8)."""
     attention_text: str = "encoder_hidden_states"
     """Argument of `joint_attention` by which the text enters: the `z` of Eq. 8."""
+    text_mask: str | None = None
+    """Argument, also of the transformer, that says which tokens of the text [B, N] are none of the padding; None where
+    text cannot be masked. The transformer's own text argument is then called as that of the blocks."""
     text_query: tuple[str, ...] = ()
     """Modules that only make text queries: dead once nobody reads the text's own attention output."""
     text_out: tuple[str, ...] = ()
@@ -115,6 +118,12 @@ class Adapter:
         known = ", ".join(stack.path for stack in self.stacks)
         raise PpclError(f"{self.family} has no stack {path!r}; it has: {known}")
 
+    @property
+    def padded(self) -> tuple[str, str] | None:
+        """The transformer's arguments of the text and of its mask; None where text cannot be masked."""
+        stack = self.stacks[0]
+        return None if stack.text_mask is None else (stack.argument("text"), stack.text_mask)
+
     def depths(self, transformer: nn.Module) -> dict[str, int]:
         """Return the number of blocks of each stack."""
         return {stack.path: len(stack.blocks(transformer)) for stack in self.stacks}
@@ -149,6 +158,22 @@ def load_adapter(name: str) -> Adapter:
     if not isinstance(found, Adapter):
         raise PpclError(f"adapter {name!r} is a {type(found).__name__}, not a ppcl_toolkit.Adapter")
     return found
+
+
+def adapter_of(family: str, wanted: str = "auto") -> Adapter:
+    """Return the adapter of a plan that a file holds: the one `wanted` by a user, or the installed one of its `family`.
+
+    A name in a file names no code: `package.module:NAME` there is a `PpclError`, and nothing is imported.
+    """
+    if wanted != "auto":
+        return load_adapter(wanted)
+    if ":" in family:
+        raise PpclError(
+            f"a plan names the adapter {family!r}, which is code: files may only name installed adapters "
+            f"({', '.join(available_adapters())}); give it yourself if you trust it, as the recipe's `adapter` or to "
+            "load_compressed"
+        )
+    return load_adapter(family)
 
 
 def adapter_for(transformer_class: str, wanted: str = "auto") -> Adapter:

@@ -18,7 +18,7 @@ from ppcl_toolkit.budget import Schedules, check_machine
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import ModulationSwap, Plan, low_rank_forms, trained_forms
 from ppcl_toolkit.recipe import Recipe
-from ppcl_toolkit.running.noise import Batches, Calibration, Sample
+from ppcl_toolkit.running.noise import Batches, Calibration, Sample, share_of_negatives
 from ppcl_toolkit.running.placement import Placement, host_bytes
 from ppcl_toolkit.running.schedule import Batch, Runner
 from ppcl_toolkit.stages.depth import distill_depth
@@ -207,6 +207,7 @@ def _noised(recipe: Recipe, teacher: Teacher, samples: Sequence[Sample], stage: 
         sigma_mean=recipe.samples.sigma_mean,
         sigma_std=recipe.samples.sigma_std,
         dtype=getattr(torch, recipe.teacher.dtype),
+        negatives=share_of_negatives(recipe.teacher.call.get(teacher.adapter.guidance)),
     )
 
 
@@ -223,9 +224,15 @@ def _calibration(recipe: Recipe, run: Workspace, noised: Callable[[str, int], Ba
 
 
 def _variant(recipe: Recipe, run: Path, name: str, plan: Plan, low: LowRankChoice | None) -> Variant:
-    call, dtype = recipe.teacher.call, recipe.export.dtype
-    covered = low.covered if low and plan.modulation_swaps else {}
-    return Variant(name=name, folder=run / "variants" / name, plan=plan, dtype=dtype, call=call, covered=covered)
+    return Variant(
+        name=name,
+        folder=run / "variants" / name,
+        plan=plan,
+        dtype=recipe.export.dtype,
+        call=recipe.teacher.call,
+        adapter=recipe.adapter,
+        covered=low.covered if low and plan.modulation_swaps else {},
+    )
 
 
 def _export(

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ppcl_toolkit import console
+from ppcl_toolkit.ending import Ended, end_on_signals
 from ppcl_toolkit.errors import PpclError
 
 app = typer.Typer(
@@ -32,14 +33,14 @@ def main() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    end_on_signals()
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except PpclError as error:
         _stop(f"error: {error}", 1)
-    except KeyboardInterrupt:
-        _stop("interrupted: the same command goes on from here", 130)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
+    except Ended as end:
+        _stop(f"ended by {end.name}: what is finished is kept, and the same command goes on from here", end.code)
     except Exception as error:
         # What typer raises for words that it does not know carries its own exit code and message.
         code = getattr(error, "exit_code", None)

@@ -75,7 +75,7 @@ class Probe(Section):
     batches: PositiveInt = 40
     batch: PositiveInt = 4
     ridge: PositiveFloat = 1e-6
-    """Relative to the mean diagonal of X X^T."""
+    """Of the squares of a map's weights, relative to the variance of the feature that each reads."""
     steps: Count = 0
     """AdamW steps after the closed form (paper: 2000); the closed form already is the minimum of Eq. 2."""
     learning_rate: PositiveFloat = 1e-4
@@ -126,6 +126,8 @@ class Target(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     params: str | None = None
     """At most this many transformer parameters: a share of the teacher's (`70%`) or a number (`8B`, `650M`)."""
+    depth: str | None = None
+    """Where intervals stop: at most this many parameters by depth alone, the rest by width. Default: `params`."""
     width: bool = True
     """Whether text streams and FFNs may go; without it, and modulation, the variant is a stock diffusers folder."""
     modulation: bool = False
@@ -135,6 +137,14 @@ class Target(Section):
     def _is_smaller(self) -> "Target":
         if self.params is None and not self.modulation:
             raise ValueError("params is missing: without it a target needs modulation: true")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_rest(self) -> "Target":
+        if self.depth and not self.width:
+            raise ValueError(
+                f"target {self.name!r} has a depth of its own and no width for the rest; give params alone"
+            )
         return self
 
 
@@ -203,6 +213,7 @@ class Width(Distillation):
     batches: PositiveInt = 20
     """Batches for the least-squares start."""
     ridge: PositiveFloat = 1e-6
+    """As that of the probes."""
 
 
 class Finetune(Training):

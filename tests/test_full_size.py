@@ -105,6 +105,14 @@ def test_qwen_image_from_20b_to_10b():
     assert found["10b"].params == 10_452_608_064
 
 
+def test_the_smallest_qwen_image_is_reached_by_depth_and_then_by_width():
+    """As in the paper: 12B by depth alone, the rest by text streams and FFNs."""
+    _, deep, small = planned("qwen_image_10b").variants
+    assert [o for o in small.operations if "text" not in o and "ffn" not in o] == list(deep.operations)
+    assert len(small.operations) > len(deep.operations)
+    assert deep.params <= 12e9 and small.params <= 10.5e9
+
+
 def test_flops_are_those_of_the_matrices():
     """A linear layer of FLUX costs two operations per weight and token; attention comes on top."""
     found = planned("flux_8b")

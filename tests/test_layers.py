@@ -31,7 +31,9 @@ PLACES = {
     "jinja2": ("ppcl_toolkit/stages/report.py", "ppcl_toolkit/surgery/modelling.py"),
 }
 FLOORS = (
-    tuple(f"ppcl_toolkit/{name}.py" for name in ("errors", "trouble", "adapter", "plan", "ties", "processes")),
+    tuple(
+        f"ppcl_toolkit/{name}.py" for name in ("errors", "ending", "trouble", "adapter", "plan", "ties", "processes")
+    ),
     ("ppcl_toolkit/statistics/",),
     ("ppcl_toolkit/running/",),
     ("ppcl_toolkit/surgery/",),

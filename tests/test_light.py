@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import tiny
 
+from ppcl_toolkit.algorithm import compress, export_target
 from ppcl_toolkit.artifacts.pipeline import load_pipeline
-from ppcl_toolkit.compress import compress, export_target
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe

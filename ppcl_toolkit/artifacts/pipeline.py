@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from ppcl_toolkit.adapter import Adapter, adapter_for
+from ppcl_toolkit.adapter import Adapter, adapter_for, adapter_of, load_adapter
 from ppcl_toolkit.artifacts.variant import load_compressed
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
@@ -70,12 +70,15 @@ def load_teacher(recipe: Recipe) -> Teacher:
     section = recipe.teacher
     folder = resolve(section.path)
     _check_files(section.path, Path(folder) / "transformer")
-    pipeline = load_pipeline(folder, getattr(torch, section.dtype), section.revision)
+    pipeline = load_pipeline(folder, getattr(torch, section.dtype), section.revision, adapter=recipe.adapter)
     transformer = pipeline.transformer
     adapter = adapter_for(type(transformer).__name__, recipe.adapter)
     _check_weights(section.path, transformer)
     transformer.requires_grad_(False).eval()
     earlier = Plan.load(Path(folder) / "plan.json") if (Path(folder) / "plan.json").is_file() else None
+    if earlier:
+        # Known now rather than when the first variant is written.
+        adapter_of(earlier.family, recipe.adapter)
     if earlier and not earlier.is_depth_only:
         # Blocks are narrowed once: what is left to this teacher is depth, and modulation that is whole.
         low = {swap.stack for swap in earlier.modulation_swaps}
@@ -88,17 +91,21 @@ def load_teacher(recipe: Recipe) -> Teacher:
     return Teacher(pipeline, adapter, family, _identity(section.path, folder, section.revision), earlier)
 
 
-def load_pipeline(path: str, dtype: torch.dtype | None = None, revision: str | None = None) -> Any:
+def load_pipeline(
+    path: str, dtype: torch.dtype | None = None, revision: str | None = None, *, adapter: str = "auto"
+) -> Any:
     """Open a pipeline: `shapes` (the embedded teacher), a folder, a variant of this toolkit, or a hub id.
 
-    Without a `dtype` all parts are fp32, or bf16 where there is a GPU.
+    Without a `dtype` all parts are fp32, or bf16 where there is a GPU. `adapter` is that of a recipe: what a variant
+    itself names must be installed.
     """
     path = resolve(path)
     settings: dict[str, Any] = {"dtype": dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)}
     pipeline: Any
     with quiet():
         if (Path(path) / "plan.json").is_file():
-            pipeline = load_compressed(Path(path), **settings)
+            known = None if adapter == "auto" else load_adapter(adapter)
+            pipeline = load_compressed(Path(path), adapter=known, **settings)
         else:
             pipeline = _from_pretrained(path, revision, settings)
     if getattr(pipeline, "transformer", None) is None:

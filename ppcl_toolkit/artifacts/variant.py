@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ppcl_toolkit import processes
-from ppcl_toolkit.adapter import Adapter, load_adapter
+from ppcl_toolkit.adapter import Adapter, adapter_of
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.running.capture import Streams, map_tensors
@@ -37,18 +37,25 @@ Opens = Literal["stock", "custom"]
 
 
 def save_variant(
-    pipeline: DiffusionPipeline, transformer: nn.Module, plan: Plan, kwargs: Mapping[str, Any], folder: Path
+    pipeline: DiffusionPipeline,
+    transformer: nn.Module,
+    plan: Plan,
+    kwargs: Mapping[str, Any],
+    folder: Path,
+    *,
+    adapter: str = "auto",
 ) -> Opens:
     """Write `pipeline` with the student `transformer` of `plan` as a complete diffusers folder; return how it opens.
 
     `kwargs` is an example call of the transformer: the shapes of its block calls are stored. Types are kept. The folder
-    appears by rename, and must not exist before. Raises `PpclError` when the plan does not fit the transformer.
+    appears by rename, and must not exist before. `adapter` is that of the recipe. Raises `PpclError` when the plan does
+    not fit the transformer.
     """
     if folder.exists():
         raise PpclError(f"{folder} exists already; a variant is written to a new folder")
-    adapter = load_adapter(plan.family)
-    blocks = student_blocks(transformer, adapter, plan)
-    stock = getattr(diffusers, adapter.transformer)
+    known = adapter_of(plan.family, adapter)
+    blocks = student_blocks(transformer, known, plan)
+    stock = getattr(diffusers, known.transformer)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     student = copy.copy(transformer)
@@ -67,7 +74,7 @@ def save_variant(
         auto_map = {"AutoModel": f"{module}.{name}"}
         _edit_json(partial / "transformer" / "config.json", {"_class_name": name, "auto_map": auto_map})
         _edit_json(partial / "model_index.json", {"transformer": [module, name]})
-        calls = example_calls(transformer, adapter, kwargs)
+        calls = example_calls(transformer, known, kwargs)
         (partial / "block_calls.json").write_text(json.dumps(_to_json(calls), indent=1) + "\n")
     partial.rename(folder)
     return "stock" if plan.is_depth_only else "custom"
@@ -83,10 +90,11 @@ def load_compressed(folder: str | Path, *, adapter: Adapter | None = None, **opt
     index = _read_json(folder / "model_index.json", f"{folder} is no pipeline folder")
     plan = Plan.load(folder / "plan.json")
     _check_weights(folder)
+    _check_libraries(folder, index)
     try:
         if plan.is_depth_only:
             return DiffusionPipeline.from_pretrained(folder, **options)
-        transformer = _rebuild(folder, plan, adapter or load_adapter(plan.family), options)
+        transformer = _rebuild(folder, plan, adapter or adapter_of(plan.family), options)
         return open_with(folder, index, transformer, options)
     except (OSError, ValueError, RuntimeError) as error:
         raise PpclError(f"{folder} cannot be opened: {error}") from error
@@ -100,6 +108,7 @@ def verify_variant(
     tolerance: float,
     *,
     device: torch.device = HOST,
+    adapter: str = "auto",
 ) -> float:
     """Open a variant in a fresh process as its users will, run its transformer, and compare with `expected`.
 
@@ -110,7 +119,7 @@ def verify_variant(
     imported, and then by `load_compressed`.
     """
     worst = 0.0
-    for way, found in _run_elsewhere(folder, opens, kwargs, expected.dtype, device).items():
+    for way, found in _run_elsewhere(folder, (opens, adapter), kwargs, expected.dtype, device).items():
         if found.shape != expected.shape:
             raise PpclError(f"{folder}, opened as {way}, returns {list(found.shape)} for {list(expected.shape)}")
         difference = (found.double() - expected.detach().cpu().double()).abs().max().item()
@@ -162,6 +171,16 @@ def open_with(
     return pipeline
 
 
+def _check_libraries(folder: Path, index: Mapping[str, Any]) -> None:
+    """Refuse parts of a pipeline that diffusers would import from anywhere else than from its own two libraries."""
+    for name, part in index.items():
+        library = part[0] if isinstance(part, list) and part and name != "transformer" else None
+        if library is not None and library not in ("diffusers", "transformers"):
+            raise PpclError(
+                f"{folder / 'model_index.json'} takes {name} from {library!r}; diffusers or transformers may"
+            )
+
+
 def _check_weights(folder: Path) -> None:
     """Find files of weights that are missing or cut off, before a loader trips over them."""
     files = set(folder.glob("*/*.safetensors"))
@@ -180,7 +199,7 @@ def _check_weights(folder: Path) -> None:
 
 _ELSEWHERE = """
 import json, sys
-folder, opens, place, dtype, device, offload = sys.argv[1:]
+folder, opens, adapter, place, dtype, device, offload = sys.argv[1:]
 sys.modules["ppcl_toolkit"] = None  # importing it fails from here on
 import torch
 from diffusers import DiffusionPipeline
@@ -204,13 +223,15 @@ outputs = {opens: run(DiffusionPipeline.from_pretrained(folder, trust_remote_cod
 if opens == "custom":
     del sys.modules["ppcl_toolkit"]
     from ppcl_toolkit.artifacts.variant import load_compressed
-    outputs["rebuilt"] = run(load_compressed(folder, **options))
+    from ppcl_toolkit.adapter import load_adapter
+    known = None if adapter == "auto" else load_adapter(adapter)
+    outputs["rebuilt"] = run(load_compressed(folder, adapter=known, **options))
 save_file(outputs, f"{place}/outputs.safetensors")
 """
 
 
 def _run_elsewhere(
-    folder: Path, opens: Opens, kwargs: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+    folder: Path, how: tuple[Opens, str], kwargs: Mapping[str, Any], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as place:
         tensors: dict[str, Tensor] = {}
@@ -223,14 +244,14 @@ def _run_elsewhere(
         save_file(tensors, f"{place}/given.safetensors")
         weights = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
         offload = "" if has_room(weights, device) else "blocks"
-        options = [opens, place, str(dtype).split(".")[-1], str(device), offload]
+        options = [*how, place, str(dtype).split(".")[-1], str(device), offload]
         command = [sys.executable, "-c", _ELSEWHERE, str(folder.resolve()), *options]
         # diffusers copies modelling files there before it runs them.
         environment = {**os.environ, "HF_MODULES_CACHE": f"{place}/modules"}
         done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise PpclError(f"{folder} does not open as {opens} in a fresh process: {reason}")
+            raise PpclError(f"{folder} does not open as {how[0]} in a fresh process: {reason}")
         return load_file(f"{place}/outputs.safetensors")
 
 
@@ -261,5 +282,8 @@ def _from_json(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_from_json(item) for item in value)
     if isinstance(value, dict) and value.keys() == {"shape", "dtype"}:
-        return torch.empty(value["shape"], dtype=getattr(torch, value["dtype"]), device="meta")
+        dtype = getattr(torch, str(value["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise PpclError(f"block_calls.json: {value['dtype']!r} is no type of tensors")
+        return torch.empty(value["shape"], dtype=dtype, device="meta")
     return {key: _from_json(item) for key, item in value.items()} if isinstance(value, dict) else value

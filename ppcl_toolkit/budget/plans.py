@@ -47,7 +47,8 @@ def _chosen(recipe: Recipe, model: Model, operations: list[Candidate]) -> dict[s
     measured = [Measured(operation=each, error=float(rank), saves=1) for rank, each in enumerate(operations)]
     sizes = Sizes(model.runner, model.calls)
     low = _modulation(recipe, model)
-    return choose(model.plan, measured, recipe.targets, sizes, recipe.width, modulation=low).plans
+    asked = recipe.targets, sizes, recipe.width
+    return choose(model.plan, measured, *asked, order=recipe.select.order, modulation=low).plans
 
 
 def _modulation(recipe: Recipe, model: Model) -> tuple[ModulationSwap, ...]:

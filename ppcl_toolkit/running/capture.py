@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Adapter, Stack, Stream
@@ -25,6 +26,21 @@ class Streams(NamedTuple):
     def of(self, names: tuple[Stream, ...]) -> dict[Stream, Tensor]:
         """Return the named streams that are present."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def unpadded(stack: Stack, arguments: Arguments) -> Tensor | None:
+    """Return which tokens of the text belong to it, [B, N] of bool; None where all do."""
+    mask = arguments.get(stack.text_mask) if stack.text_mask else None
+    return None if mask is None else mask.bool()
+
+
+def each_alone(streams: Streams, unpadded_BN: Tensor) -> list[Streams]:
+    """Return the streams of every sample by itself, without the padding of its text, and of what travels behind it."""
+    if streams.text is None:
+        return [Streams(image[None]) for image in streams.image]
+    mask_BN = unpadded_BN.repeat(1, streams.text.shape[1] // unpadded_BN.shape[1])
+    rows = zip(streams.image, streams.text, mask_BN, strict=True)
+    return [Streams(image[None], text[mask][None]) for image, text, mask in rows]
 
 
 class StackCalls(NamedTuple):
@@ -103,6 +119,34 @@ def stack_calls(
             transformer(**kwargs)
     assert recorded, f"the transformer did not call the blocks of {path}"
     return StackCalls([arguments for arguments, _ in recorded], recorded[0][1])
+
+
+@torch.enable_grad()
+def text_is_read(transformer: nn.Module, adapter: Adapter, call: Mapping[str, Any]) -> bool:
+    """Tell whether the text behind the last block of all has a part in the velocity; no block is run."""
+    last = adapter.stacks[-1]
+    if "text" not in last.returns:
+        return False
+    behind: list[Tensor] = []
+
+    def end(block: nn.Module) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            streams = bind(block, last, args, kwargs)[1]
+            assert streams.text is not None
+            behind.append(streams.text.detach().requires_grad_(True))
+            return pack(last, Streams(streams.image, behind[0]))
+
+        return forward
+
+    with contextlib.ExitStack() as patches:
+        for stack in adapter.stacks:
+            for block in (blocks := stack.blocks(transformer)):
+                ends = stack is last and block is blocks[-1]
+                patches.enter_context(rerouted(block, end(block) if ends else passing(block, stack)))
+        velocity = predict(transformer, adapter, call)
+    if not velocity.requires_grad:
+        return False
+    return torch.autograd.grad(velocity.sum(), behind[0], allow_unused=True)[0] is not None
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.capture import map_tensors
 from ppcl_toolkit.running.schedule import Batch
 
-Shape = tuple[Any, ...]
-"""Of a sample: the shapes of all its tensors."""
+Shape = tuple[tuple[str, Any], ...]
+"""Of a sample: the shapes of all its tensors by name, and whether it is a negative."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +32,8 @@ class Sample:
     """Every other argument of the recorded call but the timestep."""
     reference: Tensor | None = None
     """Tokens behind the noised ones, [1, M, C]."""
+    negative: bool = False
+    """Whether it is what classifier-free guidance leads away from: there is a sample of the prompt itself, too."""
 
 
 @final
@@ -69,7 +71,11 @@ class Recorded(Sequence[Sample]):
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """Noised batches by number: the same number always gives the same batch, of samples of one shape."""
+    """Noised batches by number: the same number always gives the same batch.
+
+    Samples of a batch have one shape, but for the length of their text where the family can mask its padding. Negatives
+    take their turns among the others.
+    """
 
     samples: Sequence[Sample]
     adapter: Adapter
@@ -82,6 +88,8 @@ class Batches:
     """Whether all noise levels from 0 to 1 are as likely, instead."""
     guidance: tuple[float, ...] = ()
     """What to draw the guidance of a guidance-distilled model from, instead of what was recorded."""
+    negatives: float = 0.5
+    """Share of samples that are negatives, where there are any; see `share_of_negatives`."""
 
     def __call__(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield batches `start` to `stop - 1`."""
@@ -90,7 +98,7 @@ class Batches:
 
     def __getitem__(self, number: int) -> Batch:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        chosen = self._choose(generator)
+        chosen = self._choose(number, generator)
         sigma = self._levels(len(chosen), generator)
         clean = torch.cat([sample.latents for sample in chosen]).float()
         noise = torch.randn(clean.shape, generator=generator)
@@ -98,7 +106,10 @@ class Batches:
         noised = (1 - level) * clean + level * noise
         if chosen[0].reference is not None:
             noised = torch.cat([noised, torch.cat([s.reference for s in chosen if s.reference is not None])], dim=1)
-        batch = collate([sample.arguments for sample in chosen], self.adapter.shared)
+        calls = [sample.arguments for sample in chosen]
+        batch = collate(
+            calls if self.adapter.padded is None else padded(calls, *self.adapter.padded), self.adapter.shared
+        )
         batch[self.adapter.latents] = noised.to(self.dtype)
         batch[self.adapter.timestep] = sigma * self.adapter.timestep_scale
         batch["return_dict"] = False
@@ -123,22 +134,60 @@ class Batches:
         batch[self.adapter.distilled] = torch.tensor(self.guidance).to(recorded)[drawn]
 
     @cached_property
-    def _alike(self) -> dict[Shape, list[int]]:
-        """Numbers of samples by the shapes of their tensors: only those of one shape can share a batch."""
-        groups: dict[Shape, list[int]] = {}
+    def _alike(self) -> dict[Shape, dict[bool, list[int]]]:
+        """Numbers of samples by what they must share in a batch, and by whether they are negatives."""
+        groups: dict[Shape, dict[bool, list[int]]] = {}
         for number, found in enumerate(self._shapes):
-            groups.setdefault(found, []).append(number)
+            groups.setdefault(self._common(found), {False: [], True: []})[_is_negative(found)].append(number)
         return groups
+
+    @cached_property
+    def _by_turns(self) -> dict[bool, list[int]]:
+        """Numbers of all samples by whether they are negatives."""
+        kinds: dict[bool, list[int]] = {False: [], True: []}
+        for number, found in enumerate(self._shapes):
+            kinds[_is_negative(found)].append(number)
+        return kinds
 
     @cached_property
     def _shapes(self) -> Sequence[Shape]:
         return self.samples.shapes if isinstance(self.samples, Recorded) else [shape(s) for s in self.samples]
 
-    def _choose(self, generator: torch.Generator) -> list[Sample]:
-        first = int(torch.randint(len(self.samples), (), generator=generator))
-        alike = self._alike[self._shapes[first]]
-        rest = torch.randint(len(alike), (self.size - 1,), generator=generator)
-        return [self.samples[number] for number in (first, *(alike[i] for i in rest.tolist()))]
+    def _common(self, shape: Shape) -> Shape:
+        free = ("negative", *(self.adapter.padded or ()))
+        return tuple((name, size) for name, size in shape if name not in free)
+
+    def _choose(self, number: int, generator: torch.Generator) -> list[Sample]:
+        mixed = any(group[True] and group[False] for group in self._alike.values())
+        rows = range(number * self.size, (number + 1) * self.size) if mixed else [number] * self.size
+        first, *rest = (int((row + 1) * self.negatives) > int(row * self.negatives) for row in rows)
+        chosen = [_drawn(self._by_turns, first, generator)]
+        alike = self._alike[self._common(self._shapes[chosen[0]])]
+        chosen += [_drawn(alike, negative, generator) for negative in rest]
+        return [self.samples[index] for index in chosen]
+
+
+def share_of_negatives(guidance: float | None) -> float:
+    """Return how many of all samples shall be negatives, at a scale of classifier-free guidance.
+
+    The guided velocity is s c - (s - 1) n, of the prompt's c and the negative's n: an error of n counts (s - 1)^2 where
+    one of c counts s^2. Without a scale, half.
+    """
+    if guidance is None:
+        return 0.5
+    return (guidance - 1) ** 2 / ((guidance - 1) ** 2 + guidance**2) if guidance > 1 else 0.0
+
+
+def padded(calls: Sequence[dict[str, Any]], text: str, mask: str) -> list[dict[str, Any]]:
+    """Bring the texts [1, N, C] of recorded calls to the length of the longest, with masks [1, N] if that takes any."""
+    masks = [_mask_of(call, text, mask) for call in calls]
+    longest = max(int(own.nonzero()[:, 1].max()) + 1 for own in masks)
+    if all(own.shape[1] >= longest and bool(own[:, :longest].all()) for own in masks):
+        return [{**call, text: call[text][:, :longest], mask: None} for call in calls]
+    return [
+        {**call, text: _to_length(call[text], longest), mask: _to_length(own, longest)}
+        for call, own in zip(calls, masks, strict=True)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +237,31 @@ def collate(calls: Sequence[dict[str, Any]], shared: Sequence[str]) -> dict[str,
 
 
 def shape(sample: Sample) -> Shape:
-    """Return the shapes of all tensors of a sample."""
-    shapes: list[Any] = [sample.latents.shape, None if sample.reference is None else sample.reference.shape]
+    """Return the shapes of all tensors of a sample, and whether it is a negative."""
+    reference = None if sample.reference is None else sample.reference.shape
+    shapes: list[tuple[str, Any]] = [("negative", sample.negative), ("latents", sample.latents.shape)]
+    shapes.append(("reference", reference))
     for name in sorted(sample.arguments):
-        map_tensors(sample.arguments[name], lambda tensor: shapes.append(tensor.shape))
+        map_tensors(sample.arguments[name], lambda tensor, name=name: shapes.append((name, tensor.shape)))
     return tuple(shapes)
+
+
+def _is_negative(shape: Shape) -> bool:
+    return bool(dict(shape)["negative"])
+
+
+def _drawn(numbers: Mapping[bool, Sequence[int]], negative: bool, generator: torch.Generator) -> int:
+    """Draw one of the kind whose turn it is, or of the other where there is none."""
+    pool = numbers[negative] or numbers[not negative]
+    return pool[int(torch.randint(len(pool), (), generator=generator))]
+
+
+def _mask_of(call: Mapping[str, Any], text: str, mask: str) -> Tensor:
+    given: Tensor | None = call.get(mask)
+    return torch.ones(call[text].shape[:2], dtype=torch.bool) if given is None else given.bool()
+
+
+def _to_length(value: Tensor, tokens: int) -> Tensor:
+    """Cut or pad tokens [1, N, ...] with zeros."""
+    short = max(0, tokens - value.shape[1])
+    return torch.cat([value[:, :tokens], value.new_zeros(1, short, *value.shape[2:])], dim=1)

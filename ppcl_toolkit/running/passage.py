@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Adapter, Stack
 from ppcl_toolkit.plan import Form
-from ppcl_toolkit.running.capture import Arguments, Streams, joint_text, run_block, stack_calls
+from ppcl_toolkit.running.capture import Arguments, Streams, joint_text, run_block, stack_calls, unpadded
 from ppcl_toolkit.running.placement import Placement
 
 Batch = Mapping[str, Any]
@@ -33,10 +33,18 @@ class Reading(NamedTuple):
     """For a reader with a reference: the reference's h and z of Eq. 8, along the tokens, [B, 2N, D]."""
     text_tokens: int | None = None
     """N of the text itself: between the blocks of a teacher whose text is narrow already, z travels behind it."""
+    unpadded: Tensor | None = None
+    """Which tokens of the text belong to it, [B, N] of bool; None where all do."""
 
     def own(self, streams: Streams) -> Streams:
         """Return the streams without what travels behind the text."""
         return Streams(streams.image, None if streams.text is None else streams.text[:, : self.text_tokens])
+
+    def tokens(self, name: str, value: Tensor) -> Tensor:
+        """Return a stream's tokens without padding: [B, N, D] as it is, or [T, D] where text is padded."""
+        if name != "text" or self.unpadded is None:
+            return value
+        return value[self.unpadded.repeat(1, value.shape[1] // self.unpadded.shape[1])]
 
 
 class Reader(Protocol):
@@ -87,6 +95,8 @@ class Leg:
     """Those that read here: behind these blocks, or what comes in."""
     places: list[Place]
     """Of all readers of this stack: some may read further on, in another process."""
+    text_ends: bool = False
+    """Whether nobody reads the text behind these blocks: it is not there to be learned, either."""
 
     @property
     def midway(self) -> bool:
@@ -177,6 +187,8 @@ def _pass(passage: Passage, block: nn.Module, leg: Leg, index: int, placement: P
         passage.z[index] = placement.leave(seen[0])
     else:
         streams = run_block(block, leg.stack, arguments, streams)
+    if leg.text_ends and index == leg.blocks.stop - 1:
+        streams = Streams(streams.image)
     passage.streams = placement.leave(streams)
 
 
@@ -195,7 +207,8 @@ def _reading(reader: Reader, passage: Passage, placement: Placement) -> Reading:
     if reader.reference is not None:
         packed = torch.cat([passage.h[reader.reference[1]], passage.z[reader.reference[0]]], dim=1)
     arguments, inputs = passage.arguments[reader.first], passage.opened[reader.first]
-    found = Reading(arguments, inputs, passage.streams, packed, passage.text_tokens)
+    mask = unpadded(reader.stack, arguments)
+    found = Reading(arguments, inputs, passage.streams, packed, passage.text_tokens, mask)
     return Reading(*placement.bring(tuple(found)))
 
 

@@ -28,7 +28,13 @@ def denoised(pipeline: Any, adapter: Adapter, texts: Sequence[str], call: Mappin
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
     with _recording(pipeline.transformer, adapter) as calls:
         latents = run_pipeline(pipeline, texts, generators, call, "latent")
-    return [sample for arguments in calls for sample in _split(adapter, arguments, latents.cpu())]
+    # A second call belongs to the negative prompt, if the first has no more rows than there are images.
+    apart = len(calls[0][adapter.latents]) == len(latents)
+    return [
+        sample
+        for number, arguments in enumerate(calls)
+        for sample in _split(adapter, arguments, latents.cpu(), negative=apart and number == 1)
+    ]
 
 
 def encoded(pipeline: Any, adapter: Adapter, text: str, picture: Image.Image, call: Mapping[str, Any]) -> Sample:
@@ -70,8 +76,11 @@ def clean_latents(vae: Any, pixels: Tensor) -> Tensor:
     return (latents - center) / spread * (scale or 1.0)
 
 
-def _split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor) -> list[Sample]:
-    """Return a sample for each row; guidance may put a second call for the same latents behind the first."""
+def _split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor, *, negative: bool = False) -> list[Sample]:
+    """Return a sample for each row; guidance may put a second call for the same latents behind the first.
+
+    All rows are of the `negative` prompt, or its rows come before as many of the prompts themselves.
+    """
     arguments = dict(arguments)
     tokens = arguments.pop(adapter.latents)
     arguments.pop(adapter.timestep)
@@ -86,6 +95,7 @@ def _split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor) -> list
             latents=latents[i % count : i % count + 1],
             arguments={name: _one(value, i, name in adapter.shared) for name, value in arguments.items()},
             reference=None if reference is None else reference[i : i + 1],
+            negative=negative or i < rows - count,
         )
         for i in range(rows)
     ]

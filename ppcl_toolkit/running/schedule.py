@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.plan import Form
-from ppcl_toolkit.running.capture import predict
+from ppcl_toolkit.running.capture import predict, text_is_read
 from ppcl_toolkit.running.passage import Batch, Follower, Leg, Passage, Place, Reader, Reading, enter, through
 from ppcl_toolkit.running.pipelined import Link, Share
 from ppcl_toolkit.running.placement import HOST, Homes, Placement, callable_on
@@ -73,10 +73,21 @@ class Runner:
         link = Link(share, self.placement)
         done = 0
         for chunk in _chunks(batches, self.placement.chunk if self.placement.streamed else 1):
+            if not done and self._ends(legs[-1]):
+                legs[-1] = replace(legs[-1], text_ends=not self.reads_last_text(chunk[0]))
             self._take(chunk, legs, link, follow=follow)
             done += len(chunk)
             yield done
         link.close()
+
+    def _ends(self, leg: Leg) -> bool:
+        """Tell whether a leg takes batches to the end of the transformer."""
+        return leg.stack is self.adapter.stacks[-1] and leg.blocks.stop == len(self.blocks(leg.stack.path))
+
+    def reads_last_text(self, batch: Batch) -> bool:
+        """Tell whether the teacher reads the text behind its last block: one like `batch` shows it."""
+        self.settle()
+        return text_is_read(self.transformer, self.adapter, self.placement.bring(batch))
 
     @torch.no_grad()
     def _take(self, chunk: Sequence[Batch], legs: Sequence[Leg], link: Link, *, follow: bool) -> None:

@@ -42,6 +42,8 @@ class CkaReader:
         """Take the output of the next batch of `numbers`."""
         number = next(self.numbers)
         outputs = reading.own(reading.target).of(self.stack.streams)
+        if "text" in outputs and reading.unpadded is not None:
+            outputs["text"] = _at_rest(outputs["text"], reading.unpadded)
         text = reading.target.text
         self._carried_z += text is not None and text.shape[1] != reading.text_tokens
         for stream, (chained, plain) in self._sums.items():
@@ -69,3 +71,10 @@ class CkaReader:
     def _follow(self) -> None:
         for chained, _ in self._sums.values():
             chained.follow(self.last)
+
+
+def _at_rest(text_BND: Tensor, unpadded_BN: Tensor) -> Tensor:
+    """Put a sample's mean in the place of its padding: centred it is zero, and CKA does not see it."""
+    own = unpadded_BN[:, :, None]
+    mean = (text_BND.double() * own).sum(1, keepdim=True) / own.sum(1, keepdim=True)
+    return torch.where(own, text_BND.double(), mean).to(torch.promote_types(text_BND.dtype, torch.float32))

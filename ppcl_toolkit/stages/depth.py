@@ -86,7 +86,8 @@ class _BestBlock:
             output = run_block(block, self.stack, reading.arguments, reading.inputs)
             for name, y in reading.target.of(self.stack.streams).items():
                 x = getattr(output, name)
-                moments.setdefault(name, Moments.zeros(x.shape[-1])).add(x, y)
+                sums = moments.setdefault(name, Moments.zeros(x.shape[-1]))
+                sums.add(reading.tokens(name, x), reading.tokens(name, y))
 
     def place(self, device: torch.device) -> None:
         for block in self._run:

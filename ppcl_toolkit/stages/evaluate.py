@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,8 +93,15 @@ def examine(section: Evaluate, call: Mapping[str, Any]) -> Exam:
     return Exam(prompts=tuple(prompts), scored=scored, seeds=section.seeds, batch=section.batch, call=dict(call))
 
 
+class Source(NamedTuple):
+    """Where a fresh process finds a pipeline, and the recipe's adapter for it."""
+
+    path: str
+    adapter: str = "auto"
+
+
 def measure(
-    pipeline: Any, exam: Exam, folder: Path, *, source: str | None = None, progress: Callable[..., None]
+    pipeline: Any, exam: Exam, folder: Path, *, source: Source | None = None, progress: Callable[..., None]
 ) -> Measurement:
     """Make the images of `exam` in `folder`, score them, and measure what they cost.
 
@@ -118,7 +125,7 @@ def measure(
     return load_measurement(folder)
 
 
-def _measured(pipeline: Any, exam: Exam, folder: Path, source: str | None) -> Measurement:
+def _measured(pipeline: Any, exam: Exam, folder: Path, source: Source | None) -> Measurement:
     parameters = list(pipeline.transformer.parameters())
     return Measurement(
         params=sum(p.numel() for p in parameters),
@@ -147,15 +154,19 @@ def evaluate(
 
     with runner.calling(teacher.pipeline):
         measure(
-            teacher.pipeline, exam, desk.folder / "teacher", source=recipe.teacher.path, progress=reported("teacher")
+            teacher.pipeline,
+            exam,
+            desk.folder / "teacher",
+            source=Source(recipe.teacher.path, recipe.adapter),
+            progress=reported("teacher"),
         )
         wanted = velocities(teacher.transformer, adapter, held_out, device)
     runner.leave()
     for variant in variants:
         name, path = variant["name"], variant["path"]
-        pipeline = load_pipeline(path, getattr(torch, recipe.teacher.dtype))
+        pipeline = load_pipeline(path, getattr(torch, recipe.teacher.dtype), adapter=recipe.adapter)
         with callable_on(pipeline, device):
-            measure(pipeline, exam, desk.folder / name, source=path, progress=reported(name))
+            measure(pipeline, exam, desk.folder / name, source=Source(path, recipe.adapter), progress=reported(name))
             error = relative_error(velocities(pipeline.transformer, adapter, held_out, device), wanted)
         del pipeline
         if processes.is_main():
@@ -182,7 +193,7 @@ def evaluate_folders(
     for path, folder in zip(paths, folders, strict=True):
         pipeline = load_pipeline(path)
         with callable_on(pipeline, device):
-            measure(pipeline, exam, folder, source=path, progress=functools.partial(progress, path))
+            measure(pipeline, exam, folder, source=Source(path), progress=functools.partial(progress, path))
         del pipeline
     if processes.is_main():
         for folder in folders:
@@ -234,7 +245,7 @@ def save_measurement(measurement: Measurement, folder: Path) -> None:
     write_json(folder / _MEASUREMENT, dataclasses.asdict(measurement))
 
 
-def _cost(images: Path, exam: Exam, source: str | None, dtype: torch.dtype) -> dict[str, Any]:
+def _cost(images: Path, exam: Exam, source: Source | None, dtype: torch.dtype) -> dict[str, Any]:
     calls = [json.loads(line) for times in sorted(images.glob(CALLS)) for line in times.read_text().splitlines()]
     whole = max(call["batch"] for call in calls)
     seconds = [s for call in calls if call["batch"] == whole for s in call["seconds"]]
@@ -308,24 +319,25 @@ def _read_json(path: Path) -> Any:
         return None
 
 
-def _resident_growth(source: str, exam: Exam, dtype: torch.dtype) -> int | None:
+def _resident_growth(source: Source, exam: Exam, dtype: torch.dtype) -> int | None:
     """Return the bytes by which a fresh process grows that opens `source` and makes one batch; None where unknown."""
     if not Path("/proc/self/clear_refs").exists():
         return None
     first = dataclasses.replace(exam, prompts=exam.prompts[: exam.batch], edits=exam.edits[: exam.batch])
-    request = {"source": source, "dtype": str(dtype).removeprefix("torch."), "exam": dataclasses.asdict(first)}
+    request = {"source": [*source], "dtype": str(dtype).removeprefix("torch."), "exam": dataclasses.asdict(first)}
     command = [sys.executable, "-m", "ppcl_toolkit.stages.evaluate"]
     done = subprocess.run(command, input=json.dumps(request), text=True, capture_output=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        raise PpclError(f"{source}: a fresh process could not make one batch to measure its memory: {reason}")
+        raise PpclError(f"{source.path}: a fresh process could not make one batch to measure its memory: {reason}")
     return int(done.stdout.splitlines()[-1])
 
 
 def _measure_own_growth() -> None:
     request = json.load(sys.stdin)
     exam = Exam(**request["exam"])
-    index = json.loads((Path(resolve(request["source"])) / "model_index.json").read_text())
+    path, adapter = request["source"]
+    index = json.loads((Path(resolve(path)) / "model_index.json").read_text())
     # Code is no part of the model: import it before the growth is counted.
     parts = [part for part in index.values() if isinstance(part, list)]
     for library, name in [*parts, ("diffusers", index["_class_name"])]:
@@ -333,7 +345,7 @@ def _measure_own_growth() -> None:
             getattr(importlib.import_module(library), name)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    pipeline = load_pipeline(request["source"], getattr(torch, request["dtype"]))
+    pipeline = load_pipeline(path, getattr(torch, request["dtype"]), adapter=adapter)
     # One step is enough: every further one reuses the memory of the first.
     call = {**{k: v for k, v in exam.call_for(0).items() if k != "sigmas"}, "num_inference_steps": 1}
     generators = [torch.Generator().manual_seed(i) for i in range(len(exam.prompts))]

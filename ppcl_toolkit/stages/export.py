@@ -40,6 +40,8 @@ class Variant:
     """Arguments of the pipeline that it was compressed for."""
     covered: Mapping[str, Any] = field(default_factory=dict)
     """What the calibration of its modulation covered, for the model card."""
+    adapter: str = "auto"
+    """That of the recipe."""
 
     def read(self, record: Path) -> dict[str, Any]:
         """Return {"name", "path", "opens", "difference"} of an exported variant; a missing folder is a `PpclError`."""
@@ -73,12 +75,14 @@ def _export(
     }
     with torch.no_grad(), computing_on(student, device):
         expected = student(**moved(example, device))[0].cpu()
-    opens = save_variant(pipeline, student, variant.plan, example, variant.folder)
+    opens = save_variant(pipeline, student, variant.plan, example, variant.folder, adapter=variant.adapter)
     (variant.folder / CALL).write_text(json.dumps(dict(variant.call), indent=2) + "\n")
     (variant.folder / "README.md").write_text(write_card(variant.name, variant.plan, variant.covered))
     desk.progress(1, 2, "written")
     # Loaded weights lie elsewhere in memory, and kernels may round otherwise: half the digits must agree.
     tolerance = torch.finfo(dtype).eps ** 0.5 * float(expected.abs().max())
-    difference = verify_variant(variant.folder, opens, example, expected, tolerance, device=device)
+    difference = verify_variant(
+        variant.folder, opens, example, expected, tolerance, device=device, adapter=variant.adapter
+    )
     (desk.folder / _RECORD).write_text(json.dumps({"opens": opens, "difference": difference}))
     desk.progress(2, 2, "verified in a fresh process")

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.storage import Bank, Desk
-from ppcl_toolkit.plan import Form, Plan
+from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Finetune
-from ppcl_toolkit.running.capture import Streams, predict
+from ppcl_toolkit.running.capture import predict, unpadded
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.placement import HOST, moved
 from ppcl_toolkit.running.schedule import Runner
@@ -28,7 +28,7 @@ from ppcl_toolkit.surgery.assemble import student_blocks, student_of
 from ppcl_toolkit.surgery.graph import meta_copy
 from ppcl_toolkit.training import loop
 from ppcl_toolkit.training.checkpoint import load_result, load_training, save_result, save_training, steps_done
-from ppcl_toolkit.training.losses import LOSSES
+from ppcl_toolkit.training.losses import LOSSES, without_padding
 from ppcl_toolkit.training.means import Means, choose_means, job_of, machine_of
 from ppcl_toolkit.training.offload import Offload
 from ppcl_toolkit.training.segment import comparable
@@ -148,9 +148,7 @@ def _loss(
     with outputs([(own[form], runner.adapter.stack(form.stack)) for form in ends]) as found:
         loss = functional.mse_loss(predict(student, runner.adapter, batch).float(), target.velocity.float())
     for form, output in zip(ends, found, strict=True):
-        loss = loss + section.features * _feature(form, output, target.features[form.stack, form.last], section)
+        aim, mask = target.features[form.stack, form.last], unpadded(runner.adapter.stack(form.stack), batch)
+        ours = comparable(form, output, aim)
+        loss = loss + section.features * without_padding(LOSSES[section.feature_loss], ours, aim, mask)
     return loss
-
-
-def _feature(form: Form, output: Streams, target: Streams, section: Finetune) -> Tensor:
-    return LOSSES[section.feature_loss](comparable(form, output, target), target)

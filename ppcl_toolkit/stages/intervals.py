@@ -203,7 +203,11 @@ def _text_runs(adapter: Adapter, curves: Mapping[str, Mapping[str, Curves]], thr
     for stack in reversed(adapter.stacks):
         # Eq. 8 needs a block with text weights of its own.
         if stack.joint_attention and "text" in stack.streams:
-            for reference, last in text_runs(curves[stack.path]["text"].heatmap, threshold):
+            like = curves[stack.path]["text"].heatmap.clone()
+            if len(like) > 2 and not like[:-1, -1].any():
+                # Nobody reads the text that the last block writes; what it reads itself, the block before it wrote.
+                like[:-2, -1], like[-2, -1] = like[:-2, -2], like[-3, -2]
+            for reference, last in text_runs(like, threshold):
                 yield TextRun(stack=stack.path, reference=reference, last=last)
 
 

@@ -230,9 +230,13 @@ def _named(readers: Sequence[Any]) -> dict[str, Any]:
 
 
 def _pairs(reading: Reading) -> dict[str, tuple[Tensor, Tensor]]:
-    """Input and output of each stream that a block both takes and returns."""
+    """Input and output of each stream that a block both takes and returns, [B, N, D]; [T, D] where it is padded."""
     pairs = zip(Streams._fields, reading.own(reading.inputs), reading.own(reading.target), strict=True)
-    return {stream: (x, y) for stream, x, y in pairs if x is not None and y is not None}
+    return {
+        stream: (reading.tokens(stream, x), reading.tokens(stream, y))
+        for stream, x, y in pairs
+        if x is not None and y is not None
+    }
 
 
 def _of(weights: Mapping[Key, Tensor], reader: ProbeReader) -> dict[str, Tensor]:

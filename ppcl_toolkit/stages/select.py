@@ -4,14 +4,14 @@ Every candidate is put into the teacher alone, with least-squares maps and no tr
 the velocity that results. Candidates are taken by error per parameter saved, smallest first, until a target is met;
 smaller targets go on from larger ones, so that one bank serves all.
 
-    targets: [{name: "70", params: 70%, width: false}, {name: "50", params: 50%, modulation: true}]
+    targets: [{name: "70", params: 70%, width: false}, {name: "50", params: 50%, depth: 60%, modulation: true}]
     select: {batches: 4, batch: 8}
 """
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -21,7 +21,7 @@ from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.artifacts.workspace import write_json
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import FfnSwap, Form, Interval, ModulationSwap, Plan, TextRun
+from ppcl_toolkit.plan import AnyOperation, FfnSwap, Form, Interval, ModulationSwap, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe, Target, Width
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
@@ -113,42 +113,42 @@ def choose(
 ) -> "Choice":
     """Take candidates as they are `ranked` until every target is met; `size` counts the parameters of a plan's student.
 
-    A target that asks for `modulation` has it first. What a target does not need after all, since a later candidate
-    saved more, is given back, the largest error first. Raises `PpclError` with the nearest size where a target is out
-    of reach.
+    A target that asks for `modulation` has it first. Of a candidate that does not fit as a whole, what fits is taken.
+    Intervals stop at a target's `depth`. What a target does not need after all, since a later candidate saved more, is
+    given back, the largest error first. Raises `PpclError` with the nearest size where a target is out of reach.
     """
     total = size(plan)
     chosen: list[Measured] = []
     plans: dict[str, Plan] = {}
-    goals = {t.name: total if t.params is None else parse_size(t.params, total) for t in targets}
-    for target in sorted(targets, key=lambda t: -goals[t.name]):
-        goal = goals[target.name]
-        taken, left = plan.with_operations(m.operation for m in chosen), total
+    goals = {target.name: _goals(target, total) for target in targets}
+    for target in sorted(targets, key=lambda t: -goals[t.name][0]):
+        goal, deep = goals[target.name]
+        taken = plan.with_operations(m.operation for m in chosen)
         if target.modulation:
             taken = plan.with_operations(modulation)
             for candidate in chosen:
                 # Of what larger targets lose, as much as this one needs.
                 taken = taken if size(taken) <= goal else _extended(taken, candidate.operation, width) or taken
         for candidate in [m for m in ranked(measured, order) if m not in chosen]:
-            left = size(taken)
-            if left <= goal:
+            if size(taken) <= goal:
                 break
-            allowed = target.width or isinstance(candidate.operation, Interval)
-            wider = _extended(taken, candidate.operation, width) if allowed else None
-            # A candidate may save nothing beside those that are taken already.
-            if wider is not None and _fits(wider, left, size):
-                chosen.append(candidate)
+            allowed = size(_depth(taken)) > deep if isinstance(candidate.operation, Interval) else target.width
+            wider, most = _with_most(taken, candidate, width, size) if allowed else (None, candidate)
+            if wider is not None:
+                chosen.append(most)
                 taken = wider
         left = size(taken)
         if left > goal:
+            held = f", intervals stop at depth {target.depth}" if target.depth else ""
             raise PpclError(
                 f"target {target.name!r}: {target.params} is {goal:,} parameters, the candidates reach {left:,} "
-                f"({left / total:.1%} of the teacher); allow more intervals or width, or ask for that"
+                f"({left / total:.1%} of the teacher){held}; allow more intervals or width, or ask for that"
             )
         already = [operation for earlier in plans.values() for operation in earlier.operations]
+        most_deep = max(deep, size(_depth(taken))) if target.depth else total
         for spare in sorted(chosen, key=lambda m: -m.error):
             less = _without(taken, spare.operation) if spare.operation not in already else None
-            if less is not None and size(less) <= goal:
+            if less is not None and size(less) <= goal and size(_depth(less)) <= most_deep:
                 chosen.remove(spare)
                 taken = less
         plans[target.name] = taken
@@ -211,7 +211,7 @@ class Choice:
                 "label": str(m.operation),
                 "error": m.error,
                 "saves": m.saves,
-                "chosen": [name for name, plan in self.plans.items() if m.operation in plan.operations],
+                "chosen": [name for name, plan in self.plans.items() if any(_is_of(o, m) for o in plan.operations)],
             }
             for m in measured
         ]
@@ -235,6 +235,65 @@ def parse_size(text: str, total: int) -> int:
     if size >= total:
         raise PpclError(f"target size {text!r} is not smaller than the teacher's {total:,} parameters")
     return size
+
+
+def _goals(target: Target, total: int) -> tuple[int, int]:
+    """Return the parameters at which a target is met, and those at which its intervals stop."""
+    goal = total if target.params is None else parse_size(target.params, total)
+    deep = parse_size(target.depth, total) if target.depth else goal
+    if deep < goal:
+        raise PpclError(f"target {target.name!r}: depth {target.depth} is below params {target.params}")
+    return goal, deep
+
+
+def _with_most(
+    plan: Plan, candidate: Measured, width: Width, size: Callable[[Plan], int]
+) -> tuple[Plan | None, Measured]:
+    """Return `plan` with the most of a candidate that fits and saves something, None where nothing does; and that."""
+    below = size(plan)
+    for operation in _versions(plan, candidate.operation, width):
+        wider = _extended(plan, operation, width)
+        # A candidate may save nothing beside those that are taken already.
+        if wider is not None and _fits(wider, below, size):
+            return wider, replace(candidate, operation=operation)
+    return None, candidate
+
+
+def _versions(plan: Plan, operation: Candidate, width: Width) -> Iterator[Candidate]:
+    """Yield a candidate, then the most of it that may fit beside a plan; what the recipe gives stays as it is."""
+    yield operation
+    if width.given:
+        return
+    if isinstance(operation, FfnSwap) and len(operation.streams) > 1:
+        # A text run has taken its text FFN.
+        yield operation.model_copy(update={"streams": tuple(s for s in operation.streams if s != "text")})
+    if isinstance(operation, TextRun):
+        yield from _shorter(plan, operation, width.text_blocks)
+
+
+def _shorter(plan: Plan, run: TextRun, most: int) -> Iterator[TextRun]:
+    """Yield what is in a text run, in whole blocks of a plan's student: as deep as it goes, then as long."""
+    forms = list(plan.forms())
+    left = most - sum(form.narrow_text for form in forms)
+    own = [f for f in forms if f.stack == run.stack and f.first >= run.reference and f.last <= run.last]
+    for end in reversed(range(len(own))):
+        for start in range(max(0, end - left), end):
+            if all(form.text == "own" for form in own[start : end + 1]):
+                yield TextRun(stack=run.stack, reference=own[start].first, last=own[end].last)
+
+
+def _is_of(operation: AnyOperation, measured: Measured) -> bool:
+    """Whether an operation is what was measured, or what was left of it."""
+    whole = measured.operation
+    if isinstance(operation, TextRun) and isinstance(whole, TextRun) and operation.stack == whole.stack:
+        return whole.reference <= operation.reference and operation.last <= whole.last
+    if isinstance(operation, FfnSwap) and isinstance(whole, FfnSwap):
+        return (operation.stack, operation.block) == (whole.stack, whole.block)
+    return operation == whole
+
+
+def _depth(plan: Plan) -> Plan:
+    return plan.with_operations(plan.intervals)
 
 
 def _extended(plan: Plan, operation: Candidate, width: Width) -> Plan | None:

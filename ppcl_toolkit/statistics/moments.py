@@ -61,24 +61,27 @@ class Moments:
         return Moments(*(one + another for one, another in pairs))
 
     def solve(self, ridge: float = 1e-6, *, bias: bool = False) -> Tensor:
-        """Solve Eq. 1: W [D, D] that minimises |x + W x - y|^2 + `ridge` * mean(diag X^T X) * |W|^2.
+        """Solve Eq. 1: W [D, D] that minimises |x + W x - y|^2 + `ridge` * sum_j |x_j - mean_j|^2 |W_j|^2, j a feature.
 
-        With `bias`, x is extended by a one that the ridge leaves alone, and the last column of W [D, D + 1] is the
-        bias. Raises `PpclError` where the tokens do not determine W.
+        So the units of a feature do not matter: those of one stream may differ by 10,000. With `bias`, x is extended by
+        a one that the ridge leaves alone, and the last column of W [D, D + 1] is the bias. Raises `PpclError` where the
+        tokens do not determine W.
         """
         gram, cross = self._system(bias=bias)
         features = len(self.input_D)
-        penalty = torch.zeros_like(gram)
-        penalty.diagonal()[:features] = ridge * self.inputs_DD.diagonal().mean()
         if not gram.any():
             return torch.zeros_like(cross)
-        factor, failed = torch.linalg.cholesky_ex(gram + penalty)
+        system = gram.clone()
+        system.diagonal()[:features] += ridge * self._spread()
+        # Equilibrated: a pivot is lost to rounding by what its own feature is, not by what the largest is.
+        scale = system.diagonal().rsqrt()
+        factor, failed = torch.linalg.cholesky_ex(system.mul_(scale).mul_(scale[:, None]))
         if failed or not factor.isfinite().all():
             raise PpclError(
                 f"the normal equations are singular: {int(self.count)} tokens of {features} features, "
                 f"ridge {ridge:g}; take more tokens, or a larger ridge"
             )
-        return torch.cholesky_solve(cross.T, factor).T.contiguous()
+        return (torch.cholesky_solve(scale[:, None] * cross.T, factor) * scale[:, None]).T.contiguous()
 
     def unexplained(self, weight: Tensor) -> float:
         """Return |d - W x|^2 / |d|^2 over all tokens, in closed form; `weight` as `solve` returns it.
@@ -104,6 +107,13 @@ class Moments:
         """Rebuild from what `tensors` returned."""
         return cls(**tensors)
 
+    def _spread(self) -> Tensor:
+        """Return the sum of squares of every feature about its mean, [D]: at least a millionth of that about zero."""
+        squares = self.inputs_DD.diagonal()
+        about_mean = squares - self.input_D.square() / self.count
+        spread = torch.maximum(about_mean, 1e-6 * squares)
+        return spread.where(spread > 0, 1.0)
+
     def _system(self, *, bias: bool) -> tuple[Tensor, Tensor]:
         if not bias:
             return self.inputs_DD, self.updates_DD
@@ -117,8 +127,8 @@ def in_parts(x_TD: Tensor, y_TD: Tensor) -> tuple[Tensor, ...]:
 
     Each part of the tokens is centred, so that a feature's mean, which may be a thousand times its spread, costs no
     digits: with x = m + x' and n tokens, sum x x^T = sum x' x'^T + m s^T + s m^T + n m m^T for s = sum x'. What is left
-    is multiplied as `Split`: seven digits of fp32 alone are not enough where features are unequal, for the ridge of
-    Eq. 1 is a millionth of their mean.
+    is multiplied as `Split`: seven digits of fp32 alone are not enough, for the ridge of Eq. 1 is a millionth of what a
+    feature has.
     """
     with full_precision(x_TD.device):
         parts = (_part(*pair) for pair in zip(x_TD.split(_PART), y_TD.split(_PART), strict=True))

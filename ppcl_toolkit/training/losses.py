@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ppcl_toolkit.running.capture import Streams
+from ppcl_toolkit.running.capture import Streams, each_alone
 
 Loss = Callable[[Streams, Streams], Tensor]
 """`loss(student, target)`."""
@@ -40,6 +40,14 @@ LOSSES: Mapping[str, Loss] = MappingProxyType(
     {"direction": direction, "relative_mse": relative_mse, "direction_magnitude": direction_magnitude}
 )
 """The losses of a segment, by the names used in recipes."""
+
+
+def without_padding(loss: Loss, student: Streams, target: Streams, unpadded_BN: Tensor | None) -> Tensor:
+    """Return the mean of what every sample loses by itself, without the padding of its text."""
+    if unpadded_BN is None:
+        return loss(student, target)
+    pairs = zip(each_alone(student, unpadded_BN), each_alone(target, unpadded_BN), strict=True)
+    return torch.stack([loss(own, aim) for own, aim in pairs]).mean()
 
 
 def _over_streams(student: Streams, target: Streams, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

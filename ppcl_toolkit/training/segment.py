@@ -16,7 +16,7 @@ from ppcl_toolkit.running.placement import HOST
 from ppcl_toolkit.running.schedule import Reading
 from ppcl_toolkit.statistics.moments import Moments
 from ppcl_toolkit.training.loop import Optimization, autocast
-from ppcl_toolkit.training.losses import Loss, relative_mse
+from ppcl_toolkit.training.losses import Loss, relative_mse, without_padding
 from ppcl_toolkit.training.shelf import Shelf
 
 LINEAR_Z, LINEAR_H = "linear_text_z", "linear_text_h"
@@ -107,7 +107,7 @@ class Segment(_Reads):
         with _watch(self.form, self.student, self.stack) as seen:
             output = run_block(self.student, self.stack, reading.arguments, block_inputs(self.form, reading))
         output = comparable(self.form, output, reading.target)
-        loss = self._loss(output, reading.target)
+        loss = without_padding(self._loss, output, reading.target, reading.unpadded)
         if self.alignment:
             loss = loss + self.alignment * self._linear(output, reading, seen)
         return loss
@@ -116,14 +116,15 @@ class Segment(_Reads):
         """Eq. 12: z and h of a text run, or the streams whose FFN is linear.
 
         Relative to the target's energy, a scale that the paper leaves open: raw, a text stream whose values are in the
-        thousands would silence Eq. 11.
+        thousands would silence Eq. 11. Zero where all that is new is text that nobody reads.
         """
         names: set[Stream] = set(self.form.ffn) | ({"text"} if self.form.text == "end" else set())
-        pairs = [(value, getattr(reading.target, name)) for name, value in output.of(tuple(names)).items()]
+        pairs = [(name, value, getattr(reading.target, name)) for name, value in output.of(tuple(names)).items()]
         if self.form.narrow_text and not self.form.ffn:
             assert self.wider is not None
-            pairs.append((seen[0], text_of(self.wider, self.stack, reading)))
-        return torch.stack([relative_mse(Streams(own), Streams(target)) for own, target in pairs]).sum()
+            pairs.append(("text", seen[0], text_of(self.wider, self.stack, reading)))
+        errors = [_misaligned(name, own, target, reading) for name, own, target in pairs]
+        return torch.stack(errors).sum() if errors else output.image.new_zeros(())
 
 
 @final
@@ -147,15 +148,17 @@ class LinearFit(_Reads):
             output = run_block(self._narrow, self.stack, reading.arguments, block_inputs(self.form, reading))
             g = comparable(self.form, output, reading.target)
             for name, value in g.of(self.form.ffn).items():
-                self._add(f"linear_ffn_{name}", value, getattr(reading.target, name))
+                pair = value, getattr(reading.target, name)
+                self._add(f"linear_ffn_{name}", *(reading.tokens(name, side) for side in pair))
         elif self.form.narrow_text:
             assert reading.packed_text is not None
             h_BND, z_BND = reading.packed_text.chunk(2, dim=1)
             assert self._wider is not None
-            self._add(LINEAR_Z, z_BND, text_of(self._wider, self.stack, reading))
+            own = text_of(self._wider, self.stack, reading)
+            self._add(LINEAR_Z, reading.tokens("text", z_BND), reading.tokens("text", own))
             # SD3's last block returns no text, so there is no map for it.
             if self.form.text == "end" and reading.target.text is not None:
-                self._add(LINEAR_H, h_BND, reading.target.text)
+                self._add(LINEAR_H, reading.tokens("text", h_BND), reading.tokens("text", reading.target.text))
 
     def place(self, device: torch.device) -> None:
         """Move both blocks."""
@@ -181,6 +184,14 @@ class LinearFit(_Reads):
         moments = self._moments.setdefault(name, Moments.zeros(x.shape[-1]))
         moments.add(x, y)
         self.energy[name] = self.energy.get(name, 0.0) + float(y.double().square().sum())
+
+
+def _misaligned(name: Stream, own: Tensor, target: Tensor, reading: Reading) -> Tensor:
+    """Return the relative squared error of one stream, to which padding adds nothing."""
+    if name == "text" and reading.unpadded is not None:
+        kept = reading.unpadded.repeat(1, target.shape[1] // reading.unpadded.shape[1])[:, :, None]
+        own, target = own * kept, target * kept
+    return relative_mse(Streams(own), Streams(target))
 
 
 def precision(reading: Reading) -> contextlib.AbstractContextManager[None]:

@@ -123,7 +123,8 @@ class _Affine:
         output = run_block(self._block, self.stack, reading.arguments, reading.inputs)
         for name, y in reading.target.of(self.stack.streams).items():
             x = getattr(output, name)
-            self._moments.setdefault(name, Moments.zeros(x.shape[-1])).add(x, y)
+            sums = self._moments.setdefault(name, Moments.zeros(x.shape[-1]))
+            sums.add(reading.tokens(name, x), reading.tokens(name, y))
 
     def place(self, device: torch.device) -> None:
         self._block.to(device)

@@ -95,9 +95,15 @@ def answer(runner: Runner, batches: Batches, number: int, ends: Sequence[Form] =
     """Run the teacher on batch `number`, as the student will be run on it."""
     blocks = [(runner.blocks(form.stack)[form.last], runner.adapter.stack(form.stack)) for form in ends]
     device = runner.placement.device
+    batch = batches[number]
     with autocast(device, batches.dtype), outputs(blocks) as seen:
-        velocity = runner.velocity(batches[number])
-    return Target(velocity, {(form.stack, form.last): streams for form, streams in zip(ends, seen, strict=True)})
+        velocity = runner.velocity(batch)
+    features = {(form.stack, form.last): streams for form, streams in zip(ends, seen, strict=True)}
+    stack = runner.adapter.stacks[-1].path
+    end = (stack, len(runner.blocks(stack)) - 1)
+    if end in features and not runner.reads_last_text(batch):
+        features[end] = Streams(features[end].image)
+    return Target(velocity, features)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,10 @@ def test_samples_are_what_the_pipeline_passes_and_makes(world):
             for row in range(len(tokens)):
                 sample = next(samples)
                 assert torch.equal(sample.latents[0], latents[row % len(chunk)])
+                first = call is calls[0]
+                # SD3 has the negatives in front, Qwen-Image in a call of their own.
+                guided = row < len(chunk) if len(tokens) > len(chunk) else not first
+                assert sample.negative == guided
                 assert (sample.reference is not None) == world.edits
                 if sample.reference is not None:
                     assert torch.equal(tokens[row : row + 1, latents.shape[1] :], sample.reference)
@@ -74,8 +78,10 @@ def test_noise_covers_the_latents_alone(world):
 
 def is_row(sample, batch, tokens, row):
     whole = sample.latents if sample.reference is None else torch.cat([sample.latents, sample.reference], dim=1)
-    texts = sample.arguments["encoder_hidden_states"][0], batch["encoder_hidden_states"][row]
-    return torch.equal(whole[0], tokens[row]) and texts[0].shape == texts[1].shape and torch.equal(*texts)
+    texts = [of["encoder_hidden_states"][at] for of, at in ((sample.arguments, 0), (batch, row))]
+    masks = [of.get("encoder_hidden_states_mask") for of in (sample.arguments, batch)]
+    own = [t if m is None else t[m[at].bool()] for t, m, at in zip(texts, masks, (0, row), strict=True)]
+    return torch.equal(whole[0], tokens[row]) and own[0].shape == own[1].shape and torch.equal(*own)
 
 
 @torch.no_grad()

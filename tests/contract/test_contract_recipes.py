@@ -50,6 +50,8 @@ def cut_down(name, world):
     # What tiny models can reach: much of them is not in blocks.
     for target, share in zip(data["targets"], (90, 85, 80) if name in FULL_DEPTH else (99, 98, 97), strict=False):
         target |= {} if name.endswith("_light") else {"params": f"{share}%"}
+        if "depth" in target:
+            target["depth"] = f"{share + 1}%"
     return data
 
 

@@ -1,10 +1,11 @@
 """Adapters are found by name, by reference and by class, and every mistake lists the choices."""
 
 import importlib.metadata
+import sys
 
 import pytest
 
-from ppcl_toolkit.adapter import Adapter, Stack, adapter_for, available_adapters, load_adapter
+from ppcl_toolkit.adapter import Adapter, Stack, adapter_for, adapter_of, available_adapters, load_adapter
 from ppcl_toolkit.errors import PpclError
 
 OTHER = Adapter(family="other", transformer="OtherTransformer", stacks=(Stack(path="blocks", depth_key="depth"),))
@@ -47,6 +48,17 @@ def test_an_installed_entry_point_is_loaded_by_its_name(monkeypatch):
     assert available_adapters()[-1] == "elsewhere"
     assert load_adapter("elsewhere") is OTHER
     assert adapter_for("OtherTransformer") is OTHER
+
+
+def test_a_name_in_a_file_names_no_code(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "stranger.py").write_text("raise SystemExit('imported')")
+    with pytest.raises(PpclError, match="'stranger:ADAPTER', which is code: files may only name installed adapters"):
+        adapter_of("stranger:ADAPTER")
+    assert "stranger" not in sys.modules
+    assert adapter_of("flux") is load_adapter("flux")
+    # What a user names is loaded, whatever the file says.
+    assert adapter_of("stranger:ADAPTER", "ppcl_toolkit.adapters.flux:ADAPTER") is load_adapter("flux")
 
 
 def test_an_unknown_name_lists_the_choices():

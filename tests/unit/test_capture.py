@@ -1,11 +1,14 @@
 """Block calls: run block by block, a transformer computes what it computes whole."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
+from families import TRANSFORMERS
 
 from ppcl_toolkit.adapter import load_adapter
-from ppcl_toolkit.running.capture import joint_text, run_block, stack_calls
+from ppcl_toolkit.running.capture import joint_text, run_block, stack_calls, text_is_read
 
 FLUX = load_adapter("flux")
 
@@ -63,6 +66,36 @@ def test_z_is_what_the_joint_attention_is_given():
         run_block(block, stack, calls.arguments[0], calls.streams)
     expected = block.norm1_context(calls.streams.text, emb=calls.arguments[0]["temb"])[0]
     assert torch.equal(seen[0], expected)
+
+
+def rewritten(block, position):
+    """Let a block's output at `position` be something else."""
+
+    def other(_module, _args, output):
+        return tuple(value + 1 if index == position else value for index, value in enumerate(output))
+
+    return block.register_forward_hook(other)
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_text_behind_the_last_block_is_read_where_another_text_gives_another_velocity(family):
+    transformer, adapter, batch = TRANSFORMERS[family]()
+    ends = [replace(adapter, stacks=adapter.stacks[:count]) for count in range(1, len(adapter.stacks) + 1)]
+    answers = []
+    for upto in ends:
+        stack = upto.stacks[-1]
+        last = stack.blocks(transformer)[-1]
+        answers.append(text_is_read(transformer, upto, batch))
+        assert all("forward" not in vars(block) for block in stack.blocks(transformer))
+        with torch.no_grad():
+            before = transformer(**batch)[0]
+            # SD3's last block returns None for its text: there is nothing to rewrite.
+            handle = rewritten(last, stack.returns.index("text")) if family != "sd3" else None
+            assert torch.equal(transformer(**batch)[0], before) != answers[-1]
+        if handle is not None:
+            handle.remove()
+    # FLUX's dual blocks hand their text on to the single ones.
+    assert answers == ([True, False] if family == "flux" else [False])
 
 
 @pytest.mark.parametrize("stack", FLUX.stacks, ids=lambda stack: stack.path)

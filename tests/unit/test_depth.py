@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from runs import DUAL, SINGLE, batches, desk, equal, identity, plan_of, runner
+from torch.nn import functional
 
 from ppcl_toolkit.artifacts.storage import Bank
 from ppcl_toolkit.errors import PpclError
@@ -76,6 +77,20 @@ def test_every_interval_is_banked_with_its_curve(tmp_path):
         "losses.json",
         *(f"{key}.safetensors" for key in KEYS),
     }
+
+
+@torch.no_grad()
+def test_the_text_behind_the_last_block_has_no_part_in_the_loss(tmp_path):
+    run, seen = runner(), []
+    _, losses, _ = distilled(tmp_path, THIRD, run=run, steps=1)
+    blocks = run.blocks(SINGLE.path)
+    for block in blocks:
+        block.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    run.transformer(**batches()[0])
+    # The student starts as the first block.
+    (_, student), *_, (_, teacher) = seen
+    expected = (2 - 2 * functional.cosine_similarity(student, teacher, dim=-1)).mean()
+    assert losses["single_transformer_blocks.0-2"][0][1] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_loss_falls(tmp_path):

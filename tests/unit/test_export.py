@@ -91,10 +91,10 @@ def test_what_a_killed_export_left_is_made_again(pipeline, tmp_path):
 def test_a_variant_that_computes_something_else_is_refused(pipeline, tmp_path, monkeypatch):
     save = stage.save_variant
 
-    def wrong(pipeline, student, *rest):
+    def wrong(pipeline, student, *rest, **options):
         with torch.no_grad():
             student.proj_out.weight.mul_(1.5)
-        return save(pipeline, student, *rest)
+        return save(pipeline, student, *rest, **options)
 
     monkeypatch.setattr(stage, "save_variant", wrong)
     with pytest.raises(PpclError, match=r"small, opened as stock, differs by .*, more than"):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import DUAL, batches, desk, equal, plan_of, runner
+from runs import DUAL, SINGLE, batches, desk, equal, plan_of, runner
 from torch import multiprocessing
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.storage import Bank, Desk
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import FfnSwap, Interval
+from ppcl_toolkit.plan import FfnSwap, Form, Interval
 from ppcl_toolkit.recipe import Depth, Finetune, Width
 from ppcl_toolkit.running.capture import Streams
 from ppcl_toolkit.running.placement import Placement
@@ -26,7 +26,7 @@ from ppcl_toolkit.stages.width import distill_width
 from ppcl_toolkit.surgery.assemble import student_of
 from ppcl_toolkit.training import loop
 from ppcl_toolkit.training.losses import relative_mse
-from ppcl_toolkit.training.targets import Velocities
+from ppcl_toolkit.training.targets import Velocities, answer
 
 OPERATIONS = (
     Interval(stack=DUAL.path, first=1, last=2),
@@ -207,6 +207,13 @@ def test_streamed_equals_resident_bit_by_bit(teacher, bank, tmp_path):
     )
     assert equal(resident, streamed)
     assert losses == curve
+
+
+def test_text_that_nobody_reads_is_no_feature(teacher):
+    ends = [Form(DUAL.path, 2, 3), Form(SINGLE.path, 1, 2)]
+    features = answer(teacher, batches(), 0, ends).features
+    assert features[DUAL.path, 3].text is not None
+    assert features[SINGLE.path, 2].text is None
 
 
 def test_feature_terms_and_checkpointing_are_options(teacher, bank, tmp_path):

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import TRANSFORMERS
 from tiny import flux_inputs, flux_transformer
 
 import ppcl_toolkit.artifacts.passes as passes
@@ -150,7 +151,7 @@ def found(transformer, placement=None, kind=Runner, **settings):
     return find_intervals(runner, batches, settings, probe_weights(transformer), SILENT)
 
 
-def outputs(transformer, stack, stream):
+def outputs(transformer, stack, stream, given=None):
     """Outputs [B, N, D] of every block over all batches, by plain hooks."""
     seen = []
     position = stack.returns.index(stream)
@@ -159,7 +160,7 @@ def outputs(transformer, stack, stream):
         for block in stack.blocks(transformer)
     ]
     with torch.no_grad():
-        for batch in batches(0, 3):
+        for batch in given or batches(0, 3):
             transformer(**batch)
     for handle in handles:
         handle.remove()
@@ -179,14 +180,22 @@ def test_curves_are_equations_3_and_4_on_a_real_transformer():
                 for k in range(u + 1, 3):
                     x = x + x @ weights[stack.path, k, stream].T
                     table[u, k] = cka(blocks[u], x).mean()
+            pairs = heatmap(blocks)
+            if (stack, stream) == (SINGLE, "text"):
+                # Nobody reads it behind the last block.
+                table[:2, 2] = pairs[:2, 2] = pairs[2, :2] = 0.0
             of = curves[stack.path][stream]
             torch.testing.assert_close(of.cka, table, atol=1e-5, rtol=0)
             torch.testing.assert_close(of.delta, differences(table), atol=2e-5, rtol=0)
-            torch.testing.assert_close(of.heatmap, heatmap(blocks), atol=1e-5, rtol=0)
+            torch.testing.assert_close(of.heatmap, pairs, atol=1e-5, rtol=0)
         both = curves[stack.path]
-        for name, mean in both["mean"]._asdict().items():
-            halves = [getattr(both[stream], name) for stream in stack.streams]
-            torch.testing.assert_close(mean, sum(halves) / 2)
+        for name in ("cka", "heatmap"):
+            mean = sum(getattr(both[stream], name) for stream in stack.streams) / 2
+            if stack is SINGLE:
+                mean[:, 2] = getattr(both["image"], name)[:, 2]
+                mean[2] = getattr(both["image"], name)[2]
+            torch.testing.assert_close(getattr(both["mean"], name), mean)
+        torch.testing.assert_close(both["mean"].delta, differences(both["mean"].cka))
 
 
 def test_intervals_are_algorithm_1_on_the_chosen_stream():
@@ -224,6 +233,28 @@ def test_text_runs_are_only_searched_where_text_has_its_own_weights():
         text_threshold=0.0,
     ).text_runs
     assert runs == (TextRun(stack=DUAL.path, reference=0, last=3),)
+
+
+def test_text_runs_reach_the_last_block_whose_own_text_nobody_reads():
+    """What a run needs of it is the text that it reads, and that comes from the block before."""
+    transformer, adapter, batch = TRANSFORMERS["qwenimage"]()
+    g = torch.Generator().manual_seed(3)
+    weights = {
+        (adapter.stacks[0].path, block, stream): 0.2 * torch.randn(32, 32, generator=g)
+        for block in range(4)
+        for stream in ("image", "text")
+    }
+
+    def references(threshold):
+        """Of runs that end with the stack."""
+        run, settings = Runner(transformer, adapter), Intervals(batches=1)
+        found = find_intervals(run, lambda *_: [batch], settings, weights, SILENT, text_threshold=threshold)
+        return [each.reference for each in found.text_runs if each.last == 3]
+
+    assert references(0.0) == [0]
+    like = float(cka(*outputs(transformer, adapter.stacks[0], "text", [batch])[1:3]).mean())
+    assert references(like - 1e-4) in ([1], [2])
+    assert references(like + 1e-4) == []
 
 
 def test_given_intervals_are_taken_and_curves_are_still_drawn():

@@ -45,18 +45,62 @@ def test_bias_is_equation_1_with_a_feature_of_ones():
     torch.testing.assert_close(solution, expected)
 
 
-def test_ridge_is_relative_to_the_mean_diagonal_and_spares_the_bias():
+def test_ridge_is_relative_to_what_each_feature_varies_and_spares_the_bias():
     x, y = tokens()
     rows, update = x.reshape(-1, FEATURES), (y - x).reshape(-1, FEATURES)
-    strength = 0.1 * rows.square().sum(0).mean()
-    ridge = strength * torch.eye(FEATURES, dtype=rows.dtype)
+    centred = rows - rows.mean(0)
+    ridge = 0.1 * centred.square().sum(0).diag()
     expected = update.T @ rows @ torch.linalg.inv(rows.T @ rows + ridge)
     torch.testing.assert_close(counted((x, y)).solve(0.1), expected)
     torch.testing.assert_close(counted((1000 * x, 1000 * y)).solve(0.1), expected)
-    centred = rows - rows.mean(0)
     # An unpenalised bias is the same as centring.
     expected = (update - update.mean(0)).T @ centred @ torch.linalg.inv(centred.T @ centred + ridge)
     torch.testing.assert_close(counted((x, y)).solve(0.1, bias=True)[:, :-1], expected)
+
+
+@pytest.mark.parametrize(("mean", "bias"), [(0.0, False), (0.0, True), (1e6, True)])
+def test_linear_maps_are_found_whatever_the_units_of_features(mean, bias):
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(4000, 64, generator=g, dtype=torch.float64)
+    weight = torch.randn(64, 64, generator=g, dtype=torch.float64) / 8
+    # The two large features say as much as any other.
+    size = torch.ones(64, dtype=torch.float64)
+    size[:2] = 5e4
+    center = torch.zeros(64, dtype=torch.float64)
+    center[:2] = mean
+    x = x * size + center
+    moments = Moments.zeros(64)
+    moments.add(x, x + (x - center) / size @ weight.T)
+    assert moments.unexplained(moments.solve(bias=bias)) < 1e-9
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_units_of_features_change_nothing_but_the_units_of_the_map(bias):
+    x, y = tokens()
+    units = torch.logspace(-6, 6, FEATURES, dtype=torch.float64)
+    plain = counted((x, y)).solve(1e-3, bias=bias)
+    moments = Moments.zeros(FEATURES)
+    moments.add(x * units, x * units + (y - x))
+    plain[:, :FEATURES] /= units
+    torch.testing.assert_close(moments.solve(1e-3, bias=bias), plain, rtol=1e-6, atol=0)
+
+
+def test_features_that_never_change_are_no_trouble():
+    x, y = tokens()
+    x[..., 2], y[..., 2] = 0.0, 0.0
+    x[..., 4] = y[..., 4] = 7.0
+    x[..., 5] = y[..., 5] = -3e4
+    for bias in (False, True):
+        found = counted((x, y)).solve(bias=bias)
+        assert found.isfinite().all()
+        assert not found[:, 2].any()
+        others = [0, 1, 3, 6]
+        update = (y - x)[..., others].reshape(-1, 4)
+        left = update - (x @ found[:, :FEATURES].T + (found[:, -1] if bias else 0.0))[..., others].reshape(-1, 4)
+        # What is constant serves as a bias, or there is one.
+        extended = torch.cat([x[..., others].reshape(-1, 4), torch.ones(TOKENS, 1, dtype=x.dtype)], 1)
+        missed = update - extended @ torch.linalg.lstsq(extended, update).solution
+        assert float(left.square().sum() / missed.square().sum()) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_streaming_is_one_shot_and_merged_is_whole():

@@ -173,12 +173,18 @@ def test_a_wrong_adapter_is_refused(saved, tmp_path, monkeypatch):
     assert "unknown adapter 'fluxx'; available: " in refusal(saved, adapter="fluxx")
 
 
+def test_the_plan_of_a_teacher_names_no_code_before_anything_is_made(broken):
+    depths = {"transformer_blocks": 3, "single_transformer_blocks": 2}
+    Plan(family="stranger:ADAPTER", depths=depths).save(broken / "plan.json")
+    assert "'stranger:ADAPTER', which is code" in refusal(broken)
+
+
 def test_a_quantised_teacher_is_refused(saved, monkeypatch):
     import ppcl_toolkit.artifacts.pipeline as module
 
     pipeline = load_pipeline(str(saved))
     pipeline.transformer.is_quantized = True
-    monkeypatch.setattr(module, "load_pipeline", lambda *_: pipeline)
+    monkeypatch.setattr(module, "load_pipeline", lambda *_, **__: pipeline)
     assert "a quantised teacher cannot be distilled" in refusal(saved)
 
 
@@ -195,7 +201,7 @@ def test_weights_of_other_types_are_refused(saved, monkeypatch):
 
     pipeline = load_pipeline(str(saved))
     pipeline.transformer.proj_out.to(torch.float8_e4m3fn)
-    monkeypatch.setattr(module, "load_pipeline", lambda *_: pipeline)
+    monkeypatch.setattr(module, "load_pipeline", lambda *_, **__: pipeline)
     assert "proj_out.weight is a Tensor of torch.float8_e4m3fn" in refusal(saved)
 
 
@@ -216,7 +222,7 @@ def test_lora_adapters_in_memory_are_refused(saved, monkeypatch):
 
     pipeline = load_pipeline(str(saved))
     pipeline.transformer.proj_out.add_module("lora_A", torch.nn.ModuleDict({"default": torch.nn.Linear(2, 2)}))
-    monkeypatch.setattr(module, "load_pipeline", lambda *_: pipeline)
+    monkeypatch.setattr(module, "load_pipeline", lambda *_, **__: pipeline)
     assert "the transformer has proj_out.lora_A.default.weight" in refusal(saved)
 
 

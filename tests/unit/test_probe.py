@@ -80,13 +80,15 @@ def test_every_block_and_stream_has_equation_1():
     transformer = flux_transformer(dual=2, single=2)
     probes = fit(Runner(transformer, FLUX), batches, Probe(batches=3, ridge=1e-3))
     assert set(probes.weights) == set(probes.unexplained)
+    assert len(probes.weights) == 4 * 2 - 1
     for stack in FLUX.stacks:
         for block in range(2):
             seen = [oracle(transformer, stack, block, step) for step in range(3)]
-            for stream in ("image", "text"):
+            # Nobody reads the text behind the last block.
+            for stream in ("image", "text") if (stack, block) != (SINGLE, 1) else ("image",):
                 x = torch.cat([getattr(s[0], stream).flatten(0, 1) for s in seen]).double()
                 y = torch.cat([getattr(s[1], stream).flatten(0, 1) for s in seen]).double()
-                ridge = 1e-3 * x.square().sum(0).mean() * torch.eye(32, dtype=x.dtype)
+                ridge = 1e-3 * (x - x.mean(0)).square().sum(0).diag()
                 expected = (y - x).T @ x @ torch.linalg.inv(x.T @ x + ridge)
                 found = probes.weights[stack.path, block, stream]
                 torch.testing.assert_close(found, expected.float(), atol=1e-3, rtol=1e-3)

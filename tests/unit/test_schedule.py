@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from families import TRANSFORMERS
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.running.capture import Streams, run_block
@@ -50,7 +51,7 @@ def test_streamed_equals_resident_bit_by_bit(chunk):
         for a, b in zip(one.seen, other.seen, strict=True):
             assert torch.equal(a.inputs.image, b.inputs.image)
             assert torch.equal(a.target.image, b.target.image)
-            assert torch.equal(a.target.text, b.target.text)
+            assert a.target.text is b.target.text is None or torch.equal(a.target.text, b.target.text)
             assert a.packed_text is b.packed_text is None or torch.equal(a.packed_text, b.packed_text)
 
 
@@ -66,6 +67,19 @@ def test_a_reading_is_what_the_teacher_computed():
         assert torch.equal(reading.target.text, seen[2][0])
         middle = run_block(transformer.transformer_blocks[1], DUAL, reading.arguments, reading.inputs)
         assert torch.equal(middle.image, seen[1][1])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_text_that_nobody_reads_is_no_target(family, streamed):
+    transformer, adapter, batch = TRANSFORMERS[family]()
+    depths = adapter.depths(transformer)
+    recorders = [Recorder(stack, block, block) for stack in adapter.stacks for block in range(depths[stack.path])]
+    list(Runner(transformer, adapter, Placement(streamed=streamed)).feed([batch] * 2, recorders))
+    for recorder in recorders[:-1]:
+        assert all(reading.target.text is not None for reading in recorder.seen)
+    assert all(reading.target.text is None for reading in recorders[-1].seen)
+    assert all(reading.inputs.text is not None for reading in recorders[-1].seen)
 
 
 def test_only_what_is_needed_runs():

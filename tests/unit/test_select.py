@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from pydantic import ValidationError
 from runs import DUAL, SINGLE, batches, desk, equal, identity, plan_of, runner
 
 from ppcl_toolkit.artifacts.storage import Desk
@@ -164,6 +165,117 @@ def test_what_a_later_candidate_makes_needless_is_given_back(teacher):
     # What a larger target has stays.
     both = [Target(name="large", params="90%", width=False), Target(name="small", params="50%")]
     assert choose(plan_of(teacher), known, both, size, WIDE).order == (PAIR, TAIL)
+
+
+def test_intervals_stop_at_a_targets_depth(teacher, sizes):
+    """The paper's 10B: depth to a budget of its own, then text streams, then FFNs."""
+    plan, total = plan_of(teacher), sizes(plan_of(teacher))
+    by_depth, goal = sizes(plan_of(teacher, PAIR)), sizes(plan_of(teacher, PAIR, TEXT))
+    known = [cheap(PAIR, 0.01, 3), cheap(TAIL, 0.5, 1), cheap(TEXT, 0.2, 1), cheap(SWAP, 0.3, 1)]
+
+    def chosen(**changes):
+        large = Target(name="large", params=str(by_depth), width=False)
+        small = Target(name="small", params=str(goal), **changes)
+        return choose(plan, known, [large, small], sizes, WIDE, order="paper").plans
+
+    # Without one, intervals do it all.
+    assert chosen()["small"].operations == (PAIR, TAIL)
+    assert chosen(depth=str(by_depth))["small"].operations == (PAIR, TEXT)
+    assert chosen(depth=f"{100 * (by_depth + 1) / total:.6f}%")["small"].operations == (PAIR, TEXT)
+    # One parameter less, and another interval goes.
+    assert TAIL in chosen(depth=str(by_depth - 1))["small"].operations
+
+
+def test_a_depth_that_is_reached_is_not_given_back(teacher):
+    saves = {PAIR: 300, TEXT: 400}
+    known = [cheap(PAIR, 0.9, 300), cheap(TEXT, 0.1, 400)]
+
+    def size(plan):
+        return 1000 - sum(saves[operation] for operation in plan.operations)
+
+    asked = Target(name="it", params="60%")
+    assert choose(plan_of(teacher), known, [asked], size, WIDE, order="paper").order == (TEXT,)
+    asked = asked.model_copy(update={"depth": "80%"})
+    assert choose(plan_of(teacher), known, [asked], size, WIDE, order="paper").order == (PAIR, TEXT)
+
+
+def test_a_depth_that_makes_no_sense_is_an_error(teacher, sizes, measured):
+    plan = plan_of(teacher)
+    for depth, message in (("40%", "target 'it': depth 40% is below params 50%"), ("x", "'x': expected a share")):
+        with pytest.raises(PpclError, match=message):
+            choose(plan, measured, [Target(name="it", params="50%", depth=depth)], sizes, WIDE)
+    with pytest.raises(PpclError, match="intervals stop at depth 99%"):
+        choose(plan, measured, [Target(name="it", params="50%", depth="99%")], sizes, Width(text_blocks=1))
+    with pytest.raises(ValidationError, match="a depth of its own and no width"):
+        Target(name="it", params="50%", depth="60%", width=False)
+
+
+@pytest.mark.parametrize("order", ["price", "paper"])
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_a_text_run_longer_than_the_limit_is_shortened(teacher, sizes, limit, order):
+    best = TextRun(stack=DUAL.path, reference=3 - limit, last=3)
+    goal = sizes(plan_of(teacher, best))
+    asked = targets(str(goal))
+    choice = choose(plan_of(teacher), [cheap(TEXT, 0.1)], asked, sizes, Width(text_blocks=limit), order=order)
+    assert choice.order == (best,)
+    assert sizes(choice.plans[str(goal)]) == goal
+    with pytest.raises(PpclError, match=f"the candidates reach {goal:,} "):
+        choose(plan_of(teacher), [cheap(TEXT, 0.1)], targets(str(goal - 1)), sizes, Width(text_blocks=limit))
+
+
+@pytest.mark.parametrize(
+    ("interval", "found", "left"),
+    [
+        ((2, 3), (0, 3), (0, 3)),  # ends where the interval ends
+        ((2, 3), (0, 2), (0, 1)),
+        ((1, 3), (0, 2), None),  # all but the reference is inside
+    ],
+)
+def test_a_text_run_is_shortened_to_whole_blocks_of_the_student(teacher, sizes, interval, found, left):
+    deep = Interval(stack=DUAL.path, first=interval[0], last=interval[1])
+    run = TextRun(stack=DUAL.path, reference=found[0], last=found[1])
+    plan = plan_of(teacher)
+    goal = sizes(plan_of(teacher, deep)) - bool(left)
+    known = [cheap(deep, 0.01, 10**9), cheap(run, 0.5, 1)]
+    choice = choose(plan, known, targets(str(goal)), sizes, WIDE, order="paper")
+    wanted = [TextRun(stack=DUAL.path, reference=left[0], last=left[1])] if left else []
+    assert list(next(iter(choice.plans.values())).text_runs) == wanted
+
+
+def test_of_a_run_that_begins_inside_an_interval_the_rest_is_taken():
+    teacher = runner(6, 1)
+    sizes = Sizes(teacher, example_calls(teacher.transformer, teacher.adapter, batches()[0]))
+    deep = [Interval(stack=DUAL.path, first=0, last=1), Interval(stack=DUAL.path, first=4, last=5)]
+    run, left = (TextRun(stack=DUAL.path, reference=a, last=b) for a, b in ((1, 4), (2, 3)))
+    known = [*(cheap(each, 0.01, 10**9) for each in deep), cheap(run, 0.5, 1)]
+    goal = sizes(plan_of(teacher, *deep, left))
+    choice = choose(plan_of(teacher), known, targets(str(goal)), sizes, WIDE, order="paper")
+    assert choice.order == (*deep, left)
+
+
+def test_of_an_ffn_swap_what_a_text_run_leaves_is_taken(teacher, sizes):
+    swap = FfnSwap(stack=DUAL.path, block=3, streams=("image", "text"))
+    left = swap.model_copy(update={"streams": ("image",)})
+    goal = sizes(plan_of(teacher, TEXT, left))
+    known = [cheap(TEXT, 0.01, 10**9), cheap(swap, 0.5, 1)]
+    choice = choose(plan_of(teacher), known, targets(str(goal)), sizes, WIDE)
+    assert choice.order == (TEXT, left)
+
+
+def test_what_is_given_is_never_shortened(teacher, sizes):
+    with pytest.raises(PpclError, match="the candidates reach"):
+        given = Width(text_blocks=1, given=(TextRun(stack=DUAL.path, reference=0, last=2),))
+        deep = Interval(stack=DUAL.path, first=2, last=3)
+        known = [cheap(deep, 0.01, 10**9), cheap(given.given[0], 0.5, 1)]
+        choose(plan_of(teacher), known, targets(str(sizes(plan_of(teacher, deep)) - 1)), sizes, given)
+
+
+def test_what_is_left_of_a_candidate_is_shown_as_chosen(teacher, sizes, tmp_path):
+    known = [cheap(TEXT, 0.1), cheap(PAIR, 0.9)]
+    choice = choose(plan_of(teacher), known, targets("98%"), sizes, Width(text_blocks=1))
+    choice.save(tmp_path, known)
+    rows = json.loads((tmp_path / "measured.json").read_text())
+    assert [row["chosen"] for row in rows] == [["98"], []]
 
 
 def test_limits_of_the_recipe_are_kept(teacher, sizes, measured):

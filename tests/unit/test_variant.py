@@ -14,6 +14,7 @@ from diffusers import AutoModel, DiffusionPipeline
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.artifacts import variant
+from ppcl_toolkit.artifacts.pipeline import load_pipeline
 from ppcl_toolkit.artifacts.variant import load_compressed, save_variant, verify_variant
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
@@ -222,6 +223,54 @@ def test_broken_folders_say_what_is_broken(broken, message):
     DAMAGES[message](broken)
     with pytest.raises(PpclError, match=message):
         load_compressed(broken)
+
+
+def named_code(folder, family):
+    """Let a variant's plan name code for its adapter."""
+    plan = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps({**plan, "family": family}))
+
+
+@pytest.mark.parametrize("opened", [load_compressed, lambda folder: load_pipeline(str(folder))])
+def test_no_code_that_a_plan_names_is_imported(broken, monkeypatch, opened):
+    (broken / "stranger.py").write_text("raise SystemExit('imported')")
+    named_code(broken, "stranger:ADAPTER")
+    monkeypatch.syspath_prepend(broken)
+    monkeypatch.chdir(broken)
+    with pytest.raises(PpclError, match="'stranger:ADAPTER', which is code"):
+        opened(broken)
+    assert "stranger" not in sys.modules
+
+
+def test_an_adapter_that_the_user_names_opens_a_variant_of_it(broken, custom, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("from ppcl_toolkit.adapters.flux import ADAPTER as MINE")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    named_code(broken, "mine:MINE")
+    assert_same_weights(load_pipeline(str(broken), torch.float32, adapter="mine:MINE").transformer, custom.student)
+    with torch.no_grad():
+        expected = custom.student(**custom.kwargs)[0]
+    assert verify_variant(broken, "custom", custom.kwargs, expected, 1e-5, adapter="mine:MINE") <= 1e-5
+    with pytest.raises(PpclError, match="does not open as custom in a fresh process.*which is code"):
+        verify_variant(broken, "custom", custom.kwargs, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("model_index.json", {"scheduler": ["stranger", "Scheduler"]}, "takes scheduler from 'stranger'"),
+        ("block_calls.json", None, "'save' is no type of tensors"),
+    ],
+)
+def test_nothing_else_in_a_variant_names_code(broken, monkeypatch, file, changes, message):
+    (broken / "stranger.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(broken)
+    content = (broken / file).read_text()
+    changed = {**json.loads(content), **changes} if changes else json.loads(content.replace("float32", "save"))
+    (broken / file).write_text(json.dumps(changed))
+    with pytest.raises(PpclError, match=message):
+        load_compressed(broken)
+    assert "stranger" not in sys.modules
 
 
 def test_plan_that_does_not_fit_the_weights(broken, custom):

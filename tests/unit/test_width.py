@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
+from families import TRANSFORMERS
 from runs import DUAL, batches, desk, equal, plan_of, runner
 
 from ppcl_toolkit.artifacts.storage import Bank
-from ppcl_toolkit.plan import FfnSwap, Interval, TextRun, trained_forms
+from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun, trained_forms
 from ppcl_toolkit.recipe import Depth, Width
+from ppcl_toolkit.running.noise import Batches, Sample
 from ppcl_toolkit.running.placement import Placement
+from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.stages import width as stage
 from ppcl_toolkit.stages.depth import distill_depth
 from ppcl_toolkit.stages.width import distill_width
@@ -76,6 +79,38 @@ def test_every_bank_entry_loads_and_the_student_runs(teacher, depth, tmp_path):
     for operations in (OPERATIONS[:2], OPERATIONS[:3]):
         known = Bank(*depth.folders, tmp_path)
         student_of(teacher.transformer, teacher.adapter, plan_of(teacher, *operations), known, batches()[0])
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        TextRun(stack=DUAL.path, reference=1, last=3),
+        FfnSwap(stack=DUAL.path, block=3, streams=("text",)),
+        FfnSwap(stack=DUAL.path, block=3, streams=("image", "text")),
+    ],
+    ids=str,
+)
+def test_text_that_nobody_reads_may_become_linear_and_learns_nothing(operation, tmp_path):
+    transformer, adapter, call = TRANSFORMERS["qwenimage"]()
+    run = Runner(transformer.requires_grad_(False), adapter)
+    plan = Plan(family="qwen_image", depths=adapter.depths(transformer)).with_operations([operation])
+    latents = call["hidden_states"].shape[1:]
+    arguments = {n: v[:1] for n, v in call.items() if n not in ("hidden_states", "timestep", "return_dict")}
+    samples = [Sample(latents=torch.randn(1, *latents), arguments=arguments) for _ in range(4)]
+    noised = Batches(samples=samples, adapter=adapter, size=2, seed=1)
+    stopped = distill_width(run, [plan], Bank(), noised, section(), desk(tmp_path))
+    assert not stopped
+    bank = Bank(tmp_path)
+    form = list(plan.forms())[-1]
+    end = bank[form.key]
+    dead = [end[name] for name in ("linear_text_h.weight", "linear_ffn_text.weight") if name in end]
+    assert not any(weight.any() for weight in dead)
+    assert len(dead) == 1
+    assert all(value.isfinite().all() for value in end.values())
+    # What is read learns.
+    assert not torch.equal(end["attn.to_q.weight"], transformer.transformer_blocks[3].attn.to_q.weight)
+    student = student_of(transformer, adapter, plan, bank, noised[0])
+    assert torch.isfinite(student(**noised[0])[0]).all()
 
 
 def test_maps_start_from_least_squares_and_the_rest_from_the_wider_block(teacher, depth, tmp_path):
