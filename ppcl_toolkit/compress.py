@@ -33,6 +33,7 @@ from ppcl_toolkit.stages.width import distill_width
 from ppcl_toolkit.surgery.assemble import count_parameters, student_of
 from ppcl_toolkit.training.means import check_optimizer
 from ppcl_toolkit.training.targets import Velocities
+from ppcl_toolkit.values import check_name
 
 # Resident or streamed, results are the same: a run that was too large for its device may go on otherwise.
 _RECORDING = {"teacher": {"path", "revision", "dtype", "call"}, "samples": True, "seed": True}
@@ -103,6 +104,10 @@ def export_target(out: str | Path, params: str, name: str | None = None) -> dict
     `PpclError` where no plan of the bank is that small, with the smallest there is.
     """
     path = Path(out)
+    try:
+        name = check_name(name or params.strip().removesuffix("%"))
+    except ValueError as error:
+        raise PpclError(f"--name {error}") from error
     if not (path / "select").is_dir() or not (path / "width").is_dir():
         raise PpclError(f"{path} has no bank: run `ppcl compress --out {path}` until its width stage is done")
     recipe = Recipe.load(path / "recipe.yaml")
@@ -110,13 +115,14 @@ def export_target(out: str | Path, params: str, name: str | None = None) -> dict
     bank = Bank(path / "depth", path / "width")
     example = _noised(recipe, teacher, load_samples(path / "samples"), "finetune", recipe.finetune.batch)[0]
     plan, count = _first_that_fits(runner, Choice.load(path / "select"), bank, params, example)
-    name = name or params.strip().removesuffix("%")
     variant = _variant(recipe, path, name, teacher.whole(plan))
     if (path / "export" / name).exists():
         raise PpclError(f"{variant.folder} exists already; choose another --name")
     run = Workspace(path)
+    run.lock()
     make = partial(_export, teacher, runner, variant, plan, (bank, None), example)
     made = run.stage(f"export/{name}", {"params": params, "dtype": variant.dtype}, make, variant.read)
+    run.unlock()
     return {**made, "params": count}
 
 

@@ -9,7 +9,6 @@ smaller targets go on from larger ones, so that one bank serves all.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import example_calls
 from ppcl_toolkit.training.substitution import Candidate, Measured, measure, placed, size_of, thinned
+from ppcl_toolkit.values import SIZE
 
 _NOTES = "measured-*.json"
 """What each process has measured: {label: [error, parameters saved]}."""
@@ -211,7 +211,7 @@ class Choice:
 
 def parse_size(text: str, total: int) -> int:
     """Return the number of parameters that `70%`, `8B`, `650M` or `12000` means for a teacher of `total`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([%BMK]?)\s*", text, re.IGNORECASE)
+    match = SIZE.fullmatch(text)
     if not match or float(match[1]) <= 0:
         raise PpclError(f"target size {text!r}: expected a share such as 70%, or a number such as 8B, 650M or 12000")
     scale = {"%": total / 100, "": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2].upper()]
