@@ -33,7 +33,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: torch and diffusers take seconds, and `ppcl --help` needs neither."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    # The function `compress` takes the place that importing its module has just given to the module.
-    globals()[name] = value
-    return value
+    home = importlib.import_module(f"{__name__}.{_HOME[name]}")
+    # The function `compress` takes the place that importing its module has just given to the module, whoever asked.
+    globals().update({public: getattr(home, public) for public, place in _HOME.items() if place == _HOME[name]})
+    return globals()[name]

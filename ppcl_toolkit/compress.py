@@ -21,14 +21,14 @@ from ppcl_toolkit.running.noise import Batches, Sample, share_of_negatives
 from ppcl_toolkit.running.placement import Placement, host_bytes
 from ppcl_toolkit.running.schedule import Batch, Runner
 from ppcl_toolkit.stages.depth import distill_depth
-from ppcl_toolkit.stages.evaluate import evaluate, summarise
+from ppcl_toolkit.stages.evaluate import evaluate, examine, summarise
 from ppcl_toolkit.stages.export import Variant, export
 from ppcl_toolkit.stages.finetune import finetune, load_weights, record_velocities
-from ppcl_toolkit.stages.intervals import Candidates, detect
+from ppcl_toolkit.stages.intervals import Candidates, check_intervals, detect
 from ppcl_toolkit.stages.probe import Probes, probe
 from ppcl_toolkit.stages.report import write_report
-from ppcl_toolkit.stages.samples import load_samples, record_samples
-from ppcl_toolkit.stages.select import Choice, parse_size, select
+from ppcl_toolkit.stages.samples import load_samples, record_samples, sources
+from ppcl_toolkit.stages.select import Choice, check_targets, parse_size, select
 from ppcl_toolkit.stages.width import distill_width
 from ppcl_toolkit.surgery.assemble import count_parameters, student_of
 from ppcl_toolkit.training.means import check_optimizer
@@ -53,8 +53,13 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     run = Workspace(out, progress=progress)
     if not run.is_begun:
         check_machine(recipe, device)
+        # What hours would end with is cheap to know now.
+        sources(recipe.samples, recipe.seed)
+        examine(recipe.evaluate, recipe.teacher.call)
     run.open(recipe.dump())
     teacher, runner = _opened(recipe, device)
+    check_intervals(teacher.adapter, teacher.adapter.depths(teacher.transformer), recipe.intervals)
+    check_targets(recipe, teacher.plan(), sum(p.numel() for p in teacher.transformer.parameters()))
 
     asked = {"source": teacher.source, **_part(recipe, _RECORDING)}
     record = partial(record_samples, runner, teacher, recipe)

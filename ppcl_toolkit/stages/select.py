@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.storage import Desk
@@ -207,6 +207,18 @@ class Choice:
         plans = {n: Plan.model_validate(p) for n, p in json.loads((folder / "targets.json").read_text()).items()}
         operations = TypeAdapter(tuple[Operation, ...]).validate_json((folder / "order.json").read_text())
         return cls(plans=plans, order=operations)
+
+
+def check_targets(recipe: Recipe, plan: Plan, total: int) -> None:
+    """Raise a `PpclError` for sizes that no plan for a teacher of `total` parameters has, and for impossible givens."""
+    for target in recipe.targets:
+        _goals(target, total)
+    for operation in (*recipe.intervals.given, *recipe.width.given):
+        try:
+            plan.with_operations([operation])
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise PpclError(f"the recipe's given operations: {reason}") from error
 
 
 def parse_size(text: str, total: int) -> int:
