@@ -22,20 +22,21 @@ from ppcl_toolkit.running.noise import Batches, Calibration, Sample, share_of_ne
 from ppcl_toolkit.running.placement import Placement, host_bytes
 from ppcl_toolkit.running.schedule import Batch, Runner
 from ppcl_toolkit.stages.depth import distill_depth
-from ppcl_toolkit.stages.evaluate import evaluate, summarise
+from ppcl_toolkit.stages.evaluate import evaluate, examine, summarise
 from ppcl_toolkit.stages.export import Variant, export
 from ppcl_toolkit.stages.finetune import finetune, load_weights, record_velocities
-from ppcl_toolkit.stages.intervals import Candidates, detect
+from ppcl_toolkit.stages.intervals import Candidates, check_intervals, detect
 from ppcl_toolkit.stages.modulation import LowRankChoice, bank_low_rank, check_modulation, find_modulation
 from ppcl_toolkit.stages.probe import Probes, probe
 from ppcl_toolkit.stages.report import write_report
-from ppcl_toolkit.stages.samples import EMPTY, load_samples, record_samples
-from ppcl_toolkit.stages.select import Choice, parse_size, select
+from ppcl_toolkit.stages.samples import EMPTY, load_samples, record_samples, sources
+from ppcl_toolkit.stages.select import Choice, check_targets, parse_size, select
 from ppcl_toolkit.stages.width import distill_width
 from ppcl_toolkit.surgery.assemble import count_parameters, student_of
 from ppcl_toolkit.training.means import check_optimizer
 from ppcl_toolkit.training.substitution import Candidate
 from ppcl_toolkit.training.targets import Velocities
+from ppcl_toolkit.values import check_name
 
 # Resident or streamed, results are the same: a run that was too large for its device may go on otherwise.
 _RECORDING = {"teacher": {"path", "revision", "dtype", "call"}, "samples": True, "seed": True}
@@ -55,10 +56,15 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
     workspace = Workspace(out, progress=progress)
     if not workspace.is_begun:
         check_machine(recipe, device)
+        # What hours would end with is cheap to know now.
+        sources(recipe.samples, recipe.seed)
+        examine(recipe.evaluate, recipe.teacher.call)
     workspace.open(recipe.dump())
     teacher, runner = _opened(recipe, device)
     if recipe.modulation is not None:
         check_modulation(runner, recipe.modulation)
+    check_intervals(teacher.adapter, teacher.adapter.depths(teacher.transformer), recipe.intervals)
+    check_targets(recipe, teacher.plan(), sum(p.numel() for p in teacher.transformer.parameters()))
 
     run = _Run(recipe, workspace, teacher, Schedules(recipe, runner))
     low = run.low_rank() if recipe.modulation is not None else None
@@ -169,6 +175,10 @@ def export_target(out: str | Path, params: str, name: str | None = None) -> dict
     `PpclError` where no plan of the bank is that small, with the smallest there is.
     """
     path = Path(out)
+    try:
+        name = check_name(name or params.strip().removesuffix("%"))
+    except ValueError as error:
+        raise PpclError(f"--name {error}") from error
     folders = [path / name for name in ("depth", "width", "modulation", "low_rank") if (path / name).is_dir()]
     if not (path / "select").is_dir() or not folders:
         raise PpclError(f"{path} has no bank: run `ppcl compress --out {path}` until its width stage is done")
@@ -179,13 +189,14 @@ def export_target(out: str | Path, params: str, name: str | None = None) -> dict
     example = _noised(recipe, teacher, load_samples(path / "samples"), "finetune", recipe.finetune.batch)[0]
     choice = Choice.load(path / "select")
     plan, count = _first_that_fits(runner, (choice, low.swaps if low else ()), bank, params, example)
-    name = name or params.strip().removesuffix("%")
     variant = _variant(recipe, path, name, teacher.whole(plan), low)
     if (path / "export" / name).exists():
         raise PpclError(f"{variant.folder} exists already; choose another --name")
     run = Workspace(path)
+    run.lock()
     make = partial(_export, teacher, runner, variant, plan, (bank, None), example)
     made = run.stage(f"export/{name}", {"params": params, "dtype": variant.dtype}, make, variant.read)
+    run.unlock()
     return {**made, "params": count}
 
 

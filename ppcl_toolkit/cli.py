@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ppcl_toolkit import console
-from ppcl_toolkit.ending import Ended, end_on_signals
+from ppcl_toolkit.ending import Ended, end_on_signals, unexpected
 from ppcl_toolkit.errors import PpclError
 
 app = typer.Typer(
@@ -22,6 +22,16 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="Recipes in the package, and what a recipe may hold.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error that nobody expected.")
+    ] = False,
+) -> None:
+    """Compress Diffusion Transformers: pluggable pruning with contiguous layer distillation."""
+
 
 RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
 
@@ -34,8 +44,10 @@ def main() -> None:
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     end_on_signals()
+    words = [word for word in sys.argv[1:] if word != "--debug"]
+    debug = len(words) < len(sys.argv) - 1
     try:
-        code = app(standalone_mode=False)
+        code = app(words, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except PpclError as error:
         _stop(f"error: {error}", 1)
@@ -48,10 +60,15 @@ def main() -> None:
             _stop(f"error: {getattr(error, 'format_message', lambda: '')()}", code)
         from ppcl_toolkit.trouble import explained
 
-        known = explained(error)
-        if known is None:
+        if debug:
             raise
-        _stop(f"error: {known}", 1)
+        _stop(f"error: {explained(error) or unexpected(error, _run_folders(words))}", 1)
+
+
+def _run_folders(words: list[str]) -> list[Path]:
+    """Return the folder of the run that a command works in, where it has one."""
+    named = [Path(value) for option, value in zip(words, words[1:], strict=False) if option in ("--out", "--run")]
+    return [folder for folder in named if (folder / "recipe.yaml").is_file()]
 
 
 @app.command()

@@ -15,16 +15,15 @@ from pydantic.fields import FieldInfo
 
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, TextRun
+from ppcl_toolkit.values import Count, Decay, Name, Seed, Share, Size, check_call, read_yaml, shortened
 
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Lossname = Literal["direction", "relative_mse", "direction_magnitude"]
 
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values never change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
 class Teacher(Section):
@@ -43,6 +42,11 @@ class Teacher(Section):
     """Gigabytes of the host in which blocks that learn wait, when streamed; more wait on disk. Default: half of all."""
     call: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of every call of the pipeline: steps, guidance, height, width, ..."""
+
+    @model_validator(mode="after")
+    def _can_be_called(self) -> "Teacher":
+        check_call(self.call)
+        return self
 
 
 class Samples(Section):
@@ -123,10 +127,10 @@ class Target(Section):
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    params: str | None = None
+    name: Name
+    params: Size | None = None
     """At most this many transformer parameters: a share of the teacher's (`70%`) or a number (`8B`, `650M`)."""
-    depth: str | None = None
+    depth: Size | None = None
     """Where intervals stop: at most this many parameters by depth alone, the rest by width. Default: `params`."""
     width: bool = True
     """Whether text streams and FFNs may go; without it, and modulation, the variant is a stock diffusers folder."""
@@ -166,7 +170,7 @@ class Training(Section):
     learning_rate: PositiveFloat = 1e-4
     warmup: Count = 20
     """Steps of linear warm-up; then cosine decay to zero."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.02
     clip: PositiveFloat | None = 1.0
     """Largest gradient norm."""
@@ -248,7 +252,7 @@ class Evaluate(Section):
     edits: str | None = None
     """For editing pipelines: folder of images to edit, each with a .txt instruction beside it; replaces `prompts`."""
     count: PositiveInt = 70
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     batch: PositiveInt = 1
     velocity_batches: PositiveInt = 4
     """Batches for the relative velocity error."""
@@ -259,7 +263,7 @@ class Recipe(Section):
 
     preset: Literal["default", "paper"] = "default"
     adapter: str = "auto"
-    seed: int = 42
+    seed: Seed = 42
     device: str = "auto"
     teacher: Teacher
     samples: Samples = Samples()
@@ -277,7 +281,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _names_differ(self) -> "Recipe":
         names = [target.name for target in self.targets]
-        if len(set(names)) < len(names):
+        # Some file systems do not tell upper from lower case.
+        if len({name.lower() for name in names}) < len(names):
             raise ValueError(f"targets share a name: {names}")
         asked = any(target.modulation for target in self.targets)
         if asked and self.modulation is None:
@@ -304,10 +309,10 @@ class Recipe(Section):
         """
         path = find_recipe(source)
         try:
-            tree = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-            data = yaml.safe_load(path.read_text()) or {}
+            tree, data = read_yaml(path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise PpclError(f"{path} is not YAML: {error}") from error
+            raise PpclError(f"{path} is not YAML for a recipe: {_of_yaml(error)}") from error
+        data = {} if data is None else data
         if not isinstance(data, dict):
             raise PpclError(f"{path} holds no mapping of recipe keys")
         for override in overrides:
@@ -369,9 +374,11 @@ def _override(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise PpclError(f"--set {override!r}: {parent!r} has no keys of its own")
     try:
-        data[key] = yaml.safe_load(value)
+        data[key] = read_yaml(value)[1]
     except yaml.YAMLError as error:
-        raise PpclError(f"--set {override!r}: the value is not YAML") from error
+        raise PpclError(
+            f"--set {shortened(override)}: the value is not YAML for a recipe: {_of_yaml(error)}"
+        ) from error
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -392,13 +399,19 @@ def _explain(error: ValidationError, path: Path, tree: yaml.Node | None, given: 
             close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
             message = "unknown key" + (f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}")
         elif problem["type"] != "missing":
-            message += f", not {problem['input']!r}"
+            message += f", not {shortened(problem['input'])}"
         line = _line(tree, problem["loc"])
         place = f"{path.name}{f' line {line}' if line else ''}"
         if any(problem["loc"][: len(keys)] == keys for keys in given):
             place = "--set"
         messages.append(f"{place}: {location}: {message}")
     return "\n".join(messages)
+
+
+def _of_yaml(error: Exception) -> str:
+    """Return in one line what is wrong, and where."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+    return " ".join(f"{f'line {mark.line + 1}: ' if mark else ''}{problem}".split())
 
 
 _NO_KIND = FieldInfo()

@@ -51,6 +51,13 @@ def test_help_needs_neither_torch_nor_diffusers():
     assert done.stdout.strip() == "set()"
 
 
+@pytest.mark.parametrize("names", ["compress, export_target", "export_target, compress"])
+def test_public_names_are_the_same_in_any_order(names):
+    code = f"from ppcl_toolkit import {names}; print(compress.__name__, callable(compress), callable(export_target))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["compress", "True", "True"]
+
+
 def test_recipes_are_listed_shown_and_described():
     runner = CliRunner()
     assert "tiny" in runner.invoke(cli.app, ["recipes", "list"]).output.split()

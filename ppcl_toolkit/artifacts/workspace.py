@@ -4,6 +4,7 @@ A stage works in `<name>.partial/` and appears as `<name>/` by one rename, so wh
 its result lies what it was made from; a finished stage is only read again by a recipe that asks for the same.
 """
 
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -27,8 +28,13 @@ from ppcl_toolkit.trouble import writing
 
 Result = TypeVar("Result")
 _MADE_FROM, _WARNINGS = "made_from.json", "warnings.json"
-_FIRST = {"environment.json", ".environment.json.partial", ".recipe.yaml.partial"}
+_LOCK = ".lock"
+_FIRST = {_LOCK, "environment.json", ".environment.json.partial", ".recipe.yaml.partial"}
 """What a run that is killed in its first moment leaves, or another process of the same run has just written."""
+
+
+_held: dict[Path, int] = {}
+"""Locks of this process, by their files: the kernel frees them with it, however it ends."""
 
 
 class Progress(Protocol):
@@ -77,8 +83,11 @@ class Workspace:
     def open(self, recipe: str) -> None:
         """Make the folder, and note what was asked and on what; an earlier note stays until `close`.
 
-        Raises `PpclError` where the processes of the run do not share the folder.
+        Until then, or the end of this process, no other one may work here: it gets a `PpclError` that names this one.
+        Raises `PpclError` where the processes of the run do not share the folder, too.
         """
+        if processes.is_main():
+            self.lock()
         if processes.is_main() and not (self.path / "recipe.yaml").exists():
             self._describe(recipe)
         processes.watch()
@@ -90,7 +99,37 @@ class Workspace:
         """Note what all stages were made from; the processes of the run part here."""
         if processes.is_main():
             self._describe(recipe)
+            self.unlock()
         processes.part()
+
+    def lock(self) -> None:
+        """Keep other processes out of this folder, which is made; where another is at work it is a `PpclError`."""
+        path = self.path.resolve() / _LOCK
+        if path in _held:
+            return
+        with writing(self.path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
+            os.close(file)
+            raise PpclError(
+                f"{holder} is at work in {self.path}; wait for it, end it, or choose another --out"
+            ) from error
+        except OSError:  # a file system without locks
+            os.close(file)
+            return
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
+        _held[path] = file
+
+    def unlock(self) -> None:
+        """Let other processes in."""
+        if (file := _held.pop(self.path.resolve() / _LOCK, None)) is not None:
+            os.ftruncate(file, 0)
+            os.close(file)
 
     def _tell(self, stage: str, done: int, total: int, note: str = "") -> None:
         self._at = (stage, done, total)

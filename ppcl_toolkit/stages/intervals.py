@@ -107,7 +107,7 @@ def find_intervals(
     Raises `PpclError` where `settings` name a stack, block or stream that the transformer has not.
     """
     adapter, depths = runner.adapter, runner.adapter.depths(runner.transformer)
-    _check(adapter, depths, settings)
+    check_intervals(adapter, depths, settings)
     sums = {stack.path: _sums(runner, stack, depths[stack.path], weights) for stack in adapter.stacks}
     readers = [CkaReader(s, block, sums[s.path]) for s in adapter.stacks for block in range(depths[s.path])]
     calibration = Pass("similarities", desk.folder, range(settings.batches), _named(sums, readers))
@@ -211,7 +211,8 @@ def _text_runs(adapter: Adapter, curves: Mapping[str, Mapping[str, Curves]], thr
                 yield TextRun(stack=stack.path, reference=reference, last=last)
 
 
-def _check(adapter: Adapter, depths: Mapping[str, int], settings: Intervals) -> None:
+def check_intervals(adapter: Adapter, depths: Mapping[str, int], settings: Intervals) -> None:
+    """Raise a `PpclError` where `settings` name a stack, block or stream that the transformer has not."""
     for path in [*settings.first_block, *(interval.stack for interval in settings.given)]:
         adapter.stack(path)
     for interval in settings.given:

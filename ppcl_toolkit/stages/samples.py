@@ -36,7 +36,7 @@ def record_samples(runner: Runner, teacher: Teacher, recipe: Recipe, desk: Desk)
     check_call(pipeline, call)
     if section.edits:
         check_edits(pipeline, "samples.edits")
-    items = _items(section, seed)
+    items = sources(section, seed)
     rank, ranks = processes.world()
     with runner.calling(pipeline):
         for start in range(rank * section.batch, len(items), ranks * section.batch):
@@ -78,7 +78,8 @@ def prompts(section: Samples, seed: int) -> list[str]:
     return found
 
 
-def _items(section: Samples, seed: int) -> Sequence[Item]:
+def sources(section: Samples, seed: int) -> Sequence[Item]:
+    """Return what is to be recorded; files that are missing or empty are a `PpclError`."""
     if section.edits:
         return read_pairs(section.edits, "samples.edits")[: section.count]
     if section.images:

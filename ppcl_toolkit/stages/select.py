@@ -9,13 +9,12 @@ smaller targets go on from larger ones, so that one bank serves all.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.storage import Desk
@@ -27,6 +26,7 @@ from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import example_calls
 from ppcl_toolkit.training.substitution import Candidate, Measured, measure, placed, size_of, thinned
+from ppcl_toolkit.values import SIZE
 
 _NOTES = "measured-*.json"
 """What each process has measured: {label: [error, parameters saved]}."""
@@ -225,9 +225,21 @@ class Choice:
         return cls(plans=plans, order=operations)
 
 
+def check_targets(recipe: Recipe, plan: Plan, total: int) -> None:
+    """Raise a `PpclError` for sizes that no plan for a teacher of `total` parameters has, and for impossible givens."""
+    for target in recipe.targets:
+        _goals(target, total)
+    for operation in (*recipe.intervals.given, *recipe.width.given):
+        try:
+            plan.with_operations([operation])
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise PpclError(f"the recipe's given operations: {reason}") from error
+
+
 def parse_size(text: str, total: int) -> int:
     """Return the number of parameters that `70%`, `8B`, `650M` or `12000` means for a teacher of `total`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([%BMK]?)\s*", text, re.IGNORECASE)
+    match = SIZE.fullmatch(text)
     if not match or float(match[1]) <= 0:
         raise PpclError(f"target size {text!r}: expected a share such as 70%, or a number such as 8B, 650M or 12000")
     scale = {"%": total / 100, "": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2].upper()]

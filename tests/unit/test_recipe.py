@@ -1,13 +1,14 @@
 """A recipe is strict: what it does not know it names, with the line and the nearest key."""
 
 import re
+import time
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.recipe import PRESETS, Recipe, Samples, shipped_recipes
+from ppcl_toolkit.recipe import PRESETS, Finetune, Recipe, Samples, shipped_recipes
 
 SMALLEST = "teacher: {path: shapes}\ntargets:\n  - {name: a, params: 70%}\n"
 
@@ -165,3 +166,88 @@ def test_the_schema_describes_every_section():
 def test_images_and_edits_are_two_sources():
     with pytest.raises(ValidationError, match="not both"):
         Samples(images="a", edits="b")
+
+
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 10)}]\n" for i in range(8)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2\n", "line 2: 'seed' stands here twice"),
+        ("depth: {steps: 1, steps: 2}\n", "line 1: 'steps' stands here twice"),
+        ("seed: " + "9" * 6000 + "\n", "line 1: a number of 6,000 characters"),
+        ("samples: {sigma_mean: .nan}\n", "line 1: .nan is no number of a recipe"),
+        ("samples: {sigma_mean: -.inf}\n", "line 1: -.inf is no number of a recipe"),
+        ("samples: {sigma_mean: 1.0e+999}\n", "is no number of a recipe"),
+        (BOMB, "aliases make it larger than any recipe"),
+        ("a: &a [*a]\n", "an alias names what it is in"),
+        ("[" * 5000, "it is larger or deeper than any recipe"),
+        ("a: " + "[1, " * 50 + "1" + "]" * 50, "it is larger or deeper than any recipe"),
+        ("x: [" + "1, " * 30_000 + "]", "it is larger or deeper than any recipe"),
+        ("# " + "x" * 1_000_001, "it has 1,000,003 characters"),
+        ("teacher: {path: 2024-99-99}\n", "a timestamp is no value of a recipe"),
+        ("teacher: {path: !!python/object/apply:os.system [ls]}\n", "is no value of a recipe"),
+        ("teacher: {path: !!binary aGk=}\n", "a binary is no value of a recipe"),
+        ("? [a, b]\n: 1\n", "a key is a single word"),
+    ],
+)
+def test_yaml_that_is_no_recipe_is_one_line_at_once(load, text, message):
+    started = time.monotonic()
+    said = refusal(load, text)
+    assert message in said and "\n" not in said and len(said) < 400
+    assert time.monotonic() - started < 5
+
+
+def test_anchors_and_merges_are_fine(load):
+    recipe = load(SMALLEST + "probe: &some {batch: 3}\nintervals: {<<: *some, batches: 2}\n")
+    assert recipe.probe.batch == recipe.intervals.batch == 3
+
+
+@pytest.mark.parametrize("override", ["samples.sigma_mean=.nan", "seed=" + "9" * 5000, "depth={steps: 1, steps: 2}"])
+def test_overrides_are_as_strict(load, override):
+    said = refusal(load, SMALLEST, override)
+    assert said.startswith("--set ") and "the value is not YAML for a recipe" in said and len(said) < 300
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": [{"name": "a", "params": "150%"}]}, "'150%' is not smaller than the teacher"),
+        ({"targets": [{"name": "a", "params": "100%"}]}, "'100%' is not smaller than the teacher"),
+        ({"targets": [{"name": "a", "params": "-5%"}]}, "'-5%': expected a share"),
+        ({"targets": [{"name": "a", "params": "0"}]}, "'0': expected a share"),
+        ({"targets": [{"name": "a", "params": "nonsense"}]}, "'nonsense': expected a share"),
+        ({"targets": [{"name": "a", "params": "50%", "depth": "much"}]}, "'much': expected a share"),
+        ({"targets": [{"name": "teacher", "params": "50%"}]}, "stands for something else"),
+        ({"targets": [{"name": "con", "params": "50%"}]}, "stands for something else"),
+        ({"targets": [{"name": "a.partial", "params": "50%"}]}, "stands for something else"),
+        ({"targets": [{"name": "../../evil", "params": "50%"}]}, "a name has letters"),
+        ({"targets": [{"name": "a", "params": "50%"}, {"name": "A", "params": "40%"}]}, "targets share a name"),
+        ({"depth": {"betas": [1, 1]}}, "less than 1"),
+        ({"seed": -1}, "greater than or equal to 0"),
+        ({"seed": 2**40}, "less than 4294967296"),
+        ({"evaluate": {"seeds": []}}, "at least 1 item"),
+        ({"evaluate": {"seeds": [-3]}}, "greater than or equal to 0"),
+        ({"teacher": {"path": "x", "call": {"num_inference_steps": 0}}}, "call.num_inference_steps is a whole number"),
+        ({"teacher": {"path": "x", "call": {"height": "abc"}}}, "call.height is a whole number from 1 on, not 'abc'"),
+        ({"teacher": {"path": "x", "call": {"guidance_scale": -1}}}, "call.guidance_scale is a number from 0 on"),
+    ],
+)
+def test_what_no_teacher_could_do_is_refused_with_the_recipe(changes, message):
+    base = {"teacher": {"path": "x"}, "targets": [{"name": "a", "params": "50%"}]}
+    with pytest.raises(ValidationError) as caught:
+        Recipe.model_validate({**base, **changes})
+    assert message in str(caught.value)
+
+
+def test_numbers_that_are_none_are_refused_from_python_too():
+    with pytest.raises(ValidationError, match="finite number"):
+        Finetune(steps=1, features=float("nan"))
+
+
+def test_long_values_are_cut_in_messages(load):
+    said = refusal(load, SMALLEST + f"seed: {'x' * 5000}\n")
+    assert "not 'xxxx" in said and len(said) < 400

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -102,6 +104,35 @@ def test_a_changed_earlier_stage_makes_later_ones_refuse(tmp_path):
 def test_stages_may_lie_in_folders(tmp_path):
     run_of(tmp_path).stage("export/70", {}, Stage(), read)
     assert run_of(tmp_path).stage("export/70", {}, Stage(fails_at=0), read) == ["0.txt", "1.txt", "2.txt"]
+
+
+HOLDER = """
+import sys, time
+from ppcl_toolkit.artifacts.workspace import Workspace
+Workspace(sys.argv[1]).open("seed: 1")
+print("open", flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_run_belongs_to_one_process_until_that_dies(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "open\n"
+        with pytest.raises(
+            PpclError, match=f"^process {holder.pid} on .* is at work in .*run; wait for it, end it, or"
+        ):
+            run_of(tmp_path)
+    finally:
+        holder.kill()
+        holder.wait()
+    run = run_of(tmp_path)
+    assert run.stage("work", {}, Stage(), read)
+    # This process may go on with what it left, and others may when it is through.
+    run_of(tmp_path)
+    run.close(RECIPE)
+    taken = subprocess.run([sys.executable, "-c", HOLDER.replace("300", "0"), tmp_path / "run"], check=False)
+    assert taken.returncode == 0
 
 
 @pytest.mark.parametrize("content", ["notes.txt", "photos"])

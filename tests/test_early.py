@@ -1,0 +1,48 @@
+"""What can be known from the recipe, its files and the teacher's config is said before the first sample is made."""
+
+import pytest
+
+from ppcl_toolkit import compress, export_target
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.recipe import Recipe
+
+TARGETS = [{"name": "half", "params": "50%"}]
+DUAL = "transformer_blocks"
+
+
+def asked(**sections):
+    base = {"device": "cpu", "teacher": {"path": "shapes", "dtype": "float32"}, "targets": TARGETS}
+    return Recipe.model_validate({**base, **sections})
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"samples": {"prompts": "nowhere.txt"}}, "samples.prompts: cannot read 'nowhere.txt'"),
+        ({"samples": {"images": "nowhere"}}, "samples.images"),
+        ({"evaluate": {"prompts": "nowhere.txt"}}, "nowhere.txt"),
+        ({"evaluate": {"edits": "nowhere"}}, "evaluate.edits"),
+        ({"targets": [{"name": "a", "params": "9B"}]}, "'9B' is not smaller than the teacher's 5,025,760 parameters"),
+        ({"targets": [{"name": "a", "params": "60%", "depth": "50%"}]}, "depth 50% is below params 60%"),
+        ({"intervals": {"first_block": {"blocks": 1}}}, "no stack 'blocks'"),
+        (
+            {"intervals": {"strategy": "given", "given": [{"stack": DUAL, "first": 3, "last": 8}]}},
+            r"transformer_blocks\[3,8\].*blocks 0 to 7",
+        ),
+        (
+            {"width": {"given": [{"kind": "ffn_swap", "stack": DUAL, "block": 8, "streams": ["image"]}]}},
+            r"given operations: transformer_blocks\[8\] ffn image: the stack has blocks 0 to 7",
+        ),
+    ],
+)
+def test_it_is_known_before_the_first_sample(sections, message, tmp_path):
+    with pytest.raises(PpclError, match=message):
+        compress(asked(**sections), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("samples*"))
+
+
+@pytest.mark.parametrize("name", ["/tmp/evil", "../../evil", "teacher", "a.partial", ".hidden", "con"])
+def test_a_variant_has_the_name_of_a_folder_in_its_run(name, tmp_path):
+    with pytest.raises(PpclError, match="^--name "):
+        export_target(tmp_path, "60%", name)
+    assert not list(tmp_path.iterdir())
