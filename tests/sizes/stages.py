@@ -84,7 +84,7 @@ def _export(subject: Subject) -> None:
         name="it", folder=subject.desk.folder / "it", plan=plan, dtype=subject.recipe.export.dtype, call={}
     )
     # What follows writes files, and other processes read them.
-    export.save_variant = lambda *_: variant.folder.mkdir() or "stock"
+    export.save_variant = lambda *_, **__: variant.folder.mkdir() or "stock"
     export.verify_variant = lambda *_, **__: 0.0
     export.export(None, student, variant, example, subject.desk, device=subject.runner.placement.device)
 

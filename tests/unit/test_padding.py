@@ -10,6 +10,7 @@ from tiny import qwen_image_transformer
 
 from ppcl_toolkit.plan import Form, Interval, Plan
 from ppcl_toolkit.recipe import Depth, Finetune, Intervals
+from ppcl_toolkit.running.capture import run_block
 from ppcl_toolkit.running.noise import Batches, Sample, padded, share_of_negatives
 from ppcl_toolkit.running.passage import Reading
 from ppcl_toolkit.running.schedule import Runner
@@ -21,7 +22,7 @@ from ppcl_toolkit.stages.width import narrow_block, wider_block
 from ppcl_toolkit.surgery.assemble import example_calls
 from ppcl_toolkit.training.loop import Optimization
 from ppcl_toolkit.training.losses import LOSSES
-from ppcl_toolkit.training.segment import LinearFit, Segment
+from ppcl_toolkit.training.segment import LinearFit, Segment, block_inputs
 from ppcl_toolkit.training.substitution import _Affine
 from ppcl_toolkit.training.targets import answer
 
@@ -263,3 +264,17 @@ def test_an_error_of_a_negative_counts_as_much_as_guidance_lets_it():
     assert share_of_negatives(1.0) == share_of_negatives(0.0) == 0.0
     assert share_of_negatives(4.0) == pytest.approx(9 / 25)
     assert share_of_negatives(1e6) == pytest.approx(0.5, abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ffn", "end", "inside"])
+def test_a_block_narrowed_without_a_mask_takes_one(teacher, mixed, name):
+    outputs = []
+    for example in (mixed, alone(mixed)[0]):
+        calls = example_calls(teacher.transformer, QWEN_IMAGE, example)
+        block = narrow_block(teacher, FORMS[name], {}, calls)
+        for number, parameter in enumerate(block.parameters()):
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
+        (reading,) = readings(teacher, FORMS[name], [mixed])
+        outputs.append(run_block(block, STACK, reading.arguments, block_inputs(FORMS[name], reading)).image)
+    assert torch.equal(*outputs)
