@@ -88,9 +88,10 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
         answers = partial(record_velocities, runner, plans, batches, recipe.finetune)
         velocities = run.stage("velocities", _part(recipe, _ANSWERS), answers, Velocities, together=True)
     variants = []
+    learning = {target.name for target in recipe.targets if target.finetune and recipe.learns}
     for name, plan in choice.plans.items():
         tuned = None
-        if recipe.learns:
+        if name in learning:
             tune = partial(finetune, runner, plan, bank, batches, velocities, recipe.finetune)
             tuned = run.stage(f"finetune/{name}", recipe.finetune, tune, Path, together=True)
         variant = _variant(recipe, run.path, name, teacher.whole(plan), low)
@@ -136,12 +137,12 @@ def export_target(out: str | Path, params: str, name: str | None = None) -> dict
     `PpclError` where no plan of the bank is that small, with the smallest there is.
     """
     path = Path(out)
-    folders = [path / name for name in ("depth", "width", "modulation", "low_rank") if (path / name).is_dir()]
-    if not (path / "select").is_dir() or not folders:
-        raise PpclError(f"{path} has no bank: run `ppcl compress --out {path}` until its width stage is done")
-    recipe = Recipe.load(path / "recipe.yaml")
+    recipe = Recipe.load(path / "recipe.yaml") if (path / "select").is_dir() else None
+    last = "width" if recipe is None or recipe.searches else "modulation"
+    if recipe is None or not (path / last).is_dir():
+        raise PpclError(f"{path} has no bank: run `ppcl compress --out {path}` until its {last} stage is done")
     teacher, runner = _opened(recipe, processes.pick_device(recipe.device))
-    bank = Bank(*folders)
+    bank = Bank(*(path / name for name in ("depth", "width", "modulation", "low_rank")))
     low = LowRankChoice.load(path / "modulation") if recipe.modulation else None
     example = _noised(recipe, teacher, load_samples(path / "samples"), "finetune", recipe.finetune.batch)[0]
     choice = Choice.load(path / "select")

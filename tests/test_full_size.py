@@ -62,6 +62,16 @@ def test_a_rank_that_is_to_be_found_is_assumed():
     assert "modulation of rank 32, assumed" in found.basis[0]
 
 
+def test_what_is_not_fine_tuned_takes_no_memory_of_it():
+    target, light = "{name: a, params: 8B, modulation: true}", "{name: light, modulation: true, finetune: false}"
+    alone, beside = (
+        dry_run(Recipe.load("flux_8b", ["modulation.rank=32", f"targets=[{targets}]"]))
+        for targets in (target, f"{light}, {target}")
+    )
+    for one, other in zip(alone.memory.values(), beside.memory.values(), strict=True):
+        assert one["finetune"]["device"] == other["finetune"]["device"]
+
+
 def test_modulation_before_blocks():
     """8B is 0.7B below what modulation leaves: fewer blocks go than without it."""
     changes = ["modulation.rank=32", "targets=[{name: a, params: 8B}, {name: b, params: 8B, modulation: true}]"]

@@ -45,7 +45,10 @@ def progress(stage, done, total, note=""):
         os.kill(os.getpid(), signal.SIGKILL)
 compress(Recipe.load(recipe, overrides), out, progress=progress)
 """
-SIZES = "targets=[{name: large, params: 90%, width: false}, {name: small, params: 60%, modulation: true}]"
+SIZES = (
+    "targets=[{name: light, modulation: true, finetune: false}, {name: large, params: 90%, width: false}, "
+    "{name: small, params: 60%, modulation: true}]"
+)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +146,9 @@ def test_two_processes_make_the_same(world, light):
 
 def test_blocks_go_after_it(sizes):
     summary, out = sizes
-    large, small = summary["variants"]
+    light, large, small = summary["variants"]
+    assert {path.name for path in (out / "finetune").iterdir()} == {"large", "small"}
+    assert light["opens"] == "custom" and light["params"] > small["params"]
     total = summary["teacher"]["params"]
     assert (large["opens"], small["opens"]) == ("stock", "custom")
     assert small["params"] <= 0.6 * total
@@ -158,7 +163,7 @@ def test_another_size_has_it_too(sizes):
     made = export_target(out, "80%")
     plan = Plan.load(Path(made["path"]) / "plan.json")
     assert plan.modulation_swaps
-    assert summary["variants"][1]["params"] <= made["params"] <= 0.8 * summary["teacher"]["params"]
+    assert summary["variants"][2]["params"] <= made["params"] <= 0.8 * summary["teacher"]["params"]
     assert loaded_size(made["path"]) == made["params"]
     assert "## What its modulation is made for" in (Path(made["path"]) / "README.md").read_text()
 
