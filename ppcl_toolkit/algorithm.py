@@ -179,12 +179,12 @@ def export_target(out: str | Path, params: str, name: str | None = None) -> dict
         name = check_name(name or params.strip().removesuffix("%"))
     except ValueError as error:
         raise PpclError(f"--name {error}") from error
-    folders = [path / name for name in ("depth", "width", "modulation", "low_rank") if (path / name).is_dir()]
-    if not (path / "select").is_dir() or not folders:
-        raise PpclError(f"{path} has no bank: run `ppcl compress --out {path}` until its width stage is done")
-    recipe = Recipe.load(path / "recipe.yaml")
+    recipe = Recipe.load(path / "recipe.yaml") if (path / "select").is_dir() else None
+    last = "width" if recipe is None or recipe.searches else "modulation"
+    if recipe is None or not (path / last).is_dir():
+        raise PpclError(f"{path} has no bank: run `ppcl compress --out {path}` until its {last} stage is done")
     teacher, runner = _opened(recipe, processes.pick_device(recipe.device))
-    bank = Bank(*folders)
+    bank = Bank(*(path / name for name in ("depth", "width", "modulation", "low_rank")))
     low = LowRankChoice.load(path / "modulation") if recipe.modulation else None
     example = _noised(recipe, teacher, load_samples(path / "samples"), "finetune", recipe.finetune.batch)[0]
     choice = Choice.load(path / "select")

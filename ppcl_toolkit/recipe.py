@@ -136,6 +136,8 @@ class Target(Section):
     """Whether text streams and FFNs may go; without it, and modulation, the variant is a stock diffusers folder."""
     modulation: bool = False
     """Whether the modulation of all blocks is of low rank, before anything else goes; `params` may then be left out."""
+    finetune: bool = True
+    """Whether it is fine-tuned as a whole."""
 
     @model_validator(mode="after")
     def _is_smaller(self) -> "Target":
@@ -299,7 +301,7 @@ class Recipe(Section):
     @property
     def learns(self) -> bool:
         """Whether students are fine-tuned as a whole; where modulation is all that changes, 0 steps are none."""
-        return self.searches or self.finetune.steps > 0
+        return any(target.finetune for target in self.targets) and (self.searches or self.finetune.steps > 0)
 
     @classmethod
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":

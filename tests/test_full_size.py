@@ -53,7 +53,7 @@ def test_modulation_alone(name):
     resident, streamed, _ = (needs["modulation"] for needs in found.memory.values())
     assert resident["device"] > found.teacher.bytes > 2 * streamed["device"]
     others = 2 * sum(load_adapter(name.split("_light")[0].replace("sd35_large", "sd3")).others)
-    assert layers * 256 / 2633 * 4 < resident["host"] - others < layers * 300 / 1800 * 4
+    assert layers * 256 / 2633 * 4 < resident["host"] - others < layers * 330 / 1800 * 4
     assert found.hours["modulation"] < 0.25
     assert "states" not in found.disk and "students" not in found.disk
 
@@ -63,6 +63,16 @@ def test_a_rank_that_is_to_be_found_is_assumed():
     found = dry_run(recipe)
     assert found.variants[0].params == LIGHT["flux_light"]
     assert "modulation of rank 32, assumed" in found.basis[0]
+
+
+def test_what_is_not_fine_tuned_takes_no_memory_of_it():
+    target, light = "{name: a, params: 8B, modulation: true}", "{name: light, modulation: true, finetune: false}"
+    alone, beside = (
+        dry_run(Recipe.load("flux_8b", ["modulation.rank=32", f"targets=[{targets}]"]))
+        for targets in (target, f"{light}, {target}")
+    )
+    for one, other in zip(alone.memory.values(), beside.memory.values(), strict=True):
+        assert one["finetune"]["device"] == other["finetune"]["device"]
 
 
 def test_modulation_before_blocks():

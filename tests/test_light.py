@@ -45,7 +45,10 @@ def progress(stage, done, total, note=""):
         os.kill(os.getpid(), signal.SIGKILL)
 compress(Recipe.load(recipe, overrides), out, progress=progress)
 """
-SIZES = "targets=[{name: large, params: 90%, width: false}, {name: small, params: 60%, modulation: true}]"
+SIZES = (
+    "targets=[{name: light, modulation: true, finetune: false}, {name: large, params: 90%, width: false}, "
+    "{name: small, params: 60%, modulation: true}]"
+)
 
 
 @pytest.fixture(scope="module")
@@ -119,23 +122,33 @@ def test_streamed_gives_the_same_bits(world, light):
     assert weights(world / "streamed/variants") == weights(light[1] / "variants")
 
 
-def test_two_processes_choose_the_same_rank(world, light):
-    out = world / "together"
+def test_two_processes_make_the_same(world, light):
     bound = json.loads((light[1] / "modulation/curve.json").read_text())["curve"]["2"] * 1.01
-    alone = compress(recipe(world, "modulation.rank=null", f"modulation.error={bound}"), world / "error")
-    status, said = run(world, out, "never", "modulation.rank=null", f"modulation.error={bound}", processes=2)
+    asked = [
+        "modulation.rank=null",
+        f"modulation.error={bound}",
+        "targets=[{name: low, params: 60%, modulation: true}]",
+    ]
+    alone = compress(recipe(world, *asked), world / "error")
+    out = world / "together"
+    status, said = run(world, out, "never", *asked, processes=2)
     assert status == 0, said[-3000:]
     one, other = (json.loads((f / "modulation/curve.json").read_text()) for f in (world / "error", out))
     assert one["rank"] == other["rank"] == 2
     assert one["curve"] == pytest.approx(other["curve"], rel=1e-3)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["variants"][0]["params"] == alone["variants"][0]["params"]
-    assert weights(out / "modulation").keys() == weights(world / "error/modulation").keys()
+    for stage in ("modulation", "low_rank"):
+        found = weights(out / stage)
+        assert found and found.keys() == weights(world / "error" / stage).keys()
+    assert not [*out.rglob("*.partial"), *out.rglob("*.tmp")]
 
 
 def test_blocks_go_after_it(sizes):
     summary, out = sizes
-    large, small = summary["variants"]
+    light, large, small = summary["variants"]
+    assert {path.name for path in (out / "finetune").iterdir()} == {"large", "small"}
+    assert light["opens"] == "custom" and light["params"] > small["params"]
     total = summary["teacher"]["params"]
     assert (large["opens"], small["opens"]) == ("stock", "custom")
     assert small["params"] <= 0.6 * total
@@ -150,7 +163,7 @@ def test_another_size_has_it_too(sizes):
     made = export_target(out, "80%")
     plan = Plan.load(Path(made["path"]) / "plan.json")
     assert plan.modulation_swaps
-    assert summary["variants"][1]["params"] <= made["params"] <= 0.8 * summary["teacher"]["params"]
+    assert summary["variants"][2]["params"] <= made["params"] <= 0.8 * summary["teacher"]["params"]
     assert loaded_size(made["path"]) == made["params"]
     assert "## What its modulation is made for" in (Path(made["path"]) / "README.md").read_text()
 
@@ -203,3 +216,15 @@ def test_bad_input_is_refused_before_anything_is_recorded(world, tmp_path, overr
     with pytest.raises(PpclError, match=said):
         compress(recipe(world, override), tmp_path / "run")
     assert not (tmp_path / "run/samples").exists()
+
+
+def test_the_embedded_teacher_loses_a_quarter(tmp_path):
+    cut = ["samples.count=64", "modulation.batches=24", "evaluate.count=7", "evaluate.seeds=[0]", "evaluate.batch=7"]
+    summary = compress(Recipe.load("tiny_light", cut), tmp_path / "run")
+    (variant,) = summary["variants"]
+    # 16 layers of 576 rows and 16 of 288, of 96 features.
+    assert summary["teacher"]["params"] == 5_025_760
+    assert variant["params"] == 5_025_760 - 16 * (576 + 288) * 96 + 16 * 8 * (576 + 96 + 288 + 96)
+    assert variant["velocity_error"] < 0.02
+    page = (tmp_path / "run/report.html").read_text()
+    assert "rank 8: 0.0" in page and "modulation of low rank" in page

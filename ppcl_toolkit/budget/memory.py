@@ -15,7 +15,7 @@ from ppcl_toolkit.budget.blocks import Blocks, Trained
 from ppcl_toolkit.plan import Form, Plan, trained_forms
 from ppcl_toolkit.recipe import Distillation, Recipe
 from ppcl_toolkit.running.slices import block_costs, slices
-from ppcl_toolkit.stages.modulation import AT_ONCE
+from ppcl_toolkit.stages.modulation import AT_ONCE, MOST_SHOWN
 
 WEIGHT, LEARNING, STEP = 4, 12, 8
 """Bytes of a parameter that learns: its weight; at rest; and of its gradient and the lists of AdamW's step."""
@@ -66,13 +66,17 @@ class Memory:
         section = self.recipe.modulation
         if section is None:
             return self.resting()
-        shapes = [(R, D) for R, D in self.blocks.modulation]
+        shapes = self.blocks.modulation
+        resting, own = self.resting(), self.blocks.largest if self.streamed else 0
         # The weight, its product with the root of the covariance, and five squares on the way.
-        exact = 8 * max(2 * R * D + 5 * D * D for R, D in shapes)
+        exact = resting.device - own + 8 * max(2 * R * D + 5 * D * D for R, D in shapes)
         most = min(AT_ONCE, *(R * D // (R + D) for R, D in shapes))
-        host = 4 * (most + (section.rank or most)) * sum(R + D for R, D in shapes)
-        at_work = max(self.blocks.forward(section.batch), exact)
-        return self.resting().beside(at_work, host).beside(*self.passing(section.batch))
+        measured = min(most, max(section.rank or most, MOST_SHOWN))
+        # All factors in fp32, copies of as many rows as are measured, and the sums of one source.
+        host = 4 * sum(most * (R + D) + measured * R for R, D in shapes) + 8 * max(D * D for _, D in shapes)
+        batch = section.batch
+        whole = resting.device + self.blocks.forward(batch) + self.blocks.flow(batch) + self.blocks.beside(batch)
+        return Need(max(exact, whole), resting.host + host)
 
     def intervals(self) -> Need:
         """Similarities: chains of some samples, one after another; outputs of all blocks for the heatmap."""

@@ -43,8 +43,10 @@ class Whole:
 
     @cached_property
     def tuning(self) -> Tuning:
-        """Fine-tuning of the largest student."""
-        return Tuning(self.memory, self._largest)
+        """Fine-tuning of the largest student that is fine-tuned."""
+        spared = {target.name for target in self.memory.recipe.targets if not target.finetune}
+        learning = [plan for name, plan in self.memory.plans.items() if name not in spared]
+        return Tuning(self.memory, max(learning, key=self.params, default=self._largest))
 
     @cached_property
     def means(self) -> Means:

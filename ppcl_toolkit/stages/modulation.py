@@ -32,7 +32,7 @@ from ppcl_toolkit.surgery.narrow import largest_rank, modulation_layers
 _CURVE, _SUMS = "curve.json", "sums/conditioning.safetensors"
 AT_ONCE = 256
 """Rank up to which factors of all layers are kept in memory at first: 5 GB for Qwen-Image."""
-_MOST_SHOWN = 64
+MOST_SHOWN = 64
 """The curve goes so far at least, where ranks so large save anything."""
 
 
@@ -256,7 +256,7 @@ def _chosen(curve: _Curve, section: Modulation, limit: int) -> int:
     """Measure ranks, and return the one that is wanted: powers of two, and then between two of them."""
     powers = [2**power for power in range(limit.bit_length()) if 2**power <= limit]
     if section.rank is not None:
-        for rank in [*(power for power in powers if power <= max(section.rank, _MOST_SHOWN)), section.rank]:
+        for rank in [*(power for power in powers if power <= max(section.rank, MOST_SHOWN)), section.rank]:
             curve.error(rank)
         return section.rank
     assert section.error is not None

@@ -38,9 +38,14 @@ FOUND = {
     "width": {"steps": 3, "batch": 2, "ffn_blocks": 2, "text_blocks": 2, "batches": 3, "text_threshold": 0.3},
     "finetune": {"steps": 3, "batch": 2, "features": 0.1},
     "export": {"dtype": "float32"},
-    "targets": [{"name": "large", "params": "85%", "width": False}, {"name": "small", "params": "65%"}],
+    "modulation": {"rank": 3, "batches": 4, "batch": 2, "velocity_batches": 1, "guidance": [1.0, 3.5]},
+    "targets": [
+        {"name": "large", "params": "85%", "width": False},
+        {"name": "small", "params": "65%"},
+        {"name": "low", "params": "60%", "modulation": True},
+    ],
 }
-"""What the toolkit finds by itself, in two sizes: all the code of a run."""
+"""What the toolkit finds by itself, in three sizes: all the code of a run."""
 GIVEN = {
     **FOUND,
     # SD3's last block is another one than the rest, and an interval ends with it.
@@ -55,6 +60,7 @@ GIVEN = {
             {"kind": "ffn_swap", "stack": STACK, "block": 2, "streams": ["image"]},
         ],
     },
+    "modulation": None,
     "targets": [{"name": "small", "params": "60%"}],
 }
 """Small enough to need the interval and width."""

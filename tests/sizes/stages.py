@@ -6,7 +6,9 @@ import disk
 import torch
 from subjects import Subject, predicted
 
-from ppcl_toolkit.stages import depth, export, finetune, intervals, probe, select, width
+from ppcl_toolkit.artifacts import passes
+from ppcl_toolkit.running import conditioning
+from ppcl_toolkit.stages import depth, export, finetune, intervals, modulation, probe, select, width
 from ppcl_toolkit.surgery.assemble import student_of
 from ppcl_toolkit.training.targets import Velocities
 
@@ -32,6 +34,19 @@ def _probes(subject: Subject) -> dict[tuple[str, int, str], torch.Tensor]:
             for block in range(len(subject.runner.blocks(stack.path))):
                 found[stack.path, block, stream] = torch.empty(value.shape[-1], value.shape[-1])
     return found
+
+
+def _modulation(subject: Subject) -> None:
+    section = subject.recipe.modulation
+    batches = subject.batches(section.batch)
+    # Tensors hold nothing: all layers are fed the same, no velocity differs, and nothing of it is written.
+    conditioning._check = lambda *_: None
+    modulation.sources = lambda fed: dict.fromkeys(fed, next(iter(fed)))
+    modulation._square = lambda _: 1.0
+    modulation.save_tree = passes.save_tree = lambda *_: None
+    object.__setattr__(batches, "covered", dict)
+    subject.desk.folder.mkdir(exist_ok=True)
+    modulation.find_modulation(subject.runner, batches, section, subject.desk)
 
 
 def _select(subject: Subject) -> None:
@@ -91,6 +106,7 @@ def _export(subject: Subject) -> None:
 
 STAGES: dict[str, Callable[[Subject], None]] = {
     "probe": _probe,
+    "modulation": _modulation,
     "intervals": _intervals,
     "select": _select,
     "depth": _depth,

@@ -125,6 +125,8 @@ def shortened(recipe: Recipe, chunk: int | None) -> Recipe:
         update={
             "teacher": recipe.teacher.model_copy(update={"chunk": chunk or recipe.teacher.chunk}),
             "probe": recipe.probe.model_copy(update={"batches": 2, "steps": min(2, recipe.probe.steps)}),
+            "modulation": recipe.modulation
+            and recipe.modulation.model_copy(update={"batches": 2, "velocity_batches": 1}),
             "intervals": recipe.intervals.model_copy(update={"batches": 2}),
             "select": recipe.select.model_copy(update={"batches": 2}),
             "depth": recipe.depth.model_copy(update=few),

@@ -18,6 +18,8 @@ CASES = {
     "width, streamed": ["--recipe", "qwen_image_10b", "--stage", "width", "--streamed", "--published"],
     "answers": ["--recipe", "flux_8b", "--stage", "velocities", "--streamed"],
     "fine-tuning by what fits 24 GB": ["--recipe", "flux_8b", "--stage", "finetune", "--card", "24"],
+    "modulation": ["--recipe", "qwen_image_light", "--stage", "modulation"],
+    "modulation, streamed": ["--recipe", "flux_light", "--stage", "modulation", "--streamed"],
     "export": ["--recipe", "flux_8b", "--stage", "export"],
 }
 

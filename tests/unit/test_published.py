@@ -5,15 +5,18 @@ import shutil
 
 import pytest
 import torch
+from by_hand import hand_made
 from diffusers import DiffusionPipeline, QwenImagePipeline, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 from tiny import flux_pipeline, qwen_image_inputs, qwen_image_pipeline, qwen_image_transformer, randomize
 from torch.nn.functional import gelu, layer_norm, linear, silu
 
+from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.artifacts.published import KEYS, build, import_published, plan_of
-from ppcl_toolkit.artifacts.variant import load_compressed, verify_variant
+from ppcl_toolkit.artifacts.variant import load_compressed, save_variant, verify_variant
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import FfnSwap, Plan, TextRun
+from ppcl_toolkit.plan import FfnSwap, ModulationSwap, Plan, TextRun
+from ppcl_toolkit.surgery.assemble import student_of
 
 STACK = "transformer_blocks"
 INDICES = {"single_stream_index": [2, 3, 5, 7], "ffn_proj_index": [1, 3, 6, 7], "ehs_proj_index": [3, 7]}
@@ -377,3 +380,20 @@ def test_a_folder_that_exists_and_one_that_does_not(published, tmp_path):
         import_published(published.folder, tmp_path)
     with pytest.raises(PpclError, match="is no pipeline folder"):
         import_published(tmp_path / "nowhere", tmp_path / "variant")
+
+
+@torch.no_grad()
+def test_what_is_imported_becomes_light(imported, tmp_path):
+    pipeline, inputs = load_compressed(imported), qwen_image_inputs()
+    adapter, transformer = load_adapter("qwen_image"), pipeline.transformer
+    plan = Plan(family="qwen_image", depths={STACK: 8}, operations=(ModulationSwap(stack=STACK, rank=3),))
+    by_numpy, bank = hand_made(transformer, inputs, adapter, 3)
+    student = student_of(transformer, adapter, plan, bank, inputs)
+    call = {**inputs, "timestep": inputs["timestep"].flip(0) * 0.3}
+    expected, original = by_numpy(**call)[0], transformer(**call)[0]
+    differs = (original - expected).abs().max()
+    both = Plan.load(imported / "plan.json").compose(plan)
+    assert both.text_runs and both.ffn_swaps and both.modulation_swaps
+    save_variant(pipeline, student, both, inputs, tmp_path / "light")
+    for found in (student, load_compressed(tmp_path / "light").transformer):
+        assert (found(**call)[0] - expected).abs().max() < 1e-2 * differs

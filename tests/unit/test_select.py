@@ -204,6 +204,10 @@ def test_a_depth_that_makes_no_sense_is_an_error(teacher, sizes, measured):
         choose(plan_of(teacher), measured, [Target(name="it", params="50%", depth="40%")], sizes, WIDE)
     with pytest.raises(ValueError, match="'x': expected a share"):
         Target(name="it", params="50%", depth="x")
+    with pytest.raises(PpclError, match="intervals stop at depth 99%"):
+        choose(plan_of(teacher), measured, [Target(name="it", params="50%", depth="99%")], sizes, Width(text_blocks=1))
+    with pytest.raises(ValidationError, match="a depth of its own and no width"):
+        Target(name="it", params="50%", depth="60%", width=False)
 
 
 @pytest.mark.parametrize("order", ["price", "paper"])
