@@ -132,6 +132,8 @@ class Target(Section):
     """Whether text streams and FFNs may go; without it, and modulation, the variant is a stock diffusers folder."""
     modulation: bool = False
     """Whether the modulation of all blocks is of low rank, before anything else goes; `params` may then be left out."""
+    finetune: bool = True
+    """Whether its student is fine-tuned as a whole; without it, it is what the bank holds."""
 
     @model_validator(mode="after")
     def _is_smaller(self) -> "Target":
@@ -292,9 +294,10 @@ class Recipe(Section):
         return any(target.params is not None for target in self.targets)
 
     @property
-    def learns(self) -> bool:
-        """Whether students are fine-tuned as a whole; where modulation is all that changes, 0 steps are none."""
-        return self.searches or self.finetune.steps > 0
+    def tuned(self) -> tuple[str, ...]:
+        """Targets whose students are fine-tuned; where modulation is all that changes, 0 steps are none."""
+        worth = self.searches or self.finetune.steps > 0
+        return tuple(target.name for target in self.targets if target.finetune and worth)
 
     @classmethod
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":

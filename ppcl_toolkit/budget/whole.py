@@ -44,7 +44,8 @@ class Whole:
     @cached_property
     def tuning(self) -> Tuning:
         """Fine-tuning of the largest student."""
-        return Tuning(self.memory, self._largest)
+        tuned = [plan for name, plan in self.memory.plans.items() if name in self.memory.recipe.tuned]
+        return Tuning(self.memory, max(tuned or [self._largest], key=self.params))
 
     @cached_property
     def means(self) -> Means:
