@@ -141,14 +141,14 @@ class _Run:
         """Fine-tune what learns, and export: stages `velocities`, `finetune/<target>` and `export/<target>`."""
         recipe, batches = self._recipe, self._noised("finetune", self._recipe.finetune.batch)
         velocities = Velocities(self._workspace.path / "velocities")
-        if recipe.learns:
-            wanted = list(plans.values())
+        if recipe.tuned:
+            wanted = [plans[name] for name in recipe.tuned]
             answer = partial(record_velocities, self._runner("velocities", plans), wanted, batches, recipe.finetune)
             velocities = self._stage("velocities", _part(recipe, _ANSWERS), answer, Velocities)
         exports = []
         for name, plan in plans.items():
             tuned = None
-            if recipe.learns:
+            if name in recipe.tuned:
                 runner = self._runner("finetune", plans)
                 tune = partial(finetune, runner, plan, bank, batches, velocities, recipe.finetune)
                 tuned = self._stage(f"finetune/{name}", recipe.finetune, tune, Path)

@@ -137,7 +137,7 @@ class Target(Section):
     modulation: bool = False
     """Whether the modulation of all blocks is of low rank, before anything else goes; `params` may then be left out."""
     finetune: bool = True
-    """Whether it is fine-tuned as a whole."""
+    """Whether its student is fine-tuned as a whole; without it, it is what the bank holds."""
 
     @model_validator(mode="after")
     def _is_smaller(self) -> "Target":
@@ -299,9 +299,10 @@ class Recipe(Section):
         return any(target.params is not None for target in self.targets)
 
     @property
-    def learns(self) -> bool:
-        """Whether students are fine-tuned as a whole; where modulation is all that changes, 0 steps are none."""
-        return any(target.finetune for target in self.targets) and (self.searches or self.finetune.steps > 0)
+    def tuned(self) -> tuple[str, ...]:
+        """Targets whose students are fine-tuned; where modulation is all that changes, 0 steps are none."""
+        worth = self.searches or self.finetune.steps > 0
+        return tuple(target.name for target in self.targets if target.finetune and worth)
 
     @classmethod
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":

@@ -115,7 +115,7 @@ def test_a_plan_says_what_a_recipe_asks_for():
     slower = CliRunner().invoke(cli.app, ["plan", "--recipe", "tiny", "--json", "--tflops", "0.1"])
     found = json.loads(slower.stdout)
     assert found["teacher"]["params"] == 5_025_760
-    trained = ["samples", "probe", "intervals", "select", "depth", "width", "finetune", "evaluate"]
+    trained = ["samples", "probe", "intervals", "select", "depth", "width", "velocities", "finetune", "evaluate"]
     assert list(found["hours"]) == trained
     assert all(found["hours"].values())
 

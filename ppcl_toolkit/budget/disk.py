@@ -15,14 +15,16 @@ def disk(memory: Memory) -> dict[str, int]:
     low = {swap.rank for plan in memory.plans.values() for swap in plan.modulation_swaps}
     factors = max(low, default=0) * sum(map(sum, blocks.modulation))
     squares = memory.squares()[0] if recipe.searches else 0
-    variants = [whole.params(plan) * blocks.model.dtype.itemsize for plan in memory.plans.values()]
-    students = max(whole.params(plan) for plan in memory.plans.values()) if recipe.finetune.steps else 0
+    itemsize = blocks.model.dtype.itemsize
+    variants = [whole.params(plan) * itemsize for plan in memory.plans.values()]
+    tuned = [whole.params(memory.plans[name]) for name in recipe.tuned]
+    students = max(tuned, default=0) if recipe.finetune.steps else 0
     found = {
         "samples": recipe.samples.count * blocks.model.forwards * blocks.model.sample_bytes,
         "probes": squares * FITTED,
         "velocities": _answered(memory),
         "bank": (banked + factors) * _WEIGHT,
-        "students": sum(variants) if recipe.learns else 0,
+        "students": sum(tuned) * itemsize,
         "variants": sum(variants) + len(variants) * sum(whole.others),
         # Segments have one at the last step and one at the step before, until all are as far.
         "states": max(squares * SUMS, 2 * banked * LEARNING, students * LEARNING),

@@ -44,9 +44,8 @@ class Whole:
     @cached_property
     def tuning(self) -> Tuning:
         """Fine-tuning of the largest student that is fine-tuned."""
-        spared = {target.name for target in self.memory.recipe.targets if not target.finetune}
-        learning = [plan for name, plan in self.memory.plans.items() if name not in spared]
-        return Tuning(self.memory, max(learning, key=self.params, default=self._largest))
+        tuned = [plan for name, plan in self.memory.plans.items() if name in self.memory.recipe.tuned]
+        return Tuning(self.memory, max(tuned, key=self.params, default=self._largest))
 
     @cached_property
     def means(self) -> Means:

@@ -37,6 +37,7 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
     image = int(recipe.teacher.call.get("num_inference_steps", STEPS)) * blocks.model.forwards
     again = _BACKWARD + 1 if recipe.finetune.gradient_checkpointing else _BACKWARD
     students = sum(size.teraflops for size in sizes[1:]) * 1e12
+    tuned = sum(size.teraflops for size in sizes[1:] if size.name in recipe.tuned) * 1e12
     probed = recipe.probe.batches * recipe.probe.batch, recipe.probe.steps * recipe.probe.batch
     compared = recipe.intervals.batches * recipe.intervals.batch
     measured = recipe.select.batches * recipe.select.batch
@@ -58,7 +59,8 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
         "select": Work(measured * (2 + _candidates(recipe, blocks, plans)) * forward),
         "depth": distilled(recipe.depth.model_dump(include={"steps", "batch"}), True),
         "width": distilled(recipe.width.model_dump(include={"steps", "batch"}), False),
-        "finetune": Work(recipe.finetune.steps * recipe.finetune.batch * (len(sizes[1:]) * forward + again * students)),
+        "velocities": Work(recipe.finetune.steps * recipe.finetune.batch * forward),
+        "finetune": Work(recipe.finetune.steps * recipe.finetune.batch * again * tuned),
         "evaluate": Work(pictures * image * (forward + students)),
     }
     return {stage: each for stage, each in found.items() if stage not in absent(recipe)}
@@ -68,7 +70,7 @@ def absent(recipe: Recipe) -> set[str]:
     """Return the stages that a recipe does not have."""
     found = set() if recipe.modulation else {"modulation"}
     found |= set() if recipe.searches else {"probe", "intervals", "select", "depth", "width"}
-    return found | (set() if recipe.learns else {"velocities", "finetune"})
+    return found | (set() if recipe.tuned else {"velocities", "finetune"})
 
 
 def _factored(recipe: Recipe, blocks: Blocks, forward: float) -> Work:
