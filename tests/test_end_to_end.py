@@ -192,7 +192,7 @@ def test_another_size_is_exported_from_the_bank(reference):
 def test_a_size_that_the_bank_cannot_reach_names_the_smallest(reference):
     summary, out = reference
     before = contents(out)
-    with pytest.raises(PpclError, match=r"5% is .* parameters; the smallest plan of this bank has ([\d,]+)") as caught:
+    with pytest.raises(PpclError, match=r"5% is .* parameters, the smallest plan of this bank has ([\d,]+)") as caught:
         export_target(out, "5%")
     nearest = re.search(r"has ([\d,]+)", str(caught.value))[1].replace(",", "")
     assert int(nearest) == summary["variants"][1]["params"]

@@ -32,7 +32,8 @@ PLACES = {
 }
 FLOORS = (
     tuple(
-        f"ppcl_toolkit/{name}.py" for name in ("errors", "ending", "trouble", "adapter", "plan", "ties", "processes")
+        f"ppcl_toolkit/{name}.py"
+        for name in ("errors", "ending", "trouble", "units", "adapter", "plan", "ties", "processes")
     ),
     ("ppcl_toolkit/statistics/",),
     ("ppcl_toolkit/running/",),

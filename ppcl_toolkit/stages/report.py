@@ -156,12 +156,18 @@ def _candidates(run: Path) -> str:
                 one["label"],
                 kinds[one["operation"]["kind"]],
                 one["error"],
-                f"−{_si(one['saves'])}" + (f" · chosen for {', '.join(one['chosen'])}" if one["chosen"] else ""),
+                _saved(one["saves"]) + (f" · chosen for {', '.join(one['chosen'])}" if one["chosen"] else ""),
                 bool(one["chosen"]),
             )
             for one in found
         ]
     )
+
+
+def _saved(saves: Any) -> str:
+    # Earlier runs noted parameters alone.
+    found = saves if isinstance(saves, dict) else {"params": saves}
+    return f"−{_si(found['params'])}" + (f", −{_si(found['flops'])}FLOP" if "flops" in found else "")
 
 
 def _unexplained(run: Path) -> str:
