@@ -124,8 +124,13 @@ class _Run:
         recipe, found = self._recipe, (candidates, low.swaps if low else ())
         held_out = self._noised("select", recipe.select.batch)
         choose = partial(select, self._runner("select"), self._teacher.plan(), found, held_out, recipe)
-        asked = _CHOICE | (_EXPORTED if any(target.bytes for target in recipe.targets) else {})
-        return self._stage("select", _part(recipe, asked), choose, Choice.load)
+        asked = _part(recipe, _CHOICE | (_EXPORTED if any(target.bytes for target in recipe.targets) else {}))
+        for target in asked["targets"]:
+            # As runs have it that were begun before there were other units than parameters.
+            for unit in ("bytes", "flops"):
+                if target[unit] is None:
+                    del target[unit]
+        return self._stage("select", asked, choose, Choice.load)
 
     def bank(self, plans: Mapping[str, Plan], low: LowRankChoice | None) -> Bank:
         """Make the blocks that stand in for others: stages `depth`, `width` and `low_rank`."""

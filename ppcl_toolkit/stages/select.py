@@ -30,7 +30,7 @@ from ppcl_toolkit.training.substitution import Candidate, Measured, measure
 from ppcl_toolkit.units import UNITS, Cost, parse_size
 
 _NOTES = "measured-*.json"
-"""What each process has measured: {label: [error, what it saves by unit]}."""
+"""What each process has measured: {label: [error]}; earlier versions also noted parameters saved."""
 
 
 def select(
@@ -66,23 +66,25 @@ def _measured(
 ) -> list[Measured]:
     """Measure this process's share of what nobody has measured yet; return the figures of all, in their order."""
     rank, ranks = processes.world()
+    batches, count, costs = means
     before = _noted(desk.folder)
     processes.wait()  # nobody notes anything before all have looked
     left = [each for each in candidates if str(each) not in before]
     own = desk.folder / _NOTES.replace("*", str(rank))
     notes = json.loads(own.read_text()) if own.exists() else {}
-    for number, each in enumerate(measure(runner, plan, left[rank::ranks], *means), start=1):
-        notes[str(each.operation)] = [each.error, asdict(each.saves)]
+    for number, (each, error) in enumerate(measure(runner, plan, left[rank::ranks], batches, count), start=1):
+        notes[str(each)] = [error]
         write_json(own, notes)
         done = min(len(before) + number * ranks, len(candidates))
-        desk.progress(done, len(candidates), f"{each.operation}: {each.error:.3f}")
+        desk.progress(done, len(candidates), f"{each}: {error:.3f}")
     processes.wait()
     known = _noted(desk.folder)
     processes.wait()  # nobody clears the notes away before all have read them
-    return [Measured(operation=o, error=known[str(o)][0], saves=Cost(**known[str(o)][1])) for o in candidates]
+    saves = {str(each): costs(plan) - costs(plan.with_operations([each])) for each in candidates}
+    return [Measured(operation=each, error=known[str(each)][0], saves=saves[str(each)]) for each in candidates]
 
 
-def _noted(folder: Path) -> dict[str, tuple[float, dict[str, int]]]:
+def _noted(folder: Path) -> dict[str, list[float]]:
     return {label: figures for path in folder.glob(_NOTES) for label, figures in json.loads(path.read_text()).items()}
 
 

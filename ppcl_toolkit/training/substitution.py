@@ -17,8 +17,7 @@ from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Reading, Runner
 from ppcl_toolkit.statistics.moments import Moments
-from ppcl_toolkit.surgery.assemble import Calls
-from ppcl_toolkit.surgery.costs import Costs
+from ppcl_toolkit.surgery.assemble import Calls, example_calls
 from ppcl_toolkit.surgery.narrow import narrow
 from ppcl_toolkit.training.segment import LinearFit
 from ppcl_toolkit.units import Cost
@@ -46,25 +45,24 @@ class Measured:
 
 
 def measure(
-    runner: Runner, plan: Plan, candidates: Sequence[Candidate], batches: Batches, count: int, costs: Costs
-) -> Iterator[Measured]:
+    runner: Runner, plan: Plan, candidates: Sequence[Candidate], batches: Batches, count: int
+) -> Iterator[tuple[Candidate, float]]:
     """Yield every candidate with its substitution error over `count` batches; as many others set its linear maps."""
     if not candidates:
         return
     held_out = list(batches(0, count))
-    whole = costs(plan)
+    example = example_calls(runner.transformer, runner.adapter, held_out[0])
     velocities = [runner.velocity(batch) for batch in held_out]
     for start in range(0, len(candidates), _TOGETHER):
         group = candidates[start : start + _TOGETHER]
-        stands = [_substitute(runner, plan, candidate, costs.calls) for candidate in group]
+        stands = [_substitute(runner, plan, candidate, example) for candidate in group]
         for _ in runner.feed(batches(count, 2 * count), [reader for stand in stands for reader in stand.readers]):
             pass
         for candidate, stand in zip(group, stands, strict=True):
             with stand.installed(runner.placement):
                 pairs = zip(held_out, velocities, strict=True)
                 errors = [_relative(runner.velocity(batch), velocity) for batch, velocity in pairs]
-            saves = whole - costs(plan.with_operations([candidate]))
-            yield Measured(operation=candidate, error=sum(errors) / len(errors), saves=saves)
+            yield candidate, sum(errors) / len(errors)
 
 
 @dataclass(slots=True)

@@ -38,9 +38,7 @@ def _select(subject: Subject) -> None:
     section = subject.recipe.select
     candidates = list(dict.fromkeys(operation for plan in subject.plans.values() for operation in plan.operations))
     batches = subject.batches(section.batch)
-    for _ in select.measure(
-        subject.runner, subject.model.plan, candidates, batches, section.batches, subject.model.costs
-    ):
+    for _ in select.measure(subject.runner, subject.model.plan, candidates, batches, section.batches):
         pass
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from runs import DUAL, SINGLE, batches, desk, equal, identity, plan_of, runner
 
 from ppcl_toolkit.artifacts.storage import Desk
@@ -59,7 +59,11 @@ def sizes(costs):
 @pytest.fixture(scope="module")
 def measured(teacher, costs):
     found = [PAIR, RUN, TAIL, TEXT, SWAP]
-    return list(measure(teacher, plan_of(teacher), found, batches(size=4), 3, costs))
+    whole = costs(plan_of(teacher))
+    return [
+        Measured(operation=operation, error=error, saves=whole - costs(plan_of(teacher, operation)))
+        for operation, error in measure(teacher, plan_of(teacher), found, batches(size=4), 3)
+    ]
 
 
 def test_parameters_are_counted_exactly(teacher, sizes):
@@ -74,21 +78,13 @@ def test_parameters_are_counted_exactly(teacher, sizes):
         assert sizes(plan) == count_parameters(teacher.transformer, teacher.adapter, plan, batches()[0]), operations
 
 
-def test_what_a_candidate_saves_is_what_its_plan_saves(teacher, costs, measured):
-    total = costs(plan_of(teacher))
-    assert total.params == sum(parameter.numel() for parameter in teacher.transformer.parameters())
-    for each in measured:
-        assert each.saves == total - costs(plan_of(teacher, each.operation))
-        assert each.error > 0
-
-
 def test_measuring_leaves_the_teacher_as_it_was():
     teacher = runner()
     before, expected = (
         {n: v.clone() for n, v in teacher.transformer.state_dict().items()},
         teacher.velocity(batches()[0]),
     )
-    list(measure(teacher, plan_of(teacher), [PAIR, TEXT, SWAP], batches(), 1, costs_of(teacher)))
+    list(measure(teacher, plan_of(teacher), [PAIR, TEXT, SWAP], batches(), 1))
     assert equal(before, teacher.transformer.state_dict())
     assert torch.equal(teacher.velocity(batches()[0]), expected)
     assert not any("forward" in vars(module) for module in teacher.transformer.modules())
@@ -97,17 +93,17 @@ def test_measuring_leaves_the_teacher_as_it_was():
 def test_a_streamed_teacher_measures_the_same(measured):
     teacher = runner(placement=Placement(streamed=True, chunk=2))
     found = [each.operation for each in measured]
-    again = list(measure(teacher, plan_of(teacher), found, batches(size=4), 3, costs_of(teacher)))
-    assert [each.error for each in again] == [each.error for each in measured]
+    again = list(measure(teacher, plan_of(teacher), found, batches(size=4), 3))
+    assert again == [(each.operation, each.error) for each in measured]
 
 
 def test_an_interval_of_identities_costs_nothing():
     teacher = runner()
     for index in (2, 3):
         identity(teacher.transformer.transformer_blocks[index])
-    run, other = measure(teacher, plan_of(teacher), [RUN, PAIR], batches(size=4), 2, costs_of(teacher))
-    assert run.error < 1e-4
-    assert other.error > 100 * run.error
+    (_, run), (_, other) = measure(teacher, plan_of(teacher), [RUN, PAIR], batches(size=4), 2)
+    assert run < 1e-4
+    assert other > 100 * run
 
 
 def test_every_block_with_an_ffn_is_a_candidate(teacher):
@@ -482,8 +478,30 @@ def test_a_killed_measurement_goes_on_where_it_was(teacher, tmp_path, monkeypatc
     assert files[0].keys() == {"measured.json", "order.json", "targets.json"}
 
 
+def test_what_a_candidate_saves_is_what_its_student_is_without(teacher, tmp_path):
+    asked = recipe({"flops": "80%"}, width={"text_blocks": 4, "ffn_blocks": 1})
+    select(teacher, plan_of(teacher), ([PAIR, TAIL, TEXT], ()), batches(), asked, desk(tmp_path))
+    total = count_parameters(teacher.transformer, teacher.adapter, plan_of(teacher), batches()[0])
+    for row in json.loads((tmp_path / "measured.json").read_text()):
+        operation = TypeAdapter(substitution.Candidate).validate_python(row["operation"])
+        plan = plan_of(teacher, operation)
+        saved = total - count_parameters(teacher.transformer, teacher.adapter, plan, batches()[0])
+        assert (row["saves"]["params"], row["saves"]["bytes"]) == (saved, 2 * saved)
+        assert row["saves"]["flops"] > 0 and row["error"] > 0
+
+
+def test_notes_of_an_earlier_version_are_gone_on_from(teacher, tmp_path):
+    asked = recipe({"params": "80%"})
+    table = desk(tmp_path)
+    (tmp_path / "measured-0.json").write_text(json.dumps({str(PAIR): [0.125, 4711]}))
+    select(teacher, plan_of(teacher), ([PAIR, TAIL], ()), batches(), asked, table)
+    pair = next(row for row in json.loads((tmp_path / "measured.json").read_text()) if row["label"] == str(PAIR))
+    assert pair["error"] == 0.125
+    assert pair["saves"]["params"] != 4711
+
+
 def test_candidates_of_several_groups_are_measured_as_those_of_one(teacher, measured, monkeypatch):
     monkeypatch.setattr(substitution, "_TOGETHER", 2)
     found = [each.operation for each in measured]
-    again = list(measure(teacher, plan_of(teacher), found, batches(size=4), 3, costs_of(teacher)))
-    assert [each.error for each in again] == [each.error for each in measured]
+    again = list(measure(teacher, plan_of(teacher), found, batches(size=4), 3))
+    assert again == [(each.operation, each.error) for each in measured]
