@@ -181,7 +181,12 @@ class _Run:
 
 
 def export_target(
-    out: str | Path, params: str | None = None, name: str | None = None, **sizes: str | None
+    out: str | Path,
+    params: str | None = None,
+    name: str | None = None,
+    *,
+    bytes: str | None = None,
+    flops: str | None = None,
 ) -> dict[str, Any]:
     """Assemble another size from the bank of a run, without training, and verify it.
 
@@ -189,7 +194,8 @@ def export_target(
     Returns {"name", "path", "opens", "params", "flops"}. Raises `PpclError` where no plan of the bank is that small,
     with the smallest there is.
     """
-    asked = {unit: size for unit, size in {"params": params, **sizes}.items() if size is not None}
+    sizes = {"params": params, "bytes": bytes, "flops": flops}
+    asked = {unit: size for unit, size in sizes.items() if size is not None}
     try:
         target = Target.model_validate({"name": name or _name(asked), **asked})
     except ValidationError as error:
@@ -218,18 +224,18 @@ def export_target(
 
 def _name(asked: Mapping[str, str]) -> str:
     """Name a variant by its size: `60`, or `flops60` and `params60-flops70` where that is not of its parameters."""
-    sizes = {unit: size.strip().removesuffix("%") for unit, size in asked.items()}
+    sizes = {unit: size.replace(" ", "").removesuffix("%") for unit, size in asked.items()}
     return sizes["params"] if [*sizes] == ["params"] else "-".join(f"{unit}{size}" for unit, size in sizes.items())
 
 
 def _whole(recipe: Recipe, teacher: Teacher) -> Cost:
     """Return what a teacher costs before there are samples; its FLOPs only where a target asks for a number of them."""
+    params, flops = sum(parameter.numel() for parameter in teacher.transformer.parameters()), _UNKNOWN
     sizes = [target.flops for target in recipe.targets if target.flops is not None]
     if teacher.adapter.example is not None and not all(map(is_share, sizes)):
         model = Model.of(recipe)
-        return model.costs(model.plan)
-    params = sum(parameter.numel() for parameter in teacher.transformer.parameters())
-    return Cost(params=params, bytes=params * getattr(torch, recipe.export.dtype).itemsize, flops=_UNKNOWN)
+        flops = model.costs(model.plan).flops
+    return Cost(params=params, bytes=params * getattr(torch, recipe.export.dtype).itemsize, flops=flops)
 
 
 def _opened(recipe: Recipe, device: torch.device) -> tuple[Teacher, Runner]:
