@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from ppcl_toolkit import processes
@@ -15,9 +16,10 @@ from ppcl_toolkit.artifacts.pipeline import Teacher, load_teacher
 from ppcl_toolkit.artifacts.storage import Bank, Desk
 from ppcl_toolkit.artifacts.workspace import Progress, Workspace, silent, write_json
 from ppcl_toolkit.budget import Schedules, check_machine
+from ppcl_toolkit.budget.model import Model
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import ModulationSwap, Plan, low_rank_forms, trained_forms
-from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.recipe import Recipe, Target
 from ppcl_toolkit.running.noise import Batches, Calibration, Sample, share_of_negatives
 from ppcl_toolkit.running.placement import Placement, host_bytes
 from ppcl_toolkit.running.schedule import Batch, Runner
@@ -30,26 +32,32 @@ from ppcl_toolkit.stages.modulation import LowRankChoice, bank_low_rank, check_m
 from ppcl_toolkit.stages.probe import Probes, probe
 from ppcl_toolkit.stages.report import write_report
 from ppcl_toolkit.stages.samples import EMPTY, load_samples, record_samples, sources
-from ppcl_toolkit.stages.select import Choice, check_targets, parse_size, select
+from ppcl_toolkit.stages.select import Choice, Goal, check_given, select
 from ppcl_toolkit.stages.width import distill_width
-from ppcl_toolkit.surgery.assemble import count_parameters, student_of
+from ppcl_toolkit.surgery.assemble import student_of
+from ppcl_toolkit.surgery.costs import Costs
 from ppcl_toolkit.training.means import check_optimizer
 from ppcl_toolkit.training.substitution import Candidate
 from ppcl_toolkit.training.targets import Velocities
-from ppcl_toolkit.values import check_name
+from ppcl_toolkit.units import Cost, is_share
 
 # Resident or streamed, results are the same: a run that was too large for its device may go on otherwise.
 _RECORDING = {"teacher": {"path", "revision", "dtype", "call"}, "samples": True, "seed": True}
 _DETECTION = {"intervals": True, "width": {"text_threshold"}}
+_EXPORTED = {"export": {"dtype"}}
 _ANSWERS = {"finetune": {"steps", "batch", "features"}}
 _CHOICE = {"targets": True, "select": True, "width": {"given", "text_threshold", "text_blocks", "ffn_blocks"}}
+
+_UNKNOWN = 10**30
+"""FLOPs of a teacher that is not run yet: more than any target's."""
 
 
 def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) -> dict[str, Any]:
     """Run Algorithm 1 on the recipe's teacher in the folder `out`, or go on where an earlier run stopped.
 
-    Returns what `out/summary.json` holds: {"teacher": {...}, "variants": [{"name", "path", "opens", "params", "score",
-    "drop_percent", "rmse", ...}], "warnings": [...]}. Raises `PpclError` for bad input; finished stages are never lost.
+    Returns what `out/summary.json` holds: {"teacher": {...}, "variants": [{"name", "path", "opens", "params", "bytes",
+    "flops", "latency_ms", "score", "drop_percent", "rmse", ...}], "warnings": [...]}. Raises `PpclError` for bad input;
+    finished stages are never lost.
     """
     device = processes.pick_device(recipe.device)
     check_optimizer(recipe.finetune.optimizer)
@@ -61,10 +69,13 @@ def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) ->
         examine(recipe.evaluate, recipe.teacher.call)
     workspace.open(recipe.dump())
     teacher, runner = _opened(recipe, device)
+    whole = _whole(recipe, teacher)
+    for target in recipe.targets:
+        Goal(target, whole)
     if recipe.modulation is not None:
         check_modulation(runner, recipe.modulation)
     check_intervals(teacher.adapter, teacher.adapter.depths(teacher.transformer), recipe.intervals)
-    check_targets(recipe, teacher.plan(), sum(p.numel() for p in teacher.transformer.parameters()))
+    check_given(recipe, teacher.plan())
 
     run = _Run(recipe, workspace, teacher, Schedules(recipe, runner))
     low = run.low_rank() if recipe.modulation is not None else None
@@ -118,7 +129,13 @@ class _Run:
         recipe, found = self._recipe, (candidates, low.swaps if low else ())
         held_out = self._noised("select", recipe.select.batch)
         choose = partial(select, self._runner("select"), self._teacher.plan(), found, held_out, recipe)
-        return self._stage("select", _part(recipe, _CHOICE), choose, Choice.load)
+        asked = _part(recipe, _CHOICE | (_EXPORTED if any(target.bytes for target in recipe.targets) else {}))
+        for target in asked["targets"]:
+            # As runs have it that were begun before there were other units than parameters.
+            for unit in ("bytes", "flops"):
+                if target[unit] is None:
+                    del target[unit]
+        return self._stage("select", asked, choose, Choice.load)
 
     def bank(self, plans: Mapping[str, Plan], low: LowRankChoice | None) -> Bank:
         """Make the blocks that stand in for others: stages `depth`, `width` and `low_rank`."""
@@ -180,17 +197,29 @@ class _Run:
         return {**summary, "warnings": [*self._schedules.said(), *self._workspace.warnings]}
 
 
-def export_target(out: str | Path, params: str, name: str | None = None) -> dict[str, Any]:
+def export_target(
+    out: str | Path,
+    params: str | None = None,
+    name: str | None = None,
+    *,
+    bytes: str | None = None,
+    flops: str | None = None,
+) -> dict[str, Any]:
     """Assemble another size from the bank of a run, without training, and verify it.
 
-    `params` is a share of the teacher (`60%`) or a number (`8B`). Returns {"name", "path", "opens", "params"}. Raises
-    `PpclError` where no plan of the bank is that small, with the smallest there is.
+    `params`, `bytes` and `flops` are shares of the teacher (`60%`) or numbers (`8B`, `12GB`, `40T`), one or several.
+    Returns {"name", "path", "opens", "params", "flops"}. Raises `PpclError` where no plan of the bank is that small,
+    with the smallest there is.
     """
-    path = Path(out)
+    sizes = {"params": params, "bytes": bytes, "flops": flops}
+    asked = {unit: size for unit, size in sizes.items() if size is not None}
     try:
-        name = check_name(name or params.strip().removesuffix("%"))
-    except ValueError as error:
-        raise PpclError(f"--name {error}") from error
+        target = Target.model_validate({"name": name or _name(asked), **asked})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise PpclError(f"{where or 'target'}: {problem['msg'].removeprefix('Value error, ')}") from error
+    path = Path(out)
     recipe = Recipe.load(path / "recipe.yaml") if (path / "select").is_dir() else None
     last = "width" if recipe is None or recipe.searches else "modulation"
     if recipe is None or not (path / last).is_dir():
@@ -200,17 +229,33 @@ def export_target(out: str | Path, params: str, name: str | None = None) -> dict
     low = LowRankChoice.load(path / "modulation") if recipe.modulation else None
     example = _noised(recipe, teacher, load_samples(path / "samples"), "finetune", recipe.finetune.batch)[0]
     choice = Choice.load(path / "select")
-    plan, count = _first_that_fits(runner, (choice, low.swaps if low else ()), bank, params, example)
-    variant = _variant(recipe, path, name, teacher.whole(plan), low)
-    if (path / "export" / name).exists():
+    plan, cost = _first_that_fits(runner, (choice, low.swaps if low else ()), bank, (recipe, target), example)
+    variant = _variant(recipe, path, target.name, teacher.whole(plan), low)
+    if (path / "export" / target.name).exists():
         raise PpclError(f"{variant.folder} exists already; choose another --name")
     run = Workspace(path)
     run.lock()
     student = partial(student_of, runner.transformer, runner.adapter, plan, bank)
     make = partial(_export, teacher, runner, variant, student, example)
-    made = run.stage(f"export/{name}", {"params": params, "dtype": variant.dtype}, make, variant.read)
+    made = run.stage(f"export/{target.name}", {**asked, "dtype": variant.dtype}, make, variant.read)
     run.unlock()
-    return {**made, "params": count}
+    return {**made, "params": cost.params, "flops": cost.flops}
+
+
+def _name(asked: Mapping[str, str]) -> str:
+    """Name a variant by its size: `60`, or `flops60` and `params60-flops70` where that is not of its parameters."""
+    sizes = {unit: size.replace(" ", "").removesuffix("%") for unit, size in asked.items()}
+    return sizes["params"] if [*sizes] == ["params"] else "-".join(f"{unit}{size}" for unit, size in sizes.items())
+
+
+def _whole(recipe: Recipe, teacher: Teacher) -> Cost:
+    """Return what a teacher costs before there are samples; its FLOPs only where a target asks for a number of them."""
+    params, flops = sum(parameter.numel() for parameter in teacher.transformer.parameters()), _UNKNOWN
+    sizes = [target.flops for target in recipe.targets if target.flops is not None]
+    if teacher.adapter.example is not None and not all(map(is_share, sizes)):
+        model = Model.of(recipe)
+        flops = model.costs(model.plan).flops
+    return Cost(params=params, bytes=params * getattr(torch, recipe.export.dtype).itemsize, flops=flops)
 
 
 def _opened(recipe: Recipe, device: torch.device) -> tuple[Teacher, Runner]:
@@ -271,21 +316,23 @@ def _export(
 
 
 def _first_that_fits(
-    runner: Runner, found: tuple[Choice, Sequence[ModulationSwap]], bank: Bank, params: str, example: Batch
-) -> tuple[Plan, int]:
-    choice, modulation = found
-    total = sum(p.numel() for p in runner.transformer.parameters())
-    goal = parse_size(params, total)
-    smallest = total
+    runner: Runner,
+    found: tuple[Choice, Sequence[ModulationSwap]],
+    bank: Bank,
+    asked: tuple[Recipe, Target],
+    example: Batch,
+) -> tuple[Plan, Cost]:
+    (choice, modulation), (recipe, target) = found, asked
+    costs = Costs(runner.transformer, runner.adapter, example, getattr(torch, recipe.export.dtype))
+    whole = next(iter(choice.plans.values())).with_operations([])
+    goal, smallest = Goal(target, costs(whole)), costs(whole)
     for count in range(0 if modulation else 1, len(choice.order) + 1):
-        plan = next(iter(choice.plans.values())).with_operations([*choice.order[:count], *modulation])
+        plan = whole.with_operations([*choice.order[:count], *modulation])
         if all(form.key in bank for form in [*trained_forms([plan]), *low_rank_forms([plan])]):
-            smallest = count_parameters(runner.transformer, runner.adapter, plan, example)
-            if smallest <= goal:
+            smallest = costs(plan)
+            if not goal.missing(smallest):
                 return plan, smallest
-    raise PpclError(
-        f"{params} is {goal:,} parameters; the smallest plan of this bank has {smallest:,} ({smallest / total:.1%})"
-    )
+    raise PpclError(goal.told(smallest, costs(whole), "the smallest plan of this bank has"))
 
 
 def _part(recipe: Recipe, include: Any) -> dict[str, Any]:

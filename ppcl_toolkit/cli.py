@@ -13,6 +13,7 @@ import typer
 from ppcl_toolkit import console
 from ppcl_toolkit.ending import Ended, end_on_signals, unexpected
 from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.units import UNITS
 
 app = typer.Typer(
     help="Compress Diffusion Transformers: pluggable pruning with contiguous layer distillation.",
@@ -123,17 +124,18 @@ def plan(
 @app.command()
 def export(
     run: RunFolder,
-    target: Annotated[str, typer.Option(help="params=60%, params=8B, ...")],
+    target: Annotated[str, typer.Option(help="params=60%, bytes=12GB, flops=70%, or several: params=8B,flops=70%.")],
     name: Annotated[str | None, typer.Option(help="Of the variant; the size by default.")] = None,
 ) -> None:
     """Assemble another size from the bank of a run, without training."""
     from ppcl_toolkit import export_target
 
-    key, _, size = target.partition("=")
-    if key != "params" or not size:
-        raise PpclError(f"--target {target!r}: expected params=60% or params=8B")
-    made = export_target(run, size, name)
-    typer.echo(f"{made['name']}: {made['path']} ({made['opens']}, {made['params']:,} parameters)")
+    sizes = dict(part.partition("=")[::2] for part in target.replace(" ", "").split(","))
+    if not all(unit in UNITS and size for unit, size in sizes.items()) or len(sizes) != target.count("="):
+        raise PpclError(f"--target {target!r}: expected params=60%, bytes=12GB or flops=70%, one or several")
+    made = export_target(run, name=name, **sizes)
+    cost = f"{made['params']:,} parameters, {made['flops']:,} FLOPs a step"
+    typer.echo(f"{made['name']}: {made['path']} ({made['opens']}, {cost})")
 
 
 @app.command("import")

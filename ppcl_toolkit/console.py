@@ -34,13 +34,16 @@ def drawn() -> Iterator[Any]:
 
 def print_table(summary: Mapping[str, Any]) -> None:
     """Show teacher and variants of a summary side by side."""
-    table = Table("model", "parameters", "share", "ms/step", "faster", "score", "R %", "RMSE", "v error", box=None)
+    measured = ("ms/step", "faster", "score", "R %", "RMSE", "v error")
+    table = Table("model", "parameters", "share", "weights", "step", "share", *measured, box=None)
     teacher = summary["teacher"]
     for row in [{**teacher, "name": "teacher"}, *summary["variants"]]:
         table.add_row(
             row["name"],
             f"{row['params']:,}",
             f"{row['params'] / teacher['params']:.1%}",
+            _scaled(row["bytes"], "B"),
+            *_step(row.get("flops"), teacher.get("flops")),
             f"{row['latency_ms']:.1f}",
             f"{teacher['latency_ms'] / row['latency_ms']:.2f}x",
             "–" if row["score"] is None else f"{row['score']:.3f}±{row['score_std']:.3f}",
@@ -58,11 +61,13 @@ def print_table(summary: Mapping[str, Any]) -> None:
 
 def print_plan(found: Any) -> None:
     """Show what a recipe asks for, a `DryRun`."""
-    sizes = Table("model", "parameters", "share", "weights", "step", "blocks", box=None)
+    sizes = Table("model", "parameters", "share", "weights", "step", "share", "ms/step", "blocks", box=None)
     for size in (found.teacher, *found.variants):
-        share, step = f"{size.params / found.teacher.params:.1%}", _scaled(size.teraflops * 1e12, "FLOP")
+        share = f"{size.params / found.teacher.params:.1%}"
+        step = _step(size.teraflops * 1e12, found.teacher.teraflops * 1e12)
         blocks = " + ".join(map(str, size.blocks.values()))
-        sizes.add_row(size.name, f"{size.params:,}", share, _scaled(size.bytes, "B"), step, blocks)
+        took = f"{1000 * size.teraflops / found.tflops:.3g}"
+        sizes.add_row(size.name, f"{size.params:,}", share, _scaled(size.bytes, "B"), *step, took, blocks)
     _wide().print(sizes, _verdicts(found.stages) if found.stages else _needs(found.memory), sep="\n\n")
     hours = ", ".join(f"{stage} {_duration(value)}" for stage, value in found.hours.items() if value)
     written = ", ".join(f"{kind} {_scaled(size, 'B')}" for kind, size in found.disk.items() if size)
@@ -109,6 +114,11 @@ def _scaled(value: float, unit: str) -> str:
             return f"{value:.3g} {prefix}{unit}"
         value /= 1000
     return f"{value:.3g} T{unit}"
+
+
+def _step(flops: float | None, teachers: float | None) -> tuple[str, str]:
+    """Show the operations of a step, and their share of the teacher's."""
+    return (_scaled(flops, "FLOP"), f"{flops / teachers:.1%}") if flops and teachers else ("–", "–")
 
 
 def _duration(hours: float) -> str:

@@ -10,12 +10,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, TextRun
-from ppcl_toolkit.values import Count, Decay, Name, Seed, Share, Size, check_call, read_yaml, shortened
+from ppcl_toolkit.units import UNITS, check_size
+from ppcl_toolkit.values import Count, Decay, Name, Seed, Share, check_call, read_yaml, shortened
 
 Lossname = Literal["direction", "relative_mse", "direction_magnitude"]
 
@@ -128,28 +139,47 @@ class Target(Section):
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
     name: Name
-    params: Size | None = None
+    params: str | None = None
     """At most this many transformer parameters: a share of the teacher's (`70%`) or a number (`8B`, `650M`)."""
-    depth: Size | None = None
-    """Where intervals stop: at most this many parameters by depth alone, the rest by width. Default: `params`."""
+    bytes: str | None = None
+    """At most so many bytes of the transformer as exported: a share (of the teacher's in that dtype), or `12GB`."""
+    flops: str | None = None
+    """At most so many floating-point operations of a call with one picture: a share, or `40T`, `900G`."""
+    depth: str | None = None
+    """Where intervals stop: at most so many parameters by depth alone, the rest by width. Default: with the target."""
     width: bool = True
     """Whether text streams and FFNs may go; without it, and modulation, the variant is a stock diffusers folder."""
     modulation: bool = False
-    """Whether the modulation of all blocks is of low rank, before anything else goes; `params` may then be left out."""
+    """Whether the modulation of all blocks is of low rank, before anything else goes; sizes may then be left out."""
     finetune: bool = True
     """Whether its student is fine-tuned as a whole; without it, it is what the bank holds."""
 
+    @property
+    def asked(self) -> dict[str, str]:
+        """The sizes that are asked for, by unit."""
+        return {unit: size for unit in UNITS if (size := getattr(self, unit)) is not None}
+
+    @field_validator("params", "bytes", "flops", "depth")
+    @classmethod
+    def _is_a_size(cls, size: str | None, info: ValidationInfo) -> str | None:
+        try:
+            if size is not None:
+                check_size(size, "params" if info.field_name == "depth" else str(info.field_name))
+        except PpclError as error:
+            raise ValueError(str(error)) from error
+        return size
+
     @model_validator(mode="after")
     def _is_smaller(self) -> "Target":
-        if self.params is None and not self.modulation:
-            raise ValueError("params is missing: without it a target needs modulation: true")
+        if not self.asked and (self.depth or not self.modulation):
+            raise ValueError(f"{', '.join(UNITS)} are missing: without any a target needs modulation: true, no depth")
         return self
 
     @model_validator(mode="after")
     def _has_a_rest(self) -> "Target":
         if self.depth and not self.width:
             raise ValueError(
-                f"target {self.name!r} has a depth of its own and no width for the rest; give params alone"
+                f"target {self.name!r} has a depth of its own and no width for the rest; give the sizes alone"
             )
         return self
 
@@ -296,7 +326,7 @@ class Recipe(Section):
     @property
     def searches(self) -> bool:
         """Whether blocks have to go for any target: without it there is nothing to probe, and nothing to train."""
-        return any(target.params is not None for target in self.targets)
+        return any(target.asked for target in self.targets)
 
     @property
     def tuned(self) -> tuple[str, ...]:

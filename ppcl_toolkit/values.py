@@ -12,23 +12,11 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([%BMK]?)\s*", re.IGNORECASE)
-"""A target's size: a share such as 70%, or a number such as 8B, 650M or 12000."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _RESERVED = re.compile(r"teacher|con|prn|aux|nul|(com|lpt)\d", re.IGNORECASE)
 _CHARACTERS, _DEPTH, _NODES, _DIGITS = 1_000_000, 20, 20_000, 40
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "merge")}
 _MERGE = "tag:yaml.org,2002:merge"
-
-
-def check_size(text: str) -> str:
-    """Return a target's size; a `ValueError` for what is none for any teacher."""
-    match = SIZE.fullmatch(text)
-    if not match or not 0 < float(match[1]) < math.inf:
-        raise ValueError(f"{text!r}: expected a share such as 70%, or a number such as 8B, 650M or 12000")
-    if match[2] == "%" and float(match[1]) >= 100:
-        raise ValueError(f"{text!r} is not smaller than the teacher")
-    return text
 
 
 def check_name(name: str) -> str:
@@ -42,7 +30,6 @@ def check_name(name: str) -> str:
     return name
 
 
-Size = Annotated[str, AfterValidator(check_size)]
 Name = Annotated[str, AfterValidator(check_name)]
 
 

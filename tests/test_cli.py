@@ -82,6 +82,9 @@ def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
         (["compress", "--recipe", "tiny", "--set", "depth.steps"], "expected section.key=value"),
         (["export", "--run", "nowhere", "--target", "params=50%"], "no bank"),
         (["export", "--run", "nowhere", "--target", "50%"], "expected params="),
+        (["export", "--run", "nowhere", "--target", "params=50%,params=60%"], "expected params="),
+        (["export", "--run", "nowhere", "--target", "params=50%,blocks=3"], "expected params="),
+        (["export", "--run", "nowhere", "--target", "flops=8GB"], "number such as 40T or 900G"),
         (["eval", "shapes", "--seeds", "one"], "--seeds"),
         (["eval", "shapes", "--call", "steps"], "expected name=value"),
         (["eval", "shapes", "--suite", "hps"], "there are geneval, dpg"),
@@ -156,11 +159,14 @@ evaluate: {{prompts: {tmp_path / "prompts.txt"}, count: 2, seeds: [0], batch: 2}
 
 
 def test_what_is_not_known_is_a_dash_in_the_table(capsys):
-    row = {"params": 10, "latency_ms": 1.0, "drop_percent": None, "rmse": None, "velocity_error": None}
+    row = {"params": 10, "bytes": 20, "flops": 4e9, "latency_ms": 1.0}
+    row |= {"drop_percent": None, "rmse": None, "velocity_error": None}
     teacher = {**row, "score": 0.5, "score_std": 0.0, "chance": None}
-    console.print_table({"teacher": teacher, "variants": [{**row, "name": "small", "score": None, "score_std": None}]})
+    console.print_table({"teacher": teacher, "variants": [{**row, "name": "small", "flops": None, "score": None}]})
     *_, first, second, chance = capsys.readouterr().out.splitlines()
-    assert first.split() == ["teacher", "10", "100.0%", "1.0", "1.00x", "0.500±0.000", "–", "–", "–"]
+    size, speed = ["10", "100.0%", "20", "B", "4", "GFLOP", "100.0%"], ["1.0", "1.00x"]
+    assert first.split() == ["teacher", *size, *speed, "0.500±0.000", "–", "–", "–"]
+    assert second.split()[1:9] == ["10", "100.0%", "20", "B", "–", "–", "1.0", "1.00x"]
     assert second.split()[-4:] == ["–"] * 4
     assert chance == "chance: –"
 

@@ -178,6 +178,13 @@ def test_a_run_killed_many_times_ends_with_the_same_bits(world, reference):
         assert [line["event"] for line in stages if line["stage"] == stage].count("finished") == 1
 
 
+def test_a_choice_by_parameters_is_noted_as_it_ever_was(reference):
+    """Runs of earlier versions go on: their targets had no other units."""
+    settings = json.loads((reference[1] / "select" / "made_from.json").read_text())["settings"]
+    assert settings.keys() == {"targets", "select", "width"}
+    assert {*settings["targets"][0]} == {"name", "params", "depth", "width", "modulation"}
+
+
 def test_another_size_is_exported_from_the_bank(reference):
     summary, out = reference
     total = summary["teacher"]["params"]
@@ -192,7 +199,7 @@ def test_another_size_is_exported_from_the_bank(reference):
 def test_a_size_that_the_bank_cannot_reach_names_the_smallest(reference):
     summary, out = reference
     before = contents(out)
-    with pytest.raises(PpclError, match=r"5% is .* parameters; the smallest plan of this bank has ([\d,]+)") as caught:
+    with pytest.raises(PpclError, match=r"5% is .* parameters, the smallest plan of this bank has ([\d,]+)") as caught:
         export_target(out, "5%")
     nearest = re.search(r"has ([\d,]+)", str(caught.value))[1].replace(",", "")
     assert int(nearest) == summary["variants"][1]["params"]

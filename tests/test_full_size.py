@@ -133,6 +133,31 @@ def test_flops_are_those_of_the_matrices():
     assert found.teacher.teraflops * 1e12 == pytest.approx(linear + attention, rel=0.01)
 
 
+def test_a_target_in_flops():
+    """Blocks of either stack cost the same: 55 % of 57 are 31, embedders and the last layer aside."""
+    found = planned("flux_fast")
+    (fast,) = found.variants
+    assert sum(fast.blocks.values()) == 31
+    tokens, width = 4096 + 512, 3072
+    block = 2 * 12 * width**2 * tokens + 4 * tokens**2 * width
+    # What is once a picture or outside of blocks is a hundredth.
+    assert fast.teraflops * 1e12 == pytest.approx(31 * block, rel=0.01)
+    assert fast.teraflops <= 0.55 * found.teacher.teraflops < planned("paper_flux").variants[-1].teraflops
+    # The same in numbers, and in bytes: whatever is asked for last has to hold.
+    limit = int(0.55 * found.teacher.teraflops * 1e12)
+    several = [f"targets=[{{name: it, flops: {limit}, bytes: 12GB, params: 90%, width: false}}]"]
+    (variant,) = dry_run(Recipe.load("flux_fast", several)).variants
+    assert variant.bytes == 2 * variant.params <= 12e9 and variant.teraflops * 1e12 <= limit
+
+
+def test_modulation_does_not_serve_a_target_in_flops():
+    """Whatever its rank, as many blocks go."""
+    targets = "targets=[{name: a, flops: 70%, modulation: true, width: false}, {name: b, flops: 70%, width: false}]"
+    low, plain = dry_run(Recipe.load("flux_8b", ["modulation.rank=32", targets])).variants
+    assert low.blocks == plain.blocks and low.params < 0.8 * plain.params
+    assert low.teraflops == pytest.approx(plain.teraflops, rel=0.002)
+
+
 def test_guidance_runs_every_picture_twice():
     recipe = Recipe.load("sd35_medium_1_6b")
     call = {**recipe.teacher.call, "guidance_scale": 1.0}

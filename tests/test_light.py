@@ -209,7 +209,7 @@ def test_training_goes_on_from_it(world, light):
         ("modulation=null", "a target asks for modulation: give a section modulation"),
         ("modulation.error=0.1", "give rank, or the error that it may cost"),
         ("targets=[{name: a, params: 70%}]", "no target has modulation: true"),
-        ("targets=[{name: a}]", "params is missing: without it a target needs modulation: true"),
+        ("targets=[{name: a}]", "params, bytes, flops are missing: without any a target needs modulation: true"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_recorded(world, tmp_path, override, said):

@@ -7,7 +7,7 @@ import yaml
 
 from ppcl_toolkit.adapter import available_adapters
 from ppcl_toolkit.recipe import PRESETS, Recipe, shipped_recipes
-from ppcl_toolkit.stages.select import parse_size
+from ppcl_toolkit.units import parse_size
 
 
 def source(name):
@@ -28,7 +28,8 @@ def test_a_shipped_recipe_is_valid(name):
     recipe = Recipe.load(name)
     assert recipe.adapter in ("auto", *available_adapters())
     for target in recipe.targets:
-        assert target.modulation or 0 < parse_size(target.params, 10**12) < 10**12
+        assert target.modulation or target.asked
+        assert all(0 < parse_size(size, 10**15, unit) < 10**15 for unit, size in target.asked.items())
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -6,8 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.budget.model import Model, Size, count
@@ -140,67 +139,27 @@ class Blocks:
 
     def measured(self, name: str, plan: Plan) -> Size:
         """Measure the student of `plan`."""
-        forms = list(plan.forms())
-        params = self.outside // self.model.dtype.itemsize + sum(self.size(form) for form in forms)
+        cost = self.model.costs(plan)
         return Size(
             name=name,
-            params=params,
-            bytes=params * self.model.dtype.itemsize,
-            teraflops=(self._flops_outside + sum(map(self._flops, forms))) / 1e12,
+            params=cost.params,
+            bytes=cost.bytes if plan.operations else self.teacher,
+            teraflops=cost.flops / 1e12,
             blocks={stack: len(kept) for stack, kept in plan.kept().items()},
             operations=tuple(str(operation) for operation in plan.operations),
         )
 
     def size(self, form: Form) -> int:
         """Count the parameters of the block of a form."""
-        return count(self._block(form))
-
-    @cached_property
-    def _flops_outside(self) -> int:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.model.transformer(**self.model.example)
-        return counter.get_total_flops() - sum(map(self._flops, self.model.plan.forms()))
-
-    def _flops(self, form: Form) -> int:
-        key = ("flops", *self._kind(form))
-        if key not in self._known:
-            stack, block = self.model.adapter.stack(form.stack), self._block(form)
-            given = self.call(stack, 1).reading(form)
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                run_block(block, stack, given.arguments, block_inputs(form, given))
-            self._known[key] = counter.get_total_flops()
-        found: int = self._known[key]
-        return found
-
-    def _kind(self, form: Form) -> tuple[Any, ...]:
-        """Return what forms of equal blocks have in common."""
-        first = self._shapes[form.stack][form.first]
-        # A stock class may shape a block by its position: SD3's last one returns no text.
-        place = (form.last == len(self._shapes[form.stack]) - 1, form.first == form.last)
-        return form.stack, form.text, form.ffn, form.modulation, first, place if self.model.adapter.remap else ()
-
-    @cached_property
-    def _shapes(self) -> dict[str, list[tuple[Any, ...]]]:
-        stacks = {stack.path: stack.blocks(self.model.transformer) for stack in self.model.adapter.stacks}
-        return {
-            path: [tuple((name, tuple(p.shape)) for name, p in block.named_parameters()) for block in blocks]
-            for path, blocks in stacks.items()
-        }
-
-    def _block(self, form: Form) -> nn.Module:
-        key = ("block", *self._kind(form))
-        if key not in self._known:
-            self._known[key] = self.model.block(form)
-        found: nn.Module = self._known[key]
-        return found
+        return self.model.costs.form(form).params
 
     def trained(self, form: Form, batch: int, alignment: float | None = 0.0, *, exact: bool = True) -> Trained:
         """Measure a block that learns, in fp32 if `exact`: alone, or in a whole student where `alignment` is None."""
-        key = ("trained", *self._kind(form), batch, alignment, exact)
+        key = ("trained", *self.model.costs.kind(form), batch, alignment, exact)
         if key not in self._known:
-            block = meta_copy(self._block(form))
+            block = meta_copy(self.model.costs.block(form))
             aligned = alignment and form.narrow_text and not form.ffn
-            wider = self._block(form.previous) if aligned and form.previous else None
+            wider = self.model.costs.block(form.previous) if aligned and form.previous else None
             self._known[key] = self._train(form, block.float() if exact else block, wider, (batch, alignment))
         found: Trained = self._known[key]
         return found

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from ppcl_toolkit.adapter import Adapter, adapter_for, available_adapters, load_adapter
 from ppcl_toolkit.artifacts.pipeline import default_call, resolve
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import Form, Plan
+from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.running.schedule import Runner
-from ppcl_toolkit.surgery.assemble import Calls, example_calls, reshape, standing_in
+from ppcl_toolkit.surgery.assemble import Calls, reshape
+from ppcl_toolkit.surgery.costs import Costs
 from ppcl_toolkit.surgery.graph import meta_copy
-from ppcl_toolkit.surgery.narrow import narrow
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """As safetensors calls them."""
@@ -49,6 +49,8 @@ class Model:
     family: str
     example: dict[str, Any]
     dtype: torch.dtype
+    exported: torch.dtype
+    """Of variants."""
     forwards: int
     """Of a picture per denoising step: classifier-free guidance makes two, in one call or in two."""
     in_place: bool
@@ -78,6 +80,7 @@ class Model:
             family=family,
             example=example,
             dtype=transformer.dtype,
+            exported=getattr(torch, recipe.export.dtype),
             forwards=forwards,
             in_place=in_place,
             others=tuple(params * transformer.dtype.itemsize for params in others),
@@ -93,11 +96,15 @@ class Model:
         """This teacher as the stages take it."""
         return Runner(self.transformer, self.adapter)
 
-    @cached_property
+    @property
     def calls(self) -> Calls:
         """How the first block of each stack is called."""
-        with torch.no_grad():
-            return example_calls(self.transformer, self.adapter, self.example)
+        return self.costs.calls
+
+    @cached_property
+    def costs(self) -> Costs:
+        """Costs of students."""
+        return Costs(self.transformer, self.adapter, self.example, self.exported)
 
     @property
     def sample_bytes(self) -> int:
@@ -109,14 +116,6 @@ class Model:
         student = meta_copy(self.transformer)
         reshape(student, self.adapter, plan, self.example)
         return student
-
-    def block(self, form: Form) -> nn.Module:
-        """Return the block of a form."""
-        stack = self.adapter.stack(form.stack)
-        first = meta_copy(stack.blocks(self.transformer)[form.first])
-        block = standing_in(self.transformer, self.adapter, form, first)
-        narrow(block, stack, form, *self.calls[form.stack])
-        return block
 
     def blocks(self) -> list[nn.Module]:
         """Return the blocks of all stacks."""

@@ -13,8 +13,9 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Interval, ModulationSwap, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.stages.modulation import check_modulation, swaps
-from ppcl_toolkit.stages.select import Measured, Sizes, choose, ffn_candidates
-from ppcl_toolkit.training.substitution import Candidate
+from ppcl_toolkit.stages.select import choose, ffn_candidates
+from ppcl_toolkit.training.substitution import Candidate, Measured
+from ppcl_toolkit.units import Cost
 
 RANK = 32
 """Assumed of modulation where the run is to find it."""
@@ -44,10 +45,10 @@ def plans(recipe: Recipe, model: Model) -> dict[str, Plan]:
 
 
 def _chosen(recipe: Recipe, model: Model, operations: list[Candidate]) -> dict[str, Plan]:
-    measured = [Measured(operation=each, error=float(rank), saves=1) for rank, each in enumerate(operations)]
-    sizes = Sizes(model.runner, model.calls)
+    alike = Cost(params=1, bytes=1, flops=1)
+    measured = [Measured(operation=each, error=float(rank), saves=alike) for rank, each in enumerate(operations)]
     low = _modulation(recipe, model)
-    asked = recipe.targets, sizes, recipe.width
+    asked = recipe.targets, model.costs, recipe.width
     return choose(model.plan, measured, *asked, order=recipe.select.order, modulation=low).plans
 
 

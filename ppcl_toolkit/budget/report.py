@@ -64,6 +64,8 @@ class DryRun:
     """By schedule and number of devices, and by stage: bytes of a device, of the host for all devices, of its pages."""
     disk: dict[str, int]
     hours: dict[str, float]
+    tflops: float
+    """TFLOP/s that each device is assumed to sustain."""
     basis: tuple[str, ...]
     stages: tuple[Stage, ...] = ()
     """With a machine: what it has to say to each stage."""
@@ -198,6 +200,7 @@ def dry_run(recipe: Recipe, tflops: float = 400.0, machine: Machine | None = Non
         memory=_table(budget),
         disk=disk(memory),
         hours={stage: each.hours(tflops, machine.devices if machine else 1) for stage, each in done.items()},
+        tflops=tflops,
         basis=_basis(recipe, model, tflops),
         stages=stages,
         fits=all(stage.fits for stage in stages) if machine else None,

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ppcl_toolkit.budget.memory import Memory, Need
-from ppcl_toolkit.budget.model import count
 from ppcl_toolkit.budget.tuning import Tuning
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
@@ -64,7 +63,7 @@ class Whole:
         # Of the modulation of a teacher's block, the bank has that alone.
         whole = (replace(form, modulation=0) for form in self._largest.forms())
         forms = [form for form in whole if not form.is_teacher]
-        banked = sum(count(memory.blocks.model.block(form)) for form in forms) * self._itemsize
+        banked = sum(memory.blocks.size(form) for form in forms) * self._itemsize
         device = own if own <= _ROOM * self.card else memory.blocks.outside + 2 * memory.blocks.largest
         return self._teachers.beside(device + self._running(batch), banked + own)
 

@@ -21,9 +21,13 @@ from PIL import Image
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.running.flops import counting
 
 CALLS = "calls-*.jsonl"
-"""Files, one a process, of `{"batch": images, "seconds": [of each call of the transformer], "peak": bytes}` lines."""
+"""Files, one a process, of `{"batch": images, "seconds": [of each call of the transformer], "peak": bytes}` lines.
+
+That of the first batch also has `flops`: of a call, for each picture in it.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,18 +178,44 @@ def _takes_image(pipeline: Any) -> bool:
 def _generate_batch(pipeline: Any, exam: Exam, folder: Path, seed: int, chosen: range) -> None:
     texts = [exam.prompts[i] for i in chosen]
     generators = [generator(seed, i) for i in chosen]
-    with _timed(pipeline) as seconds:
+    with _timed(pipeline) as seconds, _first_call(pipeline.transformer) as call:
         images = run_pipeline(pipeline, texts, generators, exam.call_for(chosen[0]), "pil")
     device = pipeline._execution_device
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    first = seed == exam.seeds[0] and chosen[0] == 0
+    flops = {"flops": step_flops(pipeline.transformer, call)} if first else {}
     # Before the images: whoever finds them finds their times.
     times = CALLS.replace("*", str(processes.world()[0]))
     with (folder / "images" / times).open("a") as file:
-        file.write(json.dumps({"batch": len(texts), "seconds": seconds, "peak": peak}) + "\n")
+        file.write(json.dumps({"batch": len(texts), "seconds": seconds, "peak": peak, **flops}) + "\n")
     for index, image in zip(chosen, images, strict=True):
         path = image_path(folder, seed, index)
         image.convert("RGB").save(path.with_suffix(".partial"), format="png")
         path.with_suffix(".partial").replace(path)
+
+
+@torch.no_grad()
+def step_flops(transformer: torch.nn.Module, call: Mapping[str, Any]) -> int:
+    """Count the floating-point operations of a call of a diffusers transformer, which is made, for each picture."""
+    with counting() as counter:
+        transformer(**call)
+    return counter.get_total_flops() // len(call["hidden_states"])
+
+
+@contextmanager
+def _first_call(transformer: torch.nn.Module) -> Iterator[dict[str, Any]]:
+    """Keep the arguments of the first call."""
+    call: dict[str, Any] = {}
+
+    def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        call.update({} if call else {name: value for name, value in given.items() if name != "self"})
+
+    handle = transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield call
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl_toolkit.adapter import Adapter, Stack
 from ppcl_toolkit.running.capture import Arguments, Streams, map_tensors, stack_calls
+from ppcl_toolkit.running.flops import counting
 from ppcl_toolkit.running.placement import device_of, moved
 
 Span = tuple[int, int]
@@ -91,6 +91,6 @@ def _operations(block: nn.Module, stack: Stack, arguments: Arguments, streams: S
     tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     given = {stack.argument(name): value for name, value in streams.of(stack.streams).items()}
     weights, call = map_tensors((tensors, {**arguments, **given}), lambda tensor: tensor.detach().to("meta"))
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         functional_call(block, weights, (), call)
     return max(1, counter.get_total_flops())

@@ -58,7 +58,9 @@ class Measurement:
     params: int
     """Of the transformer."""
     bytes: int
-    """Of those parameters, in the dtype they are loaded in."""
+    """Of those parameters: of a run's variants as exported, of others as loaded."""
+    flops: int | None = None
+    """Counted in the first call of the transformer, for each picture; None where an earlier version measured."""
     latency_ms: float
     """Median over the calls of the transformer with a whole batch."""
     latency_batch: int
@@ -170,7 +172,8 @@ def evaluate(
             error = relative_error(velocities(pipeline.transformer, adapter, held_out, device), wanted)
         del pipeline
         if processes.is_main():
-            compare(desk.folder / name, desk.folder / "teacher", velocity_error=error)
+            stored = getattr(torch, recipe.export.dtype).itemsize
+            compare(desk.folder / name, desk.folder / "teacher", velocity_error=error, itemsize=stored)
 
 
 def summarise(variants: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
@@ -202,15 +205,23 @@ def evaluate_folders(
     return [dataclasses.asdict(load_measurement(folder)) for folder in folders]
 
 
-def compare(student: Path, reference: Path, *, velocity_error: float | None = None) -> Measurement:
-    """Complete the measurement in the folder `student` by what sets it against the one in `reference`."""
+def compare(
+    student: Path, reference: Path, *, velocity_error: float | None = None, itemsize: int | None = None
+) -> Measurement:
+    """Complete the measurement in the folder `student` by what sets it against the one in `reference`.
+
+    `itemsize` are the bytes of a parameter on disk, where they are known.
+    """
     own, teacher = load_measurement(student), load_measurement(reference)
     drop = None
     if own.score is not None and teacher.score:
         drop = 100 * (1 - own.score / teacher.score)
     # JSON has no NaN.
     error = velocity_error if velocity_error is not None and math.isfinite(velocity_error) else None
-    compared = dataclasses.replace(own, rmse=image_rmse(student, reference), drop_percent=drop, velocity_error=error)
+    size = own.bytes if itemsize is None else own.params * itemsize
+    compared = dataclasses.replace(
+        own, bytes=size, rmse=image_rmse(student, reference), drop_percent=drop, velocity_error=error
+    )
     save_measurement(compared, student)
     return compared
 
@@ -254,7 +265,8 @@ def _cost(images: Path, exam: Exam, source: Source | None, dtype: torch.dtype) -
         whose = "resident set growth of a fresh process"
         peak = _resident_growth(source, exam, dtype) if source else None
     latency = 1000 * statistics.median(seconds)
-    return {"latency_ms": latency, "latency_batch": whole, "memory_bytes": peak, "memory_of": whose}
+    flops = next((call["flops"] for call in calls if "flops" in call), None)
+    return {"flops": flops, "latency_ms": latency, "latency_batch": whole, "memory_bytes": peak, "memory_of": whose}
 
 
 def _scores(folder: Path, exam: Exam) -> dict[str, Any]:

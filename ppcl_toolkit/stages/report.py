@@ -47,7 +47,7 @@ def write_report(run: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(si=_si, bytes=_bytes, clock=_clock)
+    environment.filters.update(si=_si, bytes=_bytes, flop=_flop, clock=_clock)
     page = environment.get_template("report.html").render(
         name=run.resolve().name,
         finished=(run / "summary.json").is_file(),
@@ -70,9 +70,12 @@ def results(run: Path) -> list[dict[str, Any]]:
     """Return the rows of the main table, the teacher first: from summary.json, or from what is measured so far."""
     summary = _json(run / "summary.json")
     if summary:
-        return [{"name": "teacher", "opens": "stock", **summary["teacher"]}, *summary["variants"]]
+        rows = [{"name": "teacher", "opens": "stock", **summary["teacher"]}, *summary["variants"]]
+        # Earlier runs counted none.
+        return [{"flops": None, **row} for row in rows]
     found = {path.parent.name: _json(path) for path in sorted(run.glob("evaluate/*/measurement.json"))}
-    return [{"name": name, **found[name]} for name in sorted(found, key=lambda name: (name != "teacher", name))]
+    names = sorted(found, key=lambda name: (name != "teacher", name))
+    return [{"name": name, "flops": None, **found[name]} for name in names]
 
 
 def _plans(run: Path) -> dict[str, Plan]:
@@ -156,12 +159,18 @@ def _candidates(run: Path) -> str:
                 one["label"],
                 kinds[one["operation"]["kind"]],
                 one["error"],
-                f"−{_si(one['saves'])}" + (f" · chosen for {', '.join(one['chosen'])}" if one["chosen"] else ""),
+                _saved(one["saves"]) + (f" · chosen for {', '.join(one['chosen'])}" if one["chosen"] else ""),
                 bool(one["chosen"]),
             )
             for one in found
         ]
     )
+
+
+def _saved(saves: Any) -> str:
+    # Earlier runs noted parameters alone.
+    found = saves if isinstance(saves, dict) else {"params": saves}
+    return f"−{_si(found['params'])}" + (f", −{_flop(found['flops'])}" if "flops" in found else "")
 
 
 def _unexplained(run: Path) -> str:
@@ -317,6 +326,13 @@ def _si(number: float) -> str:
         if abs(number) >= limit:
             return f"{number / limit:.3g} {letter}"
     return f"{number:.0f}"
+
+
+def _flop(number: float) -> str:
+    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= limit:
+            return f"{number / limit:.3g} {letter}FLOP"
+    return f"{number:.0f} FLOP"
 
 
 def _bytes(number: float) -> str:

@@ -1,35 +1,36 @@
 """Stage `select`: which candidates go for which target, by measured substitution error.
 
 Every candidate is put into the teacher alone, with least-squares maps and no training, and costs the relative error of
-the velocity that results. Candidates are taken by error per parameter saved, smallest first, until a target is met;
-smaller targets go on from larger ones, so that one bank serves all.
+the velocity that results. Candidates are taken by error per share saved of what a target is short of, smallest first,
+until it is met in every unit; smaller targets go on from larger ones, so that one bank serves all.
 
-    targets: [{name: "70", params: 70%, width: false}, {name: "50", params: 50%, depth: 60%, modulation: true}]
+    targets: [{name: "70", params: 70%, width: false}, {name: fast, params: 8B, flops: 55%}, {name: fits, bytes: 12GB}]
     select: {batches: 4, batch: 8}
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.artifacts.workspace import write_json
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import AnyOperation, FfnSwap, Form, Interval, ModulationSwap, Plan, TextRun
+from ppcl_toolkit.plan import AnyOperation, FfnSwap, Interval, ModulationSwap, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe, Target, Width
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
-from ppcl_toolkit.surgery.assemble import example_calls
-from ppcl_toolkit.training.substitution import Candidate, Measured, measure, placed, size_of, thinned
-from ppcl_toolkit.values import SIZE
+from ppcl_toolkit.surgery.costs import Costs
+from ppcl_toolkit.training.substitution import Candidate, Measured, measure
+from ppcl_toolkit.units import UNITS, Cost, parse_size
 
 _NOTES = "measured-*.json"
-"""What each process has measured: {label: [error, parameters saved]}."""
+"""What each process has measured: {label: [error]}; earlier versions also noted parameters saved."""
 
 
 def select(
@@ -50,39 +51,40 @@ def select(
     if recipe.searches and any(target.width for target in recipe.targets):
         runs = [candidate for candidate in candidates if isinstance(candidate, TextRun)]
         operations += recipe.width.given or [*runs, *ffn_candidates(runner, recipe.width)]
-    measured = _measured(runner, plan, operations, batches, recipe.select.batches, desk)
+    costs = Costs(runner.transformer, runner.adapter, batches[0], getattr(torch, recipe.export.dtype))
+    measured = _measured(runner, plan, operations, (batches, recipe.select.batches, costs), desk)
     if processes.is_main():
-        example = example_calls(runner.transformer, runner.adapter, batches[0])
-        size = Sizes(runner, example)
         order = recipe.select.order
-        choice = choose(plan, measured, recipe.targets, size, recipe.width, order=order, modulation=modulation)
+        choice = choose(plan, measured, recipe.targets, costs, recipe.width, order=order, modulation=modulation)
         choice.save(desk.folder, measured)
         for path in desk.folder.glob(_NOTES):
             path.unlink()
 
 
 def _measured(
-    runner: Runner, plan: Plan, candidates: Sequence[Candidate], batches: Batches, count: int, desk: Desk
+    runner: Runner, plan: Plan, candidates: Sequence[Candidate], means: tuple[Batches, int, Costs], desk: Desk
 ) -> list[Measured]:
     """Measure this process's share of what nobody has measured yet; return the figures of all, in their order."""
     rank, ranks = processes.world()
+    batches, count, costs = means
     before = _noted(desk.folder)
     processes.wait()  # nobody notes anything before all have looked
     left = [each for each in candidates if str(each) not in before]
     own = desk.folder / _NOTES.replace("*", str(rank))
     notes = json.loads(own.read_text()) if own.exists() else {}
-    for number, each in enumerate(measure(runner, plan, left[rank::ranks], batches, count), start=1):
-        notes[str(each.operation)] = [each.error, each.saves]
+    for number, (each, error) in enumerate(measure(runner, plan, left[rank::ranks], batches, count), start=1):
+        notes[str(each)] = [error]
         write_json(own, notes)
         done = min(len(before) + number * ranks, len(candidates))
-        desk.progress(done, len(candidates), f"{each.operation}: {each.error:.3f}")
+        desk.progress(done, len(candidates), f"{each}: {error:.3f}")
     processes.wait()
     known = _noted(desk.folder)
     processes.wait()  # nobody clears the notes away before all have read them
-    return [Measured(operation=each, error=known[str(each)][0], saves=known[str(each)][1]) for each in candidates]
+    saves = {str(each): costs(plan) - costs(plan.with_operations([each])) for each in candidates}
+    return [Measured(operation=each, error=known[str(each)][0], saves=saves[str(each)]) for each in candidates]
 
 
-def _noted(folder: Path) -> dict[str, tuple[float, int]]:
+def _noted(folder: Path) -> dict[str, list[float]]:
     return {label: figures for path in folder.glob(_NOTES) for label, figures in json.loads(path.read_text()).items()}
 
 
@@ -105,93 +107,99 @@ def choose(
     plan: Plan,
     measured: Sequence[Measured],
     targets: Sequence[Target],
-    size: Callable[[Plan], int],
+    costs: Callable[[Plan], Cost],
     width: Width,
     *,
     order: str = "price",
     modulation: Sequence[ModulationSwap] = (),
 ) -> "Choice":
-    """Take candidates as they are `ranked` until every target is met; `size` counts the parameters of a plan's student.
+    """Take the `best` candidate until every target is met in every unit that it asks for; what saves nothing stays.
 
-    A target that asks for `modulation` has it first. Of a candidate that does not fit as a whole, what fits is taken.
-    Intervals stop at a target's `depth`. What a target does not need after all, since a later candidate saved more, is
-    given back, the largest error first. Raises `PpclError` with the nearest size where a target is out of reach.
+    `costs` are those of a plan's student. A target that asks for `modulation` has it first. Of a candidate that does
+    not fit as a whole, what fits is taken. Intervals stop at a target's `depth`. What a target does not need after all,
+    since a later candidate saved more, is given back, the largest error first. Raises `PpclError` with the nearest in
+    every unit where a target is out of reach.
     """
-    total = size(plan)
+    total = costs(plan)
     chosen: list[Measured] = []
     plans: dict[str, Plan] = {}
-    goals = {target.name: _goals(target, total) for target in targets}
-    for target in sorted(targets, key=lambda t: -goals[t.name][0]):
-        goal, deep = goals[target.name]
+    goals = {target.name: Goal(target, total) for target in targets}
+    for target in sorted(targets, key=lambda t: goals[t.name].shares(total), reverse=True):
+        goal = goals[target.name]
         taken = plan.with_operations(m.operation for m in chosen)
         if target.modulation:
             taken = plan.with_operations(modulation)
             for candidate in chosen:
                 # Of what larger targets lose, as much as this one needs.
-                taken = taken if size(taken) <= goal else _extended(taken, candidate.operation, width) or taken
-        for candidate in [m for m in ranked(measured, order) if m not in chosen]:
-            if size(taken) <= goal:
-                break
-            allowed = size(_depth(taken)) > deep if isinstance(candidate.operation, Interval) else target.width
-            wider, most = _with_most(taken, candidate, width, size) if allowed else (None, candidate)
+                taken = _extended(taken, candidate.operation, width) or taken if goal.missing(costs(taken)) else taken
+        left = [m for m in measured if m not in chosen]
+        while (missing := goal.missing(costs(taken))) and left:
+            candidate = best(left, order, missing)
+            left.remove(candidate)
+            deep = isinstance(candidate.operation, Interval)
+            allowed = costs(_depth(taken)).params > goal.depth if deep else target.width
+            wider, most = _with_most(taken, candidate, width, costs, missing) if allowed else (None, candidate)
             if wider is not None:
                 chosen.append(most)
                 taken = wider
-        left = size(taken)
-        if left > goal:
+        if missing:
             held = f", intervals stop at depth {target.depth}" if target.depth else ""
             raise PpclError(
-                f"target {target.name!r}: {target.params} is {goal:,} parameters, the candidates reach {left:,} "
-                f"({left / total:.1%} of the teacher){held}; allow more intervals or width, or ask for that"
+                f"target {target.name!r}: {goal.told(costs(taken), total)}{held}; "
+                "allow more intervals or width, or ask for that"
             )
         already = [operation for earlier in plans.values() for operation in earlier.operations]
-        most_deep = max(deep, size(_depth(taken))) if target.depth else total
+        deepest = max(goal.depth, costs(_depth(taken)).params) if target.depth else total.params
         for spare in sorted(chosen, key=lambda m: -m.error):
             less = _without(taken, spare.operation) if spare.operation not in already else None
-            if less is not None and size(less) <= goal and size(_depth(less)) <= most_deep:
+            if less is not None and not goal.missing(costs(less)) and costs(_depth(less)).params <= deepest:
                 chosen.remove(spare)
                 taken = less
         plans[target.name] = taken
     return Choice(plans=plans, order=tuple(m.operation for m in chosen))
 
 
-def ranked(measured: Sequence[Measured], order: str) -> list[Measured]:
-    """Return candidates best first: by error per parameter saved, or in the paper's order (appendix 6).
+def best(measured: Sequence[Measured], order: str, missing: Mapping[str, int]) -> Measured:
+    """Return the candidate that is next: the least price for what is `missing`, or the paper's order (appendix 6).
 
     The paper's: intervals, the cheapest first; then text runs, the deepest first; then FFNs, the most linear first.
     """
 
     def paper(m: Measured) -> tuple[int, float]:
         if isinstance(m.operation, Interval):
-            return 0, m.price
+            return 0, m.price(missing)
         return (1, -m.operation.last) if isinstance(m.operation, TextRun) else (2, m.error)
 
-    return sorted(measured, key=paper if order == "paper" else lambda m: m.price)
+    return min(measured, key=paper if order == "paper" else lambda m: m.price(missing))
 
 
 @final
-class Sizes:
-    """Parameters of a plan's student, block by block, without building it."""
+class Goal:
+    """What a target comes to for one teacher; a size that makes no sense for it is a `PpclError`."""
 
-    def __init__(self, runner: Runner, example: Mapping[str, Any]) -> None:
-        self._runner, self._example = runner, example
-        self._known: dict[tuple[Any, ...], int] = {}
-        self._rest = size_of(runner.transformer) - sum(
-            size_of(block) for stack in runner.adapter.stacks for block in runner.blocks(stack.path)
+    def __init__(self, target: Target, total: Cost) -> None:
+        self._target = target
+        self._most = {unit: parse_size(size, total.of(unit), unit) for unit, size in target.asked.items()}
+        self.depth = parse_size(target.depth, total.params) if target.depth else 0
+        """Parameters at which intervals stop."""
+        if target.depth and self.depth < self._most.get("params", 0):
+            raise PpclError(f"target {target.name!r}: depth {target.depth} is below params {target.params}")
+
+    def missing(self, cost: Cost) -> dict[str, int]:
+        """Return what a student of such costs is short of, by unit; nothing where it meets the target."""
+        return {unit: short for unit, most in self._most.items() if (short := cost.of(unit) - most) > 0}
+
+    def shares(self, total: Cost) -> list[float]:
+        """Return what may stay of the teacher in each unit, the least first: targets are met in this order."""
+        return sorted(self._most.get(unit, total.of(unit)) / total.of(unit) for unit in UNITS)
+
+    def told(self, nearest: Cost, total: Cost, who: str = "the candidates reach") -> str:
+        """Say of every unit what is asked for, and what is the nearest."""
+        return "; ".join(
+            f"{self._target.asked[unit]} is {most:,} {UNITS[unit]}, {who} {nearest.of(unit):,} "
+            f"({nearest.of(unit) / total.of(unit):.1%} of the teacher)"
+            for unit, most in self._most.items()
         )
-
-    def __call__(self, plan: Plan) -> int:
-        """Return the number of parameters of the student of `plan`."""
-        return self._rest + sum(self._block(form) for form in plan.forms())
-
-    def _block(self, form: Form) -> int:
-        key = (form.stack, form.first, form.last, form.text, form.ffn, form.modulation)
-        if key not in self._known:
-            block = placed(self._runner, form)
-            if not form.is_stock:
-                block = thinned(block, self._runner.adapter.stack(form.stack), form, self._example[form.stack])
-            self._known[key] = size_of(block)
-        return self._known[key]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +218,7 @@ class Choice:
                 "operation": m.operation.model_dump(mode="json"),
                 "label": str(m.operation),
                 "error": m.error,
-                "saves": m.saves,
+                "saves": asdict(m.saves),
                 "chosen": [name for name, plan in self.plans.items() if any(_is_of(o, m) for o in plan.operations)],
             }
             for m in measured
@@ -225,10 +233,8 @@ class Choice:
         return cls(plans=plans, order=operations)
 
 
-def check_targets(recipe: Recipe, plan: Plan, total: int) -> None:
-    """Raise a `PpclError` for sizes that no plan for a teacher of `total` parameters has, and for impossible givens."""
-    for target in recipe.targets:
-        _goals(target, total)
+def check_given(recipe: Recipe, plan: Plan) -> None:
+    """Raise a `PpclError` for given operations that no plan for a teacher has."""
     for operation in (*recipe.intervals.given, *recipe.width.given):
         try:
             plan.with_operations([operation])
@@ -237,36 +243,17 @@ def check_targets(recipe: Recipe, plan: Plan, total: int) -> None:
             raise PpclError(f"the recipe's given operations: {reason}") from error
 
 
-def parse_size(text: str, total: int) -> int:
-    """Return the number of parameters that `70%`, `8B`, `650M` or `12000` means for a teacher of `total`."""
-    match = SIZE.fullmatch(text)
-    if not match or float(match[1]) <= 0:
-        raise PpclError(f"target size {text!r}: expected a share such as 70%, or a number such as 8B, 650M or 12000")
-    scale = {"%": total / 100, "": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2].upper()]
-    size = int(float(match[1]) * scale)
-    if size >= total:
-        raise PpclError(f"target size {text!r} is not smaller than the teacher's {total:,} parameters")
-    return size
-
-
-def _goals(target: Target, total: int) -> tuple[int, int]:
-    """Return the parameters at which a target is met, and those at which its intervals stop."""
-    goal = total if target.params is None else parse_size(target.params, total)
-    deep = parse_size(target.depth, total) if target.depth else goal
-    if deep < goal:
-        raise PpclError(f"target {target.name!r}: depth {target.depth} is below params {target.params}")
-    return goal, deep
-
-
 def _with_most(
-    plan: Plan, candidate: Measured, width: Width, size: Callable[[Plan], int]
+    plan: Plan, candidate: Measured, width: Width, costs: Callable[[Plan], Cost], missing: Mapping[str, int]
 ) -> tuple[Plan | None, Measured]:
-    """Return `plan` with the most of a candidate that fits and saves something, None where nothing does; and that."""
-    below = size(plan)
+    """Return `plan` with the most of a candidate that fits and saves what is missing, None where nothing does; and it.
+
+    A candidate may save nothing beside those that are taken already.
+    """
+    before = costs(plan)
     for operation in _versions(plan, candidate.operation, width):
         wider = _extended(plan, operation, width)
-        # A candidate may save nothing beside those that are taken already.
-        if wider is not None and _fits(wider, below, size):
+        if wider is not None and _saves(wider, before, costs, missing):
             return wider, replace(candidate, operation=operation)
     return None, candidate
 
@@ -319,12 +306,13 @@ def _extended(plan: Plan, operation: Candidate, width: Width) -> Plan | None:
     return wider if within or width.given else None
 
 
-def _fits(plan: Plan, below: int, size: Callable[[Plan], int]) -> bool:
-    """Whether `plan` saves something: an interval may leave its block without the text FFN that is to become linear."""
+def _saves(plan: Plan, before: Cost, costs: Callable[[Plan], Cost], missing: Mapping[str, int]) -> bool:
+    """Whether `plan` saves what is missing: an interval may leave its block without the text FFN that is to go."""
     try:
-        return size(plan) < below
+        saved = before - costs(plan)
     except PpclError:
         return False
+    return any(saved.of(unit) > 0 for unit in missing)
 
 
 def _without(plan: Plan, operation: Candidate) -> Plan | None:

@@ -2,7 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -16,9 +17,10 @@ from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Reading, Runner
 from ppcl_toolkit.statistics.moments import Moments
-from ppcl_toolkit.surgery.assemble import example_calls, standing_in
+from ppcl_toolkit.surgery.assemble import Calls, example_calls
 from ppcl_toolkit.surgery.narrow import narrow
 from ppcl_toolkit.training.segment import LinearFit
+from ppcl_toolkit.units import Cost
 
 Candidate = Interval | TextRun | FfnSwap
 _TOGETHER = 16
@@ -32,18 +34,19 @@ class Measured:
     operation: Candidate
     error: float
     """Relative velocity error |v - v_teacher| / |v_teacher| with this candidate alone, untrained."""
-    saves: int
-    """Transformer parameters."""
+    saves: Cost
+    """Of the teacher's, alone."""
 
-    @property
-    def price(self) -> float:
-        """Error per parameter saved."""
-        return self.error / max(self.saves, 1)
+    def price(self, missing: Mapping[str, int]) -> float:
+        """Return the error per share saved of what is missing, by unit: of one unit, per parameter, byte or FLOP."""
+        # The shares, on the common denominator: exact.
+        saved = sum(self.saves.of(unit) * math.prod(missing[o] for o in missing if o != unit) for unit in missing)
+        return self.error / max(saved, 1)
 
 
 def measure(
     runner: Runner, plan: Plan, candidates: Sequence[Candidate], batches: Batches, count: int
-) -> Iterator[Measured]:
+) -> Iterator[tuple[Candidate, float]]:
     """Yield every candidate with its substitution error over `count` batches; as many others set its linear maps."""
     if not candidates:
         return
@@ -59,7 +62,7 @@ def measure(
             with stand.installed(runner.placement):
                 pairs = zip(held_out, velocities, strict=True)
                 errors = [_relative(runner.velocity(batch), velocity) for batch, velocity in pairs]
-            yield Measured(operation=candidate, error=sum(errors) / len(errors), saves=stand.saves)
+            yield candidate, sum(errors) / len(errors)
 
 
 @dataclass(slots=True)
@@ -69,7 +72,6 @@ class _Stand:
     blocks: list[tuple[nn.Module, Any]]
     """Blocks and the forwards that run instead."""
     readers: list[Any]
-    saves: int
     thin: list[nn.Module] = field(default_factory=list)
     """Narrow blocks among them: what they have of their own is brought to the device when they run."""
 
@@ -84,26 +86,24 @@ class _Stand:
             yield
 
 
-def _substitute(runner: Runner, plan: Plan, candidate: Candidate, example: dict[str, Any]) -> _Stand:
+def _substitute(runner: Runner, plan: Plan, candidate: Candidate, example: Calls) -> _Stand:
     stack = runner.adapter.stack(candidate.stack)
     blocks = runner.blocks(candidate.stack)
     if isinstance(candidate, Interval):
         run = list(blocks)[candidate.first : candidate.last + 1]
         affine = _Affine(stack, candidate, run[0])
         forwards = [(run[0], affine.forward), *((block, passing(block, stack)) for block in run[1:])]
-        student = placed(runner, Form(stack.path, candidate.first, candidate.last))
-        return _Stand(forwards, [affine], sum(size_of(block) for block in run) - size_of(student))
-    forwards, readers, thin_blocks, saves = [], [], [], 0
+        return _Stand(forwards, [affine])
+    forwards, readers, thin_blocks = [], [], []
     for form in plan.with_operations([candidate]).forms():
         if form.stack == candidate.stack and not form.is_stock:
             block = blocks[form.first]
-            thin = thinned(block, stack, form, example[form.stack])
+            thin = _thinned(block, stack, form, example[form.stack])
             forwards.append((block, thin.__call__))
             thin_blocks.append(thin)
             if not form.is_teacher:
                 readers.append(LinearFit(form, stack, thin, block))
-                saves += size_of(block) - size_of(thin)
-    return _Stand(forwards, readers, saves, thin_blocks)
+    return _Stand(forwards, readers, thin_blocks)
 
 
 @final
@@ -148,12 +148,7 @@ class _Affine:
         return x + x @ weight[:, :-1].T + weight[:, -1]
 
 
-def placed(runner: Runner, form: Form) -> nn.Module:
-    """Return the block of a form as it stands in the student, before anything of it is narrow."""
-    return standing_in(runner.transformer, runner.adapter, form, runner.blocks(form.stack)[form.first])
-
-
-def thinned(block: nn.Module, stack: Stack, form: Form, example: tuple[Any, Any]) -> nn.Module:
+def _thinned(block: nn.Module, stack: Stack, form: Form, example: tuple[Any, Any]) -> nn.Module:
     """Return a narrow copy that shares what it keeps with `block`."""
     thin = copy.deepcopy(block, {id(p): p for p in block.parameters()})
     narrow(thin, stack, form, *example)
@@ -162,8 +157,3 @@ def thinned(block: nn.Module, stack: Stack, form: Form, example: tuple[Any, Any]
 
 def _relative(velocity: Tensor, teacher: Tensor) -> float:
     return float((velocity - teacher).norm() / teacher.norm())
-
-
-def size_of(module: nn.Module) -> int:
-    """Count the parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())

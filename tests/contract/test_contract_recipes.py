@@ -8,6 +8,7 @@ from worlds import FAMILIES
 from ppcl_toolkit import algorithm, compress
 from ppcl_toolkit.recipe import Recipe, find_recipe, shipped_recipes
 from ppcl_toolkit.stages import evaluate
+from ppcl_toolkit.units import UNITS
 
 TEACHERS = {
     "black-forest-labs/FLUX.1-dev": "flux",
@@ -49,7 +50,7 @@ def cut_down(name, world):
     data["evaluate"].update(source, count=1, velocity_batches=1)
     # What tiny models can reach: much of them is not in blocks.
     for target, share in zip(data["targets"], (90, 85, 80) if name in FULL_DEPTH else (99, 98, 97), strict=False):
-        target |= {} if name.endswith("_light") else {"params": f"{share}%"}
+        target |= {unit: f"{share}%" for unit in UNITS if unit in target}
         if "depth" in target:
             target["depth"] = f"{share + 1}%"
     return data
@@ -68,4 +69,7 @@ def test_a_shipped_recipe_runs(name, worlds, tmp_path, monkeypatch):
     assert [variant["name"] for variant in summary["variants"]] == [target["name"] for target in data["targets"]]
     for variant, target in zip(summary["variants"], data["targets"], strict=True):
         assert variant["params"] < summary["teacher"]["params"]
+        for unit in UNITS:
+            most = float(target.get(unit, "100%").rstrip("%")) / 100 * summary["teacher"][unit]
+            assert variant[unit] <= most, unit
         assert target.get("width", True) or variant["opens"] == "stock"

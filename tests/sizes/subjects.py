@@ -49,7 +49,7 @@ class Subject:
         """Return a bank that holds everything the plans ask for."""
         folder = self.desk.folder / "bank"
         for form in [form for form in trained_forms(self.plans.values()) if form.is_stock or not depth_only]:
-            state = self.model.block(form).state_dict()
+            state = self.model.costs.block(form).state_dict()
             disk.keep(folder / f"{form.key}.safetensors", {name: (v.shape, torch.float32) for name, v in state.items()})
         return Bank(folder)
 

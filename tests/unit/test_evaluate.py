@@ -8,6 +8,8 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.errors import PpclError
@@ -61,6 +63,24 @@ def test_a_pipeline_equals_itself(tmp_path):
     assert measured.bytes == 4 * measured.params
     assert measured.latency_ms > 0
     assert load_measurement(tmp_path / "student") == same
+    assert compare(tmp_path / "student", tmp_path / "teacher", itemsize=2).bytes == 2 * measured.params
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (3,)])
+def test_flops_are_those_of_a_call_with_one_picture(tmp_path, seeds):
+    pipeline, calls = tiny.flux_pipeline(2, 2), []
+    exam = dataclasses.replace(EXAM, seeds=seeds)
+    handle = pipeline.transformer.register_forward_pre_hook(lambda *given: calls.append(given[2]), with_kwargs=True)
+    found = measure(pipeline, exam, tmp_path, progress=silent).flops
+    handle.remove()
+    batched = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+    alone = {name: value[:1] if name in batched and value is not None else value for name, value in calls[0].items()}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        pipeline.transformer(**alone)
+    assert found == counter.get_total_flops() > 0
+    # What has its images keeps its count.
+    (tmp_path / "measurement.json").unlink()
+    assert measure(pipeline, exam, tmp_path, progress=silent).flops == found
 
 
 def test_another_pipeline_differs_and_is_measured_again(tmp_path):

@@ -21,9 +21,11 @@ from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.stages.modulation import LowRankChoice, bank_low_rank, check_modulation, find_modulation
 from ppcl_toolkit.stages.samples import EMPTY, load_samples, record_samples
-from ppcl_toolkit.stages.select import Sizes, choose
-from ppcl_toolkit.surgery.assemble import example_calls, reshape, student_blocks, student_of
+from ppcl_toolkit.stages.select import choose
+from ppcl_toolkit.surgery.assemble import reshape, student_blocks, student_of
+from ppcl_toolkit.surgery.costs import Costs
 from ppcl_toolkit.training.substitution import Measured
+from ppcl_toolkit.units import Cost
 
 SECTION = Modulation(rank=4, batches=16, velocity_batches=2)
 
@@ -308,11 +310,12 @@ def chosen(*targets):
     run = runner(6, 4)
     plan = plan_of(run)
     pairs = [Interval(stack=s.path, first=i, last=i + 1) for s in FLUX.stacks for i in range(0, 4, 2)]
-    measured = [Measured(operation=pair, error=0.1 * n, saves=1000) for n, pair in enumerate(pairs, start=1)]
-    size = Sizes(run, example_calls(run.transformer, FLUX, batches()[0]))
-    found = choose(plan, measured, targets, size, Width(), modulation=SWAPS)
-    total = size(plan)
-    return {name: (p.intervals, p.modulation_swaps, size(p) / total) for name, p in found.plans.items()}, found, pairs
+    saves = Cost(params=1000, bytes=2000, flops=10)
+    measured = [Measured(operation=pair, error=0.1 * n, saves=saves) for n, pair in enumerate(pairs, start=1)]
+    costs = Costs(run.transformer, FLUX, batches()[0], torch.bfloat16)
+    found = choose(plan, measured, targets, costs, Width(), modulation=SWAPS)
+    size = {name: costs(p).params / costs(plan).params for name, p in found.plans.items()}
+    return {name: (p.intervals, p.modulation_swaps, size[name]) for name, p in found.plans.items()}, found, pairs
 
 
 def test_a_target_has_modulation_before_anything_goes():

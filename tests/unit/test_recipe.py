@@ -53,7 +53,7 @@ def test_an_unknown_key_of_a_target_is_found_in_the_list(load):
     found = refusal(load, text)
     assert "job.yaml line 5: targets.1.parms: unknown key, did you mean 'params'?" in found
     text = "teacher: {path: shapes}\ntargets:\n  - {name: a, params: 70%}\n  - name: b\n"
-    assert "job.yaml line 4: targets.1: params is missing" in refusal(load, text)
+    assert "job.yaml line 4: targets.1: params, bytes, flops are missing" in refusal(load, text)
 
 
 @pytest.mark.parametrize(

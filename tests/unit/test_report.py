@@ -34,7 +34,8 @@ PLANS = {
 
 def measurement(score: float, params: int, **more) -> dict:
     by_category = {c: [round(score + 0.02 * (i - 3), 3), 0.03] for i, c in enumerate(scenes.CATEGORIES)}
-    cost = {"params": params, "bytes": 2 * params, "latency_ms": params / 4e5, "latency_batch": 35}
+    cost = {"params": params, "bytes": 2 * params, "flops": 25 * params}
+    cost |= {"latency_ms": params / 4e5, "latency_batch": 35}
     memory = {"memory_bytes": 20 * params, "memory_of": "resident set growth of a fresh process"}
     compared = {"rmse": None, "velocity_error": None, "drop_percent": None}
     rest = {"score": score, "score_std": 0.0123, "categories": by_category, "chance": 0.041}
@@ -70,7 +71,7 @@ def candidate(operation, error: float, saves: int, chosen: list) -> dict:
         "operation": operation.model_dump(),
         "label": str(operation),
         "error": error,
-        "saves": saves,
+        "saves": {"params": saves, "bytes": 2 * saves, "flops": 25 * saves},
         "chosen": chosen,
     }
 
@@ -176,6 +177,26 @@ def test_every_number_of_the_summary_is_on_the_page(page):
     for text in ("0.923", "0.871", "0.742", "21.3", "38.7", "0.183", "0.312", "5.6", "19.6", "0.041", "custom"):
         assert text in page
     assert f"{100 * 7_012_345 / 10_204_321:.1f} %" in page
+
+
+def test_flops_are_on_the_page(page):
+    assert "255 MFLOP" in page and "175 MFLOP" in page
+    assert page.count("49.2 %") == 2, "of the parameters, and of the FLOPs"
+    assert "MFLOP" in page.split("What was removed")[1], "of candidates, too"
+
+
+def test_a_run_of_an_earlier_version_has_a_page(tmp_path):
+    synthetic_run(tmp_path)
+    for name, drop in (("summary.json", '"flops"'), ("select/measured.json", None)):
+        rows = json.loads((tmp_path / name).read_text())
+        if drop:
+            for row in (rows["teacher"], *rows["variants"]):
+                del row["flops"]
+        else:
+            rows = [{**row, "saves": row["saves"]["params"]} for row in rows]
+        (tmp_path / name).write_text(json.dumps(rows))
+    page = write_report(tmp_path).read_text()
+    assert "MFLOP" not in page
 
 
 def test_every_variant_operation_and_category_is_named(page):
