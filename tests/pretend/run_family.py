@@ -22,7 +22,10 @@ from ppcl_toolkit import Recipe, cli, compress, export_target
 def ppcl(*arguments: str | Path) -> None:
     """Run a command of the toolkit, in this process."""
     sys.argv = ["ppcl", *map(str, arguments)]
-    cli.main()
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert not end.code, f"{arguments}: exit status {end.code}"
 
 
 def main(way: list[str], folder: Path, out: Path, overrides: list[str]) -> None:

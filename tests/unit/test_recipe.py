@@ -215,8 +215,8 @@ def test_overrides_are_as_strict(load, override):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"targets": [{"name": "a", "params": "150%"}]}, "'150%' is not smaller than the teacher"),
-        ({"targets": [{"name": "a", "params": "100%"}]}, "'100%' is not smaller than the teacher"),
+        ({"targets": [{"name": "a", "params": "150%"}]}, "'150%': a share is below 100%"),
+        ({"targets": [{"name": "a", "params": "100%"}]}, "'100%': a share is below 100%"),
         ({"targets": [{"name": "a", "params": "-5%"}]}, "'-5%': expected a share"),
         ({"targets": [{"name": "a", "params": "0"}]}, "'0': expected a share"),
         ({"targets": [{"name": "a", "params": "nonsense"}]}, "'nonsense': expected a share"),
