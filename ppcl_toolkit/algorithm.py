@@ -28,7 +28,7 @@ from ppcl_toolkit.stages.evaluate import evaluate, examine, summarise
 from ppcl_toolkit.stages.export import Variant, export
 from ppcl_toolkit.stages.finetune import finetune, load_weights, record_velocities
 from ppcl_toolkit.stages.intervals import Candidates, check_intervals, detect
-from ppcl_toolkit.stages.modulation import LowRankChoice, bank_low_rank, check_modulation, find_modulation, lower
+from ppcl_toolkit.stages.modulation import LowRankChoice, bank_low_rank, check_modulation, find_modulation
 from ppcl_toolkit.stages.probe import Probes, probe
 from ppcl_toolkit.stages.report import write_report
 from ppcl_toolkit.stages.samples import EMPTY, load_samples, record_samples, sources
@@ -167,27 +167,15 @@ class _Run:
             tuned = None
             if name in recipe.tuned:
                 runner = self._runner("finetune", plans)
-                tune = partial(finetune, runner, plan.whole, bank, batches, velocities, recipe.finetune)
+                tune = partial(finetune, runner, plan, bank, batches, velocities, recipe.finetune)
                 tuned = self._stage(f"finetune/{name}", recipe.finetune, tune, Path)
             variant = _variant(recipe, self._workspace.path, name, self._teacher.whole(plan), low)
             runner = self._runner("export", plans)
-            student = partial(self._student, runner, plan, bank, tuned)
-            make = partial(_export, self._teacher, runner, variant, student, batches[0])
+            make = partial(_export, self._teacher, runner, variant, plan, (bank, tuned), batches[0])
             exports.append(self._workspace.job(f"export/{name}", recipe.export, make, variant.read))
         found = self._workspace.results(exports)
         velocities.discard()
         return found
-
-    def _student(self, runner: Runner, plan: Plan, bank: Bank, tuned: Path | None, example: Batch) -> nn.Module:
-        """Make the student of `plan`: of the bank, or of what fine-tuning left, which comes before low rank."""
-        if tuned is None:
-            return student_of(runner.transformer, runner.adapter, plan, bank, example)
-        student = student_of(runner.transformer, runner.adapter, plan.whole, bank, example)
-        student.load_state_dict(load_weights(tuned), assign=True)
-        if plan.modulation_swaps and self._recipe.modulation is not None:
-            batches = _calibration(self._recipe, self._workspace, self._noised)
-            lower(Runner(student, runner.adapter, runner.placement), plan, batches(0, self._recipe.modulation.batches))
-        return student
 
     def evaluated(self, plans: Mapping[str, Plan], variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Set variants beside the teacher: stage `evaluate`."""
@@ -235,8 +223,7 @@ def export_target(
         raise PpclError(f"{variant.folder} exists already; choose another --name")
     run = Workspace(path)
     run.lock()
-    student = partial(student_of, runner.transformer, runner.adapter, plan, bank)
-    make = partial(_export, teacher, runner, variant, student, example)
+    make = partial(_export, teacher, runner, variant, plan, (bank, None), example)
     made = run.stage(f"export/{target.name}", {**asked, "dtype": variant.dtype}, make, variant.read)
     run.unlock()
     return {**made, "params": cost.params, "flops": cost.flops}
@@ -308,11 +295,17 @@ def _export(
     teacher: Teacher,
     runner: Runner,
     variant: Variant,
-    student: Callable[[Batch], nn.Module],
+    plan: Plan,
+    weights: tuple[Bank, Path | None],
     example: Batch,
     desk: Desk,
 ) -> None:
-    export(teacher.pipeline, student(example), variant, example, desk, device=runner.placement.device)
+    """Make the student of `plan` from the bank, or from the folder of its fine-tuning, and export it."""
+    bank, tuned = weights
+    student: nn.Module = student_of(runner.transformer, runner.adapter, plan, bank, example)
+    if tuned is not None:
+        student.load_state_dict(load_weights(tuned), assign=True)
+    export(teacher.pipeline, student, variant, example, desk, device=runner.placement.device)
 
 
 def _first_that_fits(

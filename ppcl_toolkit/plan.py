@@ -178,11 +178,6 @@ class Plan(_Record):
         """Whether the student is a stock class with fewer blocks."""
         return not (self.text_runs or self.ffn_swaps or self.modulation_swaps)
 
-    @property
-    def whole(self) -> "Plan":
-        """The plan without modulation of low rank: what learns, before the closed form."""
-        return self.with_operations(o for o in self.operations if not isinstance(o, ModulationSwap))
-
     def with_operations(self, operations: Iterable[AnyOperation]) -> "Plan":
         """Return the plan of other operations for the same teacher; a `ValueError` says which rule they break."""
         ordered = sorted(operations, key=lambda o: _ORDER[o.kind])

@@ -43,6 +43,6 @@ def test_it_is_known_before_the_first_sample(sections, message, tmp_path):
 
 @pytest.mark.parametrize("name", ["/tmp/evil", "../../evil", "teacher", "a.partial", ".hidden", "con"])
 def test_a_variant_has_the_name_of_a_folder_in_its_run(name, tmp_path):
-    with pytest.raises(PpclError, match="^--name "):
+    with pytest.raises(PpclError, match="^name: "):
         export_target(tmp_path, "60%", name)
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ def disk(memory: Memory) -> dict[str, int]:
     squares = memory.squares()[0] if recipe.searches else 0
     itemsize = blocks.model.dtype.itemsize
     variants = [whole.params(plan) * itemsize for plan in memory.plans.values()]
-    tuned = [whole.params(memory.plans[name].whole) for name in recipe.tuned]
+    tuned = [whole.params(memory.plans[name]) for name in recipe.tuned]
     students = max(tuned, default=0) if recipe.finetune.steps else 0
     found = {
         "samples": recipe.samples.count * blocks.model.forwards * blocks.model.sample_bytes,

@@ -43,7 +43,7 @@ class Whole:
     @cached_property
     def tuning(self) -> Tuning:
         """Fine-tuning of the largest student that is fine-tuned."""
-        tuned = [plan.whole for name, plan in self.memory.plans.items() if name in self.memory.recipe.tuned]
+        tuned = [plan for name, plan in self.memory.plans.items() if name in self.memory.recipe.tuned]
         return Tuning(self.memory, max(tuned, key=self.params, default=self._largest))
 
     @cached_property

@@ -8,13 +8,11 @@ or the smallest one whose measured velocity error stays below a bound.
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, final
 
-import torch
 from torch import Tensor, nn
 
 from ppcl_toolkit import processes
@@ -29,8 +27,7 @@ from ppcl_toolkit.running.conditioning import Layer, replaced, sources, vectors
 from ppcl_toolkit.running.noise import Calibration
 from ppcl_toolkit.running.schedule import Batch, Runner
 from ppcl_toolkit.statistics.lowrank import LowRank, Spread, Vectors, reduced_rank
-from ppcl_toolkit.surgery.assemble import student_blocks
-from ppcl_toolkit.surgery.narrow import factored_layers, largest_rank, low_rank, modulation_layers
+from ppcl_toolkit.surgery.narrow import largest_rank, modulation_layers
 
 _CURVE, _SUMS = "curve.json", "sums/conditioning.safetensors"
 AT_ONCE = 256
@@ -149,32 +146,6 @@ def bank_low_rank(runner: Runner, plans: Sequence[Plan], bank: Bank, low: LowRan
             save_tree(path, _joined(states))
         desk.progress(number, len(wanted), form.key)
     processes.wait()
-
-
-@torch.no_grad()
-def lower(runner: Runner, plan: Plan, batches: Iterable[Batch]) -> None:
-    """Give the student of `plan.whole`, which was trained with whole layers, its modulation of low rank, in place.
-
-    The closed form for its own weights, on the conditioning that its own embedders make; it is on the host then.
-    """
-    modules, sums, origin = dict(_layers(runner)), dict[Layer, Vectors](), dict[Layer, Layer]()
-    for batch in batches:
-        origin = origin or sources(vectors(runner, list(modules), batch))
-        for layer, given in vectors(runner, list(dict.fromkeys(origin.values())), batch).items():
-            sums.setdefault(layer, Vectors(modules[layer].in_features)).add(given)
-    spreads = {layer: own.spread(runner.placement.device) for layer, own in sums.items()}
-    runner.leave()
-    numbers: Counter[str] = Counter()
-    for block, form in student_blocks(runner.transformer, runner.adapter, plan):
-        number, stack = numbers[form.stack], runner.adapter.stack(form.stack)
-        numbers[form.stack] += 1
-        if form.modulation:
-            whole, factored = modulation_layers(block, stack), factored_layers(block, stack, form.modulation)
-            low_rank(block, factored)
-            for path, rank in factored:
-                weight = whole[path].weight.to(runner.placement.device)
-                found = reduced_rank(weight, spreads[origin[Layer(form.stack, number, path)]], rank)
-                block.get_submodule(path).load_state_dict(found.at(rank, whole[path].bias))
 
 
 def _layers(runner: Runner) -> Iterator[tuple[Layer, nn.Linear]]:

@@ -65,7 +65,7 @@ def narrow(block: nn.Module, stack: Stack, form: Form, arguments: Arguments, str
         reshape_block(block, blueprint.removed, blueprint.bypassed, blueprint.shrunk, blueprint.added, ())
         _become(block, blueprint)
     if form.modulation:
-        low_rank(block, factored_layers(block, stack, form.modulation))
+        low_rank(block, _factored(block, stack, form.modulation))
 
 
 def low_rank(block: nn.Module, factored: tuple[tuple[str, int], ...]) -> None:
@@ -216,7 +216,7 @@ def largest_rank(weight: Tensor) -> int:
     return (weight.numel() - 1) // sum(weight.shape)
 
 
-def factored_layers(block: nn.Module, stack: Stack, rank: int) -> tuple[tuple[str, int], ...]:
+def _factored(block: nn.Module, stack: Stack, rank: int) -> tuple[tuple[str, int], ...]:
     """Return the modulation layers that `rank` makes smaller, each with it: what few rows are left of may stay whole.
 
     Raises `PpclError` where that is none.
