@@ -115,7 +115,7 @@ def test_a_plan_says_what_a_recipe_asks_for():
     assert result.exit_code == 0, result.output
     for part in ("11,901,408,320", "6,520,810,048", "9 + 24", "GB", "transformer_blocks[3,5]", "disk: samples"):
         assert part in result.output
-    slower = CliRunner().invoke(cli.app, ["plan", "--recipe", "tiny", "--json", "--tflops", "0.1"])
+    slower = CliRunner().invoke(cli.app, ["plan", "--recipe", "tiny_paper", "--json", "--tflops", "0.1"])
     found = json.loads(slower.stdout)
     assert found["teacher"]["params"] == 5_025_760
     trained = ["samples", "probe", "intervals", "select", "depth", "width", "velocities", "finetune", "evaluate"]
