@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml
 	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: $(VENV)/installed ## compress the embedded teacher: a table, a report and two smaller models in runs/tiny
+demo: $(VENV)/installed ## compress the embedded teacher: a table, a report and three smaller models in runs/tiny
 	$(BIN)/ppcl compress --recipe tiny --out $(DEMO)
 
 check: $(VENV)/installed ## style and types
