@@ -56,7 +56,9 @@ SPEEDS = [
 ]
 """Name, teacher, the recipe whose operations make the student, the share of parameters that is left at most."""
 ONE_STEP = (
+    "samples.prompts=shapes",
     "samples.count=2",
+    "evaluate.prompts=shapes",
     "probe.batches=1",
     "probe.steps=1",
     "intervals.batches=1",
@@ -71,7 +73,8 @@ BRIEF = (
     "samples={count: 2, batch: 2}",
     "probe={batches: 1, batch: 2}",
     "intervals={strategy: given, given: [{stack: transformer_blocks, first: 2, last: 3}]}",
-    "targets=[{name: small, params: 97%, width: false}]",
+    "modulation={rank: 8, batches: 2, batch: 2, velocity_batches: 1}",
+    "targets=[{name: small, params: 72%, modulation: true, width: false}]",
     "select={batches: 1, batch: 2}",
     "depth={steps: 1, batch: 2}",
     "finetune={steps: 1, batch: 2}",

@@ -1,6 +1,7 @@
 """A device that is too small ends a command with one line, and the same command goes on where there is more room."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ TRAINING = (
     "finetune.optimizer=adamw",
     "finetune.offload=none",
 )
-OVERRIDES = ("device=auto", "targets=[{name: small, params: 55%}]", *TRAINING)
+OVERRIDES = ("device=auto", "targets=[{name: small, params: 65%}]", *TRAINING)
 ROOM_FOR_THE_TEACHER = 3_500_000
 """Bytes; of 18 blocks, and not of those that learn beside them."""
 FITS_ALL_BUT_FINE_TUNING = 3_000_000
@@ -70,11 +71,11 @@ def test_stages_are_streamed_where_the_card_has_no_room_else(tmp_path_factory):
     fits = ("finetune.steps=0",)
     done = commanded(world, ROOM_FOR_THE_TEACHER, "teacher.streamed=false", *fits)
     assert done.returncode == 1
-    assert "while making" in done.stderr.splitlines()[-1] and "depth.partial" in done.stderr.splitlines()[-1]
+    (stage,) = re.findall(r"out of memory on the device while making .*/(depth|width).partial", done.stderr)
     done = commanded(world, ROOM_FOR_THE_TEACHER, *fits)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads((world / "out" / "summary.json").read_text())["warnings"]
-    assert said[0] == "teacher.streamed: auto is true for depth"
+    assert said[0].startswith("teacher.streamed: auto is true for ") and stage in said[0]
 
 
 def test_a_card_that_is_too_small_is_refused_before_anything_is_loaded(tmp_path):
