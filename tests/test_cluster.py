@@ -38,7 +38,7 @@ workspace.Workspace.job = job
 workspace.silent = progress  # which every process but the first reports to
 compress(Recipe.load(recipe, overrides), out, progress=progress)
 """
-SHORT = ("targets=[{name: small, params: 55%}]", "depth.split=segments", "finetune.steps=4")
+SHORT = ("targets=[{name: small, params: 65%}]", "depth.split=segments", "finetune.steps=4")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 
