@@ -131,10 +131,11 @@ class _Run:
         choose = partial(select, self._runner("select"), self._teacher.plan(), found, held_out, recipe)
         asked = _part(recipe, _CHOICE | (_EXPORTED if any(target.bytes for target in recipe.targets) else {}))
         for target in asked["targets"]:
-            # As runs have it that were begun before there were other units than parameters.
-            for unit in ("bytes", "flops"):
-                if target[unit] is None:
-                    del target[unit]
+            # As runs have it that were begun before there were these keys; fine-tuning comes after the choice.
+            del target["finetune"]
+            for key in ("depth", "bytes", "flops", "modulation"):
+                if not target[key]:
+                    del target[key]
         return self._stage("select", asked, choose, Choice.load)
 
     def bank(self, plans: Mapping[str, Plan], low: LowRankChoice | None) -> Bank:

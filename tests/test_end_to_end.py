@@ -179,10 +179,10 @@ def test_a_run_killed_many_times_ends_with_the_same_bits(world, reference):
 
 
 def test_a_choice_by_parameters_is_noted_as_it_ever_was(reference):
-    """Runs of earlier versions go on: their targets had no other units."""
+    """Runs of earlier versions go on: their targets had nothing else."""
     settings = json.loads((reference[1] / "select" / "made_from.json").read_text())["settings"]
     assert settings.keys() == {"targets", "select", "width"}
-    assert {*settings["targets"][0]} == {"name", "params", "depth", "width", "modulation"}
+    assert {*settings["targets"][0]} == {"name", "params", "width"}
 
 
 def test_another_size_is_exported_from_the_bank(reference):
