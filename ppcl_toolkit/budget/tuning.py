@@ -10,12 +10,10 @@ from torch import Tensor
 from ppcl_toolkit.budget.memory import Memory, Need
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.surgery.assemble import student_blocks
-from ppcl_toolkit.training.means import Job, Machine, Means, choose_means, job_of
+from ppcl_toolkit.training.means import BYTES, Job, Machine, Means, choose_means, job_of
 
 _FILE = 8 * 2**30
 """Bytes of a state that are on the host while its files are written: one, and the next."""
-_BYTES = {"adamw": (4, 4, 8.0, 0), "adamw8bit": (2, 0, 2.07, 64), "adafactor": (2, 0, 0.02, 24)}
-"""Per parameter: weight, gradient that waits, moments; and a step in fp32, per value of the weight at work."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +92,6 @@ class Tuning:
         return value * batch if isinstance(value, list) else value
 
     def _bytes(self, optimizer: str) -> tuple[int, int, float, int]:
-        weight, gradient, moments, work = _BYTES[optimizer]
+        weight, gradient, moments, work = BYTES[optimizer]
         half = self.memory.blocks.model.dtype == torch.bfloat16
         return weight if half else 4, gradient, moments, work

@@ -34,9 +34,8 @@ class Whole:
         blocks, resting = memory.blocks, memory.resting()
         # Nothing but the streams is on its way, and blocks differ in what they weigh and in what they take.
         device = resting.device - blocks.largest + blocks.visit(batch) + blocks.flow(batch) + blocks.beside(batch)
-        # On the host are one batch, and what is said to it.
-        said = int(blocks.model.example[blocks.model.adapter.latents].nbytes)
-        return resting._replace(device=device).beside(0, batch * (blocks.model.sample_bytes + said))
+        # On the host is one batch; what is said to it, which is less, takes its place.
+        return resting._replace(device=device).beside(0, batch * blocks.model.sample_bytes)
 
     def finetune(self) -> Need:
         """Fine-tuning of the largest student, with the teacher on the host."""

@@ -17,7 +17,7 @@ from ppcl_toolkit.errors import PpclError
 GB = 1e9
 _ROOM = 0.92
 """Share of a memory that can be planned with: drivers, caches and fragments take the rest."""
-_BYTES = {"adamw": (4, 4, 8.0, 0), "adamw8bit": (2, 0, 2.07, 64), "adafactor": (2, 0, 0.02, 24)}
+BYTES = {"adamw": (4, 4, 8.0, 0), "adamw8bit": (2, 0, 2.07, 64), "adafactor": (2, 0, 0.02, 24)}
 """Per parameter: its weight, a gradient that waits for the end of the backward, what the optimizer remembers; and, of
 the largest weight alone, what computing its step in fp32 takes (without a compiler: with one it is less)."""
 _ORDER = (
@@ -121,7 +121,7 @@ def choose_means(job: Job, machine: Machine, optimizer: str = "auto", offload: s
 
 def means_of(job: Job, machine: Machine, optimizer: str, offload: str) -> Means:
     """Add up what one way of training takes: weights, gradients, moments and activations."""
-    weight, gradient, moments, work = _BYTES[optimizer]
+    weight, gradient, moments, work = BYTES[optimizer]
     if not job.half:
         weight = 4
     work *= job.largest_weight
