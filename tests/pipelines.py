@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import tiny
 import torch
@@ -13,16 +15,17 @@ from runs import DUAL, FLUX, SINGLE, batches, desk, plan_of, runner
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import load_adapter
+from ppcl_toolkit.artifacts import passes
 from ppcl_toolkit.artifacts.storage import Bank, save_tree
 from ppcl_toolkit.plan import FfnSwap, Interval, TextRun
-from ppcl_toolkit.recipe import Depth, Width
+from ppcl_toolkit.recipe import Depth, Probe, Width
 from ppcl_toolkit.running.capture import Streams
 from ppcl_toolkit.running.passage import Place
 from ppcl_toolkit.running.pipelined import UNDER_WAY
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.stages.depth import distill_depth
-from ppcl_toolkit.stages.probe import ProbeReader, ProbeTrainer
+from ppcl_toolkit.stages.probe import probe
 from ppcl_toolkit.stages.width import distill_width
 
 QWEN, SD3 = load_adapter("qwen_image"), load_adapter("sd3")
@@ -117,20 +120,14 @@ def wide(folder):
     distill_width(run, plans, Bank(folder / "depth"), batches(), section, desk(folder / "width"))
 
 
-def probed(name, out):
-    """Fit the probes of a teacher, and train them on; write those of this process, a file for each block."""
+def probed(name, out, wrap=lambda noised: noised):
+    """Fit the probes of a teacher, and train them on, by the stage itself; states are written after every batch."""
     make, adapter, inputs = TEACHERS[name]
+    noised = wrap([inputs[number % len(inputs)] for number in range(BATCHES)])
+    section = Probe(batches=5, ridge=1e-3, steps=BATCHES - 5, learning_rate=1e-3)
     run = Runner(make().requires_grad_(False), adapter)
-    readers = [ProbeReader(s, block) for s in adapter.stacks for block in range(len(run.blocks(s.path)))]
-    run = run.pipelined(readers, inputs[0])
-    own = [reader for reader in readers if run.has(reader)]
-    fed(run, inputs, own)
-    starts = [{stream: sums.solve(1e-3).float() for stream, sums in reader.moments.items()} for reader in own]
-    trainers = [ProbeTrainer(r.stack, r.first, start, 1e-3) for r, start in zip(own, starts, strict=True)]
-    fed(run, inputs, trainers)
-    out.mkdir(parents=True, exist_ok=True)
-    for trainer in trainers:
-        save_tree(out / f"{trainer.stack.path}-{trainer.first}.safetensors", trainer.weights)
+    with mock.patch.object(passes, "SECONDS", 0.0):
+        probe(run, lambda start, stop: (noised[number] for number in range(start, stop)), section, desk(out))
 
 
 def fed(run, inputs, readers):
@@ -185,30 +182,45 @@ def everything(out):
 
 
 class Deadly:
-    """Batches of which one kills the process that looks at it."""
+    """Batches of which one kills the process that looks at it, when others have states of three parts on the disk."""
 
-    def __init__(self, noised, at, note):
-        self._noised, self._at, self._note = noised, at, note
+    def __init__(self, noised, at, folder):
+        self._noised, self._at, self._folder = noised, at, folder
 
     def __call__(self, start, stop):
         return self._noised(start, stop)
 
     def __getitem__(self, number):
         if number == self._at:
-            self._note.touch()
+            # Processes further on may be some batches behind.
+            until = time.monotonic() + 60
+            while len(parts_of(self._folder)) < 3 and time.monotonic() < until:
+                time.sleep(0.01)
+            self._folder.with_name(f"{self._folder.name}.killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return self._noised[number]
 
 
 def doomed(out, rank, at, how):
-    """Distil until one of the processes is killed at a batch, and a file beside `out` says so."""
+    """Distil, or fit probes, until one of the processes is killed at a batch, and a file beside `out` says so."""
+    work = partial(probed, "flux", out) if how == "probes" else partial(deep, out, how)
     if processes.world()[0] != int(rank):
-        return deep(out, how)
-    note = out.with_name(f"{out.name}.killed")
-    return deep(out, how, wrap=lambda noised: Deadly(noised, int(at), note))
+        return work()
+    return work(wrap=lambda noised: Deadly(noised, int(at), out))
 
 
-WORK = {"everything": everything, "overlapping": overlapping, "deep": deep, "doomed": doomed}
+def parts_of(folder):
+    """Names of all that has a state on the disk."""
+    return {path.name.split(".safetensors")[0].rpartition("-")[0] for path in folder.glob("state-*.tmp")}
+
+
+WORK = {
+    "everything": everything,
+    "overlapping": overlapping,
+    "deep": deep,
+    "probes": lambda out: probed("flux", out),
+    "doomed": doomed,
+}
 
 
 def launched(count, work, out, *arguments):

@@ -135,20 +135,20 @@ def test_flops_are_those_of_the_matrices():
 
 
 def test_a_target_in_flops():
-    """Blocks of either stack cost the same: 55 % of 57 are 31, embedders and the last layer aside."""
+    """Blocks of either stack cost the same: 60 % of 57 are 34, embedders and the last layer aside."""
     found = planned("flux_fast")
     (fast,) = found.variants
-    assert sum(fast.blocks.values()) == 31
+    assert sum(fast.blocks.values()) == 34
     tokens, width = 4096 + 512, 3072
     block = 2 * 12 * width**2 * tokens + 4 * tokens**2 * width
     # What is once a picture or outside of blocks is a hundredth.
-    assert fast.teraflops * 1e12 == pytest.approx(31 * block, rel=0.01)
-    assert fast.teraflops <= 0.55 * found.teacher.teraflops < planned("paper_flux").variants[-1].teraflops
+    assert fast.teraflops * 1e12 == pytest.approx(34 * block, rel=0.01)
+    assert fast.teraflops <= 0.6 * found.teacher.teraflops
     # The same in numbers, and in bytes: whatever is asked for last has to hold.
-    limit = int(0.55 * found.teacher.teraflops * 1e12)
-    several = [f"targets=[{{name: it, flops: {limit}, bytes: 12GB, params: 90%, width: false}}]"]
+    limit = int(0.6 * found.teacher.teraflops * 1e12)
+    several = [f"targets=[{{name: it, flops: {limit}, bytes: 13GB, params: 90%, width: false}}]"]
     (variant,) = dry_run(Recipe.load("flux_fast", several)).variants
-    assert variant.bytes == 2 * variant.params <= 12e9 and variant.teraflops * 1e12 <= limit
+    assert variant.bytes == 2 * variant.params <= 13e9 and variant.teraflops * 1e12 <= limit
 
 
 def test_modulation_does_not_serve_a_target_in_flops():
@@ -221,8 +221,8 @@ def test_a_recipe_says_what_its_plan_says(name):
         ("qwen_image_10b", 80, 128, 1, "all"),
         ("qwen_image_10b", 24, 64, 1, ("probe", "intervals", "select", "depth", "width")),
         ("qwen_image_10b", 24, 80, 1, "all"),
-        ("qwen_image_10b", 80, 1024, 8, "all"),
-        ("qwen_image_10b", 48, 1024, 8, "all"),
+        ("qwen_image_10b", 80, 256, 8, "all"),
+        ("qwen_image_10b", 48, 256, 8, "all"),
     ],
 )
 def test_jobs_fit_machines_that_people_have(recipe, card, host, devices, stages):

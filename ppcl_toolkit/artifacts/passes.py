@@ -36,23 +36,27 @@ class Pass:
     """This process's share of the batches `numbers`, and the state of `parts` after those that are done.
 
     A state that a killed run left in `folder` is continued: the result is the same to the last bit. Whoever writes the
-    result removes the states, `state-*.tmp`. With `alone`, this process takes all batches, for parts of its own.
+    result removes the states, `state-*.tmp`. With `sliced`, every process takes all batches, for parts of its own, and
+    those who have lost the most say where all begin: `ahead` are the batches that the others have taken already.
     """
 
     def __init__(
-        self, name: str, folder: Path, numbers: range, parts: Mapping[str, Part], *, alone: bool = False
+        self, name: str, folder: Path, numbers: range, parts: Mapping[str, Part], *, sliced: bool = False
     ) -> None:
         rank, ranks = processes.world()
         self._path = folder / f"state-{name}-{rank}-of-{ranks}.safetensors.tmp"
-        self._ranks = 1 if alone else ranks
-        self._all, self._own = numbers, numbers if alone else numbers[rank::ranks]
+        self._ranks = 1 if sliced else ranks
+        self._all, self._own = numbers, numbers if sliced else numbers[rank::ranks]
         self._parts = parts
-        self._done = self._restored()
+        # Who has nothing to make waits for nobody.
+        self._done = self._restored() if parts else len(self._own)
+        begin = min(map(int, processes.gathered([str(self._done)]))) if sliced else self._done
+        self.ahead = self._done - begin
 
     @property
     def left(self) -> range:
-        """Numbers of the batches that this process has yet to take."""
-        return self._own[self._done :]
+        """Numbers of the batches that are yet to come."""
+        return self._own[self._done - self.ahead :]
 
     def of(self, batches: Callable[[int, int], Iterable[Batch]]) -> Iterator[Batch]:
         """Yield what is left of `batches(start, stop)`."""
@@ -66,7 +70,7 @@ class Pass:
         """
         before, saved = self._done, time.monotonic()
         for more in fed:
-            self._done = before + more
+            self._done = max(before, before - self.ahead + more)
             if time.monotonic() - saved >= SECONDS:
                 self.save()
                 saved = time.monotonic()

@@ -1,7 +1,7 @@
 """Memory of the stages that run a teacher block by block: what is alive at once on a device and on its host.
 
 teacher     at rest on the device (resident), or its blocks on the host and one at a time on the device (streamed);
-            with `split: segments`, every device has a slice of it and the students that learn there
+            for probes and with `split: segments`, every device has a slice of it and what learns there
 a learner   fp32 weight and two moments: 12 bytes a parameter; gradients, and lists in the optimizer's step: 8
 a probe     sums in fp64: 16 bytes for every pair of features; in training 16 more
 """
@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ppcl_toolkit.budget.blocks import Blocks, Trained
 from ppcl_toolkit.plan import Form, Plan, trained_forms
 from ppcl_toolkit.recipe import Distillation, Recipe
+from ppcl_toolkit.running.passage import Place
 from ppcl_toolkit.running.slices import block_costs, slices
 from ppcl_toolkit.stages.modulation import AT_ONCE, MOST_SHOWN
 
@@ -53,13 +54,21 @@ class Memory:
     """Bytes of the host in which learners wait, when streamed; more of them wait in files."""
 
     def probe(self) -> Need:
-        """Linear probes: sums of all blocks on the host, and all probes in training."""
+        """Linear probes: sums of a slice's blocks on the host, and their probes in training."""
         section = self.recipe.probe
         squares, most = self.squares()
-        host = squares * (SUMS + FITTED + (TRAINED if section.steps else 0)) + (0 if section.steps else 6 * 8 * most)
         at_work = max(self.blocks.forward(section.batch), self._added_up(section.batch))
         visiting = 2 * most * (SUMS if self.streamed and not section.steps else TRAINED)
-        return self.resting().beside(at_work + visiting, host).beside(*self.passing(section.batch))
+        each = SUMS + FITTED + (TRAINED if section.steps else 0)
+        needs, places = [], [Place(s, b, b) for s, own in self.blocks.params.items() for b in range(len(own))]
+        for held, read in self._slices(places):
+            host = sum(sum(self._pairs[places[number].stack]) for number in read) * each + (
+                0 if section.steps else 6 * 8 * most
+            )
+            # The first process writes the probes of all.
+            host = max(host, squares * FITTED)
+            needs.append(self.resting(held).beside(at_work + visiting, host).beside(*self.passing(section.batch)))
+        return largest(needs)
 
     def modulation(self) -> Need:
         """Modulation of low rank: one layer at a time in fp64, all factors on the host, and whole forwards."""
@@ -155,7 +164,7 @@ class Memory:
             return self._trained(self.resting(), learners, section)
         known = dict(zip([form.key for form in forms], learners, strict=True))
         needs = [
-            self._trained(self.resting(held), [known[form.key] for form in own], section)
+            self._trained(self.resting(held), [known[forms[number].key] for number in own], section)
             for held, own in self._slices(forms)
         ]
         return largest(needs)
@@ -175,29 +184,34 @@ class Memory:
         saved = max((each.params * LEARNING for each in learners), default=0)
         return resting.beside(sum(own) + at_work + passing, saved)
 
-    def _slices(self, forms: Sequence[Form]) -> list[tuple[int, list[Form]]]:
-        """Return for each device the bytes of the blocks that it holds, and what learns there."""
+    def _slices(self, places: Sequence[Place | Form]) -> list[tuple[int, list[int]]]:
+        """Return for each device the bytes of the blocks that it holds, and which of `places` are read there."""
         model = self.blocks.model
         flat = [params for own in self.blocks.params.values() for params in own]
         offsets, before = {}, 0
         for stack, own in self.blocks.params.items():
             offsets[stack], before = before, before + len(own)
-        spans = [(offsets[form.stack] + form.first, offsets[form.stack] + form.last) for form in forms]
+        spans = [(offsets[place.stack] + place.first, offsets[place.stack] + place.last) for place in places]
         found = []
-        for part in slices(block_costs(model.transformer, model.adapter, model.example), spans, self.devices):
+        costs = block_costs(model.transformer, model.adapter, model.example)
+        for part in slices(costs, spans, self.devices):
             held = {*part.blocks, *(block for first, last in part.spans for block in range(first, last + 1))}
-            mine = [form for form, span in zip(forms, spans, strict=True) if span in part.spans]
+            mine = [number for number, span in enumerate(spans) if span in part.spans]
             found.append((sum(flat[block] for block in held) * model.dtype.itemsize, mine))
         return found
 
     def squares(self) -> tuple[int, int]:
         """Return the pairs of features of all blocks' streams, and those of the widest stream."""
-        total, most = 0, 0
-        for call in self.blocks.calls(1):
-            own = [stream.shape[-1] ** 2 for stream in call.streams if stream is not None]
-            total += sum(own) * len(self.blocks.params[call.stack.path])
-            most = max(most, *own)
-        return total, most
+        total = sum(sum(own) * len(self.blocks.params[stack]) for stack, own in self._pairs.items())
+        return total, max(map(max, self._pairs.values()))
+
+    @cached_property
+    def _pairs(self) -> dict[str, list[int]]:
+        """Pairs of features of each stream, by stack."""
+        return {
+            call.stack.path: [stream.shape[-1] ** 2 for stream in call.streams if stream is not None]
+            for call in self.blocks.calls(1)
+        }
 
     def _added_up(self, batch: int) -> int:
         """Bytes that adding one batch to normal equations takes: inputs and updates in fp64, and two products."""

@@ -66,7 +66,9 @@ class Whole:
         forms = [form for form in whole if not form.is_teacher]
         banked = sum(memory.blocks.size(form) for form in forms) * self._itemsize
         device = own if own <= _ROOM * self.card else memory.blocks.outside + 2 * memory.blocks.largest
-        return self._teachers.beside(device + self._running(batch), banked + own)
+        # Devices share the variants: no more of them are made at once than there are.
+        made = min(memory.devices, len(memory.plans))
+        return self._teachers.beside(device + self._running(batch), (banked + own) * made // memory.devices)
 
     def evaluate(self) -> Need:
         """Pictures of the teacher, then of each variant, which comes with text encoders of its own."""

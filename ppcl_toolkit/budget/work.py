@@ -53,8 +53,7 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
         "samples": Work(recipe.samples.count * image * forward),
         "modulation": _factored(recipe, blocks, forward),
         # A step of a probe is three products in fp32, where its sums are two of three parts each.
-        # In training, every device runs the teacher for the probes that are its own.
-        "probe": Work(probed[0] * (forward + _sums(blocks)) + probed[1] * _sums(blocks) / 2, probed[1] * forward),
+        "probe": Work(sum(probed) * forward + (probed[0] + probed[1] / 2) * _sums(blocks)),
         "intervals": Work(compared * (forward + _chains(blocks))),
         "select": Work(measured * (2 + _candidates(recipe, blocks, plans)) * forward),
         "depth": distilled(recipe.depth.model_dump(include={"steps", "batch"}), True),

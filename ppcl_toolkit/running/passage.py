@@ -6,7 +6,7 @@ never wait for each other.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,23 @@ class Reader(Protocol):
 
     def place(self, device: torch.device) -> None:
         """Move own weights to `device`: called around a block's readings when streamed."""
+
+
+@final
+class Ahead:
+    """A reader that has taken some of the batches to come already, and lets them pass."""
+
+    def __init__(self, reader: Reader, taken: int) -> None:
+        self.stack, self.first, self.last, self.reference = reader.stack, reader.first, reader.last, reader.reference
+        self.place = reader.place
+        self._reader, self._taken = reader, taken
+
+    def read(self, reading: Reading) -> None:
+        """Take one batch's reading, if it is a new one."""
+        if self._taken:
+            self._taken -= 1
+        else:
+            self._reader.read(reading)
 
 
 class Follower(Reader, Protocol):

@@ -20,6 +20,7 @@ from ppcl_toolkit.artifacts.passes import Pass
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.recipe import Probe
 from ppcl_toolkit.running.capture import Streams
+from ppcl_toolkit.running.passage import Ahead
 from ppcl_toolkit.running.placement import HOST
 from ppcl_toolkit.running.schedule import Batch, Reading, Runner
 from ppcl_toolkit.statistics.moments import Moments
@@ -155,74 +156,49 @@ class ProbeTrainer:
 def probe(runner: Runner, batches: Callable[[int, int], Iterable[Batch]], section: Probe, desk: Desk) -> None:
     """Run the stage: fit all probes, and write them.
 
-    Several processes share the batches of Eq. 1, and then the blocks whose probes they solve and train on.
+    Several processes share out the teacher: each has a slice of its blocks, and the sums and probes of those.
     """
     rank, ranks = processes.world()
-    readers = sum_up(runner, batches, section, desk)
-    own = fit_probes(runner, batches, section, desk, readers[rank::ranks])
+    own = fit_probes(runner, batches, section, desk)
     if rank > 0:
         own.save(desk.folder, _PART.format(rank))
     processes.wait()
     if rank == 0:
+        # Slices are in forward order, as processes are.
         parts = [own, *(Probes.load(desk.folder, _PART.format(other)) for other in range(1, ranks))]
-        keys = [(reader.stack.path, reader.first, stream) for reader in readers for stream in reader.moments]
         weights = {key: weight for part in parts for key, weight in part.weights.items()}
-        shares = {key: share for part in parts for key, share in part.unexplained.items()}
-        Probes({key: weights[key] for key in keys}, {key: shares[key] for key in keys}).save(desk.folder)
+        Probes(weights, {key: share for part in parts for key, share in part.unexplained.items()}).save(desk.folder)
         for leftover in [*desk.folder.glob("state-*.tmp"), *desk.folder.glob(_PART.format("*"))]:
             leftover.unlink()
 
 
-def sum_up(
-    runner: Runner, batches: Callable[[int, int], Iterable[Batch]], settings: Probe, desk: Desk
-) -> list[ProbeReader]:
-    """Return readers that hold the sums of Eq. 1 over `settings.batches` batches, those of all processes.
+def fit_probes(runner: Runner, batches: Callable[[int, int], Iterable[Batch]], settings: Probe, desk: Desk) -> Probes:
+    """Fit a probe to every block and stream that this process has (Eq. 1); `settings.steps` trains them (Eq. 2).
 
-    `batches(start, stop)` yields the batches of those numbers. What a killed run left on the desk is continued.
+    `batches(start, stop)` yields the batches of those numbers; training goes on with some that Eq. 1 has not seen. What
+    a killed run left on the desk is continued. Raises `PpclError` where the tokens are too few.
     """
-    stacks = runner.adapter.stacks
-    readers = [ProbeReader(stack, block) for stack in stacks for block in range(len(runner.blocks(stack.path)))]
-    sums = Pass("sums", desk.folder, range(settings.batches), _named(readers))
-    for done in sums.kept(runner.feed(sums.of(batches), readers)):
-        desk.progress(done, settings.batches + settings.steps)
+    stacks, example = runner.adapter.stacks, next(iter(batches(0, 1)))
+    everywhere = [ProbeReader(stack, block) for stack in stacks for block in range(len(runner.blocks(stack.path)))]
+    runner = runner.pipelined(everywhere, example)
+    readers = [reader for reader in everywhere if runner.has(reader)]
+    total = settings.batches + settings.steps
+    sums = Pass("sums", desk.folder, range(settings.batches), _named(readers), sliced=True)
+    for done in sums.kept(runner.feed(sums.of(batches), [Ahead(reader, sums.ahead) for reader in readers])):
+        desk.progress(done, total)
     if settings.steps:
         # Training may be killed, too.
         sums.save()
-    sums.add_up(runner.placement.device)
-    return readers
-
-
-def fit_probes(
-    runner: Runner,
-    batches: Callable[[int, int], Iterable[Batch]],
-    settings: Probe,
-    desk: Desk,
-    readers: Sequence[ProbeReader],
-) -> Probes:
-    """Fit a probe to every block and stream from their sums (Eq. 1); `settings.steps` trains them further (Eq. 2).
-
-    Training goes on with batches that Eq. 1 has not seen. Raises `PpclError` where the tokens are too few.
-    """
     moments = {(r.stack.path, r.first, stream): found for r in readers for stream, found in r.moments.items()}
     weights = {key: found.solve(settings.ridge).float() for key, found in moments.items()}
     if settings.steps:
-        weights = _trained(runner, batches, settings, desk, [(reader, _of(weights, reader)) for reader in readers])
+        trainers = [ProbeTrainer(r.stack, r.first, _of(weights, r), settings.learning_rate) for r in readers]
+        training = Pass("training", desk.folder, range(settings.batches, total), _named(trainers), sliced=True)
+        fed = runner.feed(training.of(batches), [Ahead(trainer, training.ahead) for trainer in trainers])
+        for done in training.kept(fed):
+            desk.progress(settings.batches + done, total)
+        weights = {(t.stack.path, t.first, name): w.detach() for t in trainers for name, w in t.weights.items()}
     return Probes(weights, {key: moments[key].unexplained(weight) for key, weight in weights.items()})
-
-
-def _trained(
-    runner: Runner,
-    batches: Callable[[int, int], Iterable[Batch]],
-    settings: Probe,
-    desk: Desk,
-    starts: Sequence[tuple[ProbeReader, Mapping[str, Tensor]]],
-) -> dict[Key, Tensor]:
-    total = settings.batches + settings.steps
-    trainers = [ProbeTrainer(r.stack, r.first, weights, settings.learning_rate) for r, weights in starts]
-    training = Pass("training", desk.folder, range(settings.batches, total), _named(trainers), alone=True)
-    for done in training.kept(runner.feed(training.of(batches), trainers)):
-        desk.progress(settings.batches + done, total)
-    return {(t.stack.path, t.first, stream): weight.detach() for t in trainers for stream, weight in t.weights.items()}
 
 
 def _named(readers: Sequence[Any]) -> dict[str, Any]:

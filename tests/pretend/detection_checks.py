@@ -4,11 +4,12 @@ import pytest
 import torch
 from runs import FLUX, batches, desk, runner
 
+from ppcl_toolkit.artifacts import passes
 from ppcl_toolkit.recipe import Intervals, Probe
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.stages import probe as stage
 from ppcl_toolkit.stages.intervals import find_intervals
-from ppcl_toolkit.stages.probe import fit_probes, sum_up
+from ppcl_toolkit.stages.probe import fit_probes
 from ppcl_toolkit.statistics.chains import ChainedCka
 from ppcl_toolkit.statistics.moments import Moments
 
@@ -19,7 +20,7 @@ CARDS = {"fp64 is fast": (8, 0), "fp64 crawls": (8, 9)}
 
 def fitted(folder, placement=None, steps=2):
     run, settings, work = runner(2, 2, placement), Probe(batches=3, ridge=1e-3, steps=steps), desk(folder)
-    return fit_probes(run, batches(), settings, work, sum_up(run, batches(), settings, work))
+    return fit_probes(run, batches(), settings, work)
 
 
 @pytest.mark.parametrize("capability", CARDS.values(), ids=CARDS)
@@ -60,8 +61,16 @@ def test_sums_and_trainers_wait_on_the_host(tmp_path, monkeypatch, placement):
     monkeypatch.setattr(stage, "ProbeTrainer", Watched)
     fitted(tmp_path, placement)
     assert seen and all(devices == ({"cuda"} if placement.streamed else {"cpu"}) for devices in seen)
-    readers = sum_up(runner(2, 2, placement), batches(), Probe(batches=2), desk(tmp_path / "sums"))
-    assert {total.device.type for reader in readers for total in reader.state().values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("placement", WAYS.values(), ids=WAYS)
+def test_sums_of_the_stage_wait_on_the_host(tmp_path, monkeypatch, placement):
+    monkeypatch.setattr(passes, "SECONDS", 0.0)
+    places = []
+    monkeypatch.setattr(passes, "save_tree", lambda _, tree: places.append(tree["parts"]))
+    fitted(tmp_path, placement, steps=0)
+    sums = [total for parts in places for part in parts.values() for total in part.values()]
+    assert sums and {total.device.type for total in sums} == {"cpu"}
 
 
 @pytest.mark.parametrize("placement", WAYS.values(), ids=WAYS)
