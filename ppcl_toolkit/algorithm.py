@@ -130,6 +130,8 @@ class _Run:
         held_out = self._noised("select", recipe.select.batch)
         choose = partial(select, self._runner("select"), self._teacher.plan(), found, held_out, recipe)
         asked = _part(recipe, _CHOICE | (_EXPORTED if any(target.bytes for target in recipe.targets) else {}))
+        if recipe.select.order != "program":
+            del asked["select"]["longest"]
         for target in asked["targets"]:
             # As runs have it that were begun before there were these keys; fine-tuning comes after the choice.
             del target["finetune"]

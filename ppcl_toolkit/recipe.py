@@ -189,8 +189,12 @@ class Select(Section):
 
     batches: PositiveInt = 4
     batch: PositiveInt = 8
-    order: Literal["price", "paper"] = "price"
-    """`price`: the least error per parameter saved first; `paper`: intervals, then deep text runs, then linear FFNs."""
+    order: Literal["price", "paper", "program"] = "price"
+    """`price`: the least error per parameter saved first; `paper`: intervals, then deep text runs, then linear FFNs;
+    `program`: the least sum of errors by an integer program, from all intervals up to `longest` and parts of text runs,
+    measured together and solved again while that helps."""
+    longest: Annotated[int, Field(ge=2)] = 4
+    """Blocks of the longest interval that a program tries beside those of Algorithm 1."""
 
 
 class Training(Section):

@@ -110,14 +110,24 @@ class Memory:
         """Substitution errors: maps of some candidates at a time, whose sums are on the host."""
         section = self.recipe.select
         _, most = self.squares()
-        found = {str(operation) for plan in self.plans.values() for operation in plan.operations}
-        given = self.recipe.intervals.strategy == "given"
-        candidates = len(found) if given else max(len(found), sum(map(len, self.blocks.params.values())) // 2)
-        host = min(-(-candidates // self.devices), _TOGETHER) * 2 * SUMS * most + 7 * 8 * most
+        host = min(-(-self.candidates // self.devices), _TOGETHER) * 2 * SUMS * most + 7 * 8 * most
+        if section.order == "program":
+            # The maps of all that are measured together, in fp64.
+            host += max(len(plan.operations) for plan in self.plans.values()) * 2 * 8 * most
         at_work = max(self.blocks.forward(section.batch), self._added_up(section.batch))
         # The first block of an interval comes for its last one's readings.
         second = self.blocks.largest if self.streamed else 0
         return self.resting().beside(at_work + second, host).beside(*self.passing(section.batch))
+
+    @property
+    def candidates(self) -> int:
+        """About how many operations `select` measures: as many as there are blocks, where the recipe gives none."""
+        section, blocks = self.recipe.select, sum(map(len, self.blocks.params.values()))
+        found = {str(operation) for plan in self.plans.values() for operation in plan.operations}
+        if self.recipe.intervals.strategy == "given":
+            return len(found)
+        # At most half as many intervals as blocks, and about as many FFNs and text streams.
+        return max(len(found), blocks * (section.longest if section.order == "program" else 1))
 
     def depth(self) -> Need:
         """Distillation of intervals: all students at once, or one on the device at a time."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ppcl_toolkit.budget.blocks import Blocks
+from ppcl_toolkit.budget.memory import Memory
 from ppcl_toolkit.budget.model import Size
 from ppcl_toolkit.plan import Form, Plan, trained_forms
 from ppcl_toolkit.recipe import Recipe
@@ -55,7 +56,7 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
         # A step of a probe is three products in fp32, where its sums are two of three parts each.
         "probe": Work(sum(probed) * forward + (probed[0] + probed[1] / 2) * _sums(blocks)),
         "intervals": Work(compared * (forward + _chains(blocks))),
-        "select": Work(measured * (2 + _candidates(recipe, blocks, plans)) * forward),
+        "select": Work(measured * (2 + Memory(recipe, blocks, plans).candidates) * forward),
         "depth": distilled(recipe.depth.model_dump(include={"steps", "batch"}), True),
         "width": distilled(recipe.width.model_dump(include={"steps", "batch"}), False),
         "velocities": Work(recipe.finetune.steps * recipe.finetune.batch * forward),
@@ -108,10 +109,3 @@ def _chains(blocks: Blocks) -> float:
                 rows = min(tokens, features)
                 work += pairs * (2 * rows * features**2 + 1.1 * rows**2 * features) + depth * 2 * tokens * features**2
     return work * _EXACT
-
-
-def _candidates(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan]) -> int:
-    found = {str(operation) for plan in plans.values() for operation in plan.operations}
-    given = recipe.intervals.strategy == "given"
-    # At most half as many intervals as blocks, and about as many FFNs and text streams.
-    return len(found) if given else max(len(found), sum(map(len, blocks.params.values())))

@@ -11,6 +11,7 @@ until it is met in every unit; smaller targets go on from larger ones, so that o
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -26,9 +27,14 @@ from ppcl_toolkit.recipe import Recipe, Target, Width
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.costs import Costs
-from ppcl_toolkit.training.substitution import Candidate, Measured, measure
+from ppcl_toolkit.surgery.program import Limit, Program
+from ppcl_toolkit.training.substitution import Candidate, Measured, measure, measure_together
 from ppcl_toolkit.units import UNITS, Cost, parse_size
 
+_ROUNDS = 4
+"""Choices of a program that are measured together, for each target."""
+_LEAST = 0.01
+"""Share of its error alone that an operation adds at least: others may undo what it does by chance."""
 _NOTES = "measured-*.json"
 """What each process has measured: {label: [error]}; earlier versions also noted parameters saved."""
 
@@ -51,11 +57,17 @@ def select(
     if recipe.searches and any(target.width for target in recipe.targets):
         runs = [candidate for candidate in candidates if isinstance(candidate, TextRun)]
         operations += recipe.width.given or [*runs, *ffn_candidates(runner, recipe.width)]
+    if recipe.select.order == "program":
+        operations = list(dict.fromkeys([*operations, *_more(runner, plan, operations, recipe)]))
     costs = Costs(runner.transformer, runner.adapter, batches[0], getattr(torch, recipe.export.dtype))
     measured = _measured(runner, plan, operations, (batches, recipe.select.batches, costs), desk)
     if processes.is_main():
         order = recipe.select.order
-        choice = choose(plan, measured, recipe.targets, costs, recipe.width, order=order, modulation=modulation)
+        if order == "program":
+            together = partial(_together, runner, plan, (batches, recipe.select.batches), desk)
+            choice = choose_by_program(plan, measured, recipe, costs, together, modulation)
+        else:
+            choice = choose(plan, measured, recipe.targets, costs, recipe.width, order=order, modulation=modulation)
         choice.save(desk.folder, measured)
         for path in desk.folder.glob(_NOTES):
             path.unlink()
@@ -101,6 +113,136 @@ def ffn_candidates(runner: Runner, width: Width) -> list[FfnSwap]:
             if streams:
                 found.append(FfnSwap(stack=stack.path, block=index, streams=streams))
     return found
+
+
+def _more(runner: Runner, plan: Plan, found: Sequence[Candidate], recipe: Recipe) -> Iterator[Candidate]:
+    """Yield what a program tries beside what was found, and what of that the recipe has not given."""
+    if recipe.intervals.strategy != "given":
+        for stack, depth in plan.depths.items():
+            kinds = [type(block) for block in runner.blocks(stack)]
+            for first in range(recipe.intervals.first_block.get(stack, 0), depth):
+                for last in range(first + 1, min(first + recipe.select.longest, depth)):
+                    # Between blocks that are narrow already, some return more than others.
+                    if len(set(kinds[first : last + 1])) == 1:
+                        yield Interval(stack=stack, first=first, last=last)
+    for operation in found if not recipe.width.given else ():
+        yield from _parts(operation, recipe.width.text_blocks)
+
+
+def _parts(operation: Candidate, most: int) -> Iterator[Candidate]:
+    """Yield what is in a text run, up to `most` blocks, and FFNs without the text's."""
+    if isinstance(operation, TextRun):
+        for reference in range(operation.reference, operation.last):
+            for last in range(reference + 1, min(reference + most, operation.last) + 1):
+                yield TextRun(stack=operation.stack, reference=reference, last=last)
+    elif isinstance(operation, FfnSwap) and len(operation.streams) > 1:
+        yield operation.model_copy(update={"streams": tuple(s for s in operation.streams if s != "text")})
+
+
+def choose_by_program(
+    plan: Plan,
+    measured: Sequence[Measured],
+    recipe: Recipe,
+    costs: Callable[[Plan], Cost],
+    together: Callable[[Sequence[Candidate]], tuple[float, Sequence[float]]],
+    modulation: Sequence[ModulationSwap] = (),
+) -> "Choice":
+    """Choose for the largest target from all that was `measured`, and for smaller ones what goes beside that.
+
+    `together` returns the error of several operations, and those without each. A target that nothing reaches beside
+    what larger ones lose is chosen for by itself; one that is out of reach is a `PpclError`, as `choose` says it.
+    """
+    total = costs(plan)
+    goals = {target.name: Goal(target, total) for target in recipe.targets}
+    plans: dict[str, Plan] = {}
+    taken: list[Measured] = []
+    for target in sorted(recipe.targets, key=lambda t: goals[t.name].shares(total), reverse=True):
+        goal, base = goals[target.name], plan.with_operations(modulation if target.modulation else [])
+        allowed = [m for m in measured if isinstance(m.operation, Interval) or target.width]
+        before = [m for m in taken if m in allowed]
+        ways: list[tuple[list[Measured], list[Measured]]] = [([], before), (before, allowed), ([], allowed)]
+        for fixed, others in ways:
+            start = base.with_operations([*base.operations, *(m.operation for m in fixed)])
+            among = [m for m in others if m not in fixed and _valid(start, m.operation)]
+            limits = _limits(among, fixed, goal, recipe.width, total)
+            program = Program(start, [m.operation for m in among], costs, goal.missing, limits)
+            chosen = _improved(program, among, fixed, together)
+            if chosen is not None:
+                plans[target.name] = program.with_chosen(chosen)
+                added = sorted((among[number] for number in chosen), key=lambda m: m.price({"params": 1}))
+                taken += [m for m in added if m not in taken]
+                break
+        else:
+            plans |= choose(plan, measured, [target], costs, recipe.width, modulation=modulation).plans
+    return Choice(plans={t.name: plans[t.name] for t in recipe.targets}, order=tuple(m.operation for m in taken))
+
+
+def _improved(
+    program: Program,
+    measured: Sequence[Measured],
+    fixed: Sequence[Measured],
+    together: Callable[[Sequence[Candidate]], tuple[float, Sequence[float]]],
+) -> list[int] | None:
+    """Solve a program for squares of errors, then for what they come to together; return the best choice of those.
+
+    What was measured together adds what is spared without it; the rest, and text runs, what they add alone.
+    """
+    operations, adds = [m.operation for m in measured], [m.error**2 for m in measured]
+    chosen = program.solve(adds)
+    seen: dict[tuple[int, ...], float] = {}
+    while chosen and tuple(chosen) not in seen and len(seen) < _ROUNDS:
+        error, without = together([*(operations[number] for number in chosen), *(m.operation for m in fixed)])
+        seen[tuple(chosen)] = error
+        for number, each in zip(chosen, without, strict=False):
+            if not isinstance(operations[number], TextRun):
+                adds[number] = max(error**2 - each**2, _LEAST * measured[number].error ** 2)
+        chosen = program.solve(adds)
+    best = min(seen.items(), key=lambda item: item[1], default=None)
+    return chosen if best is None else list(best[0])
+
+
+def _limits(
+    measured: Sequence[Measured], fixed: Sequence[Measured], goal: "Goal", width: Width, total: Cost
+) -> list[Limit]:
+    """Return what the limits of a recipe leave beside `fixed`, and that of a target on what intervals save."""
+    weights: list[tuple[Callable[[Measured], float], float]] = []
+    if not width.given:
+        weights = [
+            (
+                lambda m: m.operation.last - m.operation.reference if isinstance(m.operation, TextRun) else 0,
+                width.text_blocks,
+            ),
+            (lambda m: isinstance(m.operation, FfnSwap), width.ffn_blocks),
+        ]
+    if goal.depth:
+        by_block = [m.saves.params / m.operation.removed for m in measured if isinstance(m.operation, Interval)]
+        # Less than a block more than asked for: blocks do not add up to it.
+        most = total.params - goal.depth + max(by_block, default=0.0)
+        weights.append((lambda m: m.saves.params / most if isinstance(m.operation, Interval) else 0, 1.0))
+    return [([weigh(m) for m in measured], limit - sum(map(weigh, fixed))) for weigh, limit in weights]
+
+
+def _valid(plan: Plan, operation: Candidate) -> bool:
+    try:
+        plan.with_operations([*plan.operations, operation])
+    except ValueError:
+        return False
+    return True
+
+
+def _together(
+    runner: Runner, plan: Plan, means: tuple[Batches, int], desk: Desk, operations: Sequence[Candidate]
+) -> tuple[float, Sequence[float]]:
+    """Measure operations together, or read what a killed run measured."""
+    note, label = desk.folder / _NOTES.replace("*", "together"), " and ".join(map(str, operations))
+    notes = json.loads(note.read_text()) if note.exists() else {}
+    if label not in notes:
+        error, without = measure_together(runner, plan, operations, *means)
+        notes[label] = [error, *without]
+        write_json(note, notes)
+        desk.progress(len(notes), len(notes), f"{len(operations)} together: {error:.3f}")
+    error, *without = notes[label]
+    return error, without
 
 
 def choose(

@@ -59,10 +59,49 @@ def measure(
         for _ in runner.feed(batches(count, 2 * count), [reader for stand in stands for reader in stand.readers]):
             pass
         for candidate, stand in zip(group, stands, strict=True):
+            stand.solve()
             with stand.installed(runner.placement):
                 pairs = zip(held_out, velocities, strict=True)
                 errors = [_relative(runner.velocity(batch), velocity) for batch, velocity in pairs]
             yield candidate, sum(errors) / len(errors)
+
+
+def measure_together(
+    runner: Runner, plan: Plan, operations: Sequence[Candidate], batches: Batches, count: int
+) -> tuple[float, list[float]]:
+    """Return the error with all of `operations` in place, and that without each of them, as `measure` has them.
+
+    Each keeps the linear maps that it has alone. Text runs reach over other operations and are left out: without one of
+    them, the error is that with all.
+    """
+    held_out = list(batches(0, count))
+    example = example_calls(runner.transformer, runner.adapter, held_out[0])
+    velocities = [runner.velocity(batch) for batch in held_out]
+    stands: dict[Candidate, _Stand] = {}
+    placed: list[Candidate] = [operation for operation in operations if not isinstance(operation, TextRun)]
+    for start in range(0, len(placed), _TOGETHER):
+        group = {
+            operation: _substitute(runner, plan, operation, example) for operation in placed[start : start + _TOGETHER]
+        }
+        for _ in runner.feed(
+            batches(count, 2 * count), [reader for stand in group.values() for reader in stand.readers]
+        ):
+            pass
+        for stand in group.values():
+            stand.solve()
+        stands |= group
+
+    def error(present: Sequence[_Stand]) -> float:
+        with contextlib.ExitStack() as stack:
+            # Of a block that stands for an interval and has linear FFNs, the map of the interval is behind those.
+            for stand in sorted(present, key=lambda stand: stand.affine is not None):
+                stack.enter_context(stand.installed(runner.placement))
+            pairs = zip(held_out, velocities, strict=True)
+            return sum(_relative(runner.velocity(batch), velocity) for batch, velocity in pairs) / count
+
+    every = error([*stands.values()])
+    without = {one: error([stand for other, stand in stands.items() if other != one]) for one in stands}
+    return every, [without.get(operation, every) for operation in operations]
 
 
 @dataclass(slots=True)
@@ -74,11 +113,16 @@ class _Stand:
     readers: list[Any]
     thin: list[nn.Module] = field(default_factory=list)
     """Narrow blocks among them: what they have of their own is brought to the device when they run."""
+    affine: "_Affine | None" = None
+
+    def solve(self) -> None:
+        for reader in self.readers:
+            reader.solve(1e-6)
 
     @contextlib.contextmanager
     def installed(self, placement: Placement) -> Iterator[None]:
-        for reader in self.readers:
-            reader.solve(1e-6)
+        if self.affine is not None:
+            self.affine.stands_on = self.blocks[0][0].forward
         with contextlib.ExitStack() as stack:
             stack.enter_context(placement.visiting(*self.thin))
             for block, forward in self.blocks:
@@ -93,7 +137,7 @@ def _substitute(runner: Runner, plan: Plan, candidate: Candidate, example: Calls
         run = list(blocks)[candidate.first : candidate.last + 1]
         affine = _Affine(stack, candidate, run[0])
         forwards = [(run[0], affine.forward), *((block, passing(block, stack)) for block in run[1:])]
-        return _Stand(forwards, [affine])
+        return _Stand(forwards, [affine], affine=affine)
     forwards, readers, thin_blocks = [], [], []
     for form in plan.with_operations([candidate]).forms():
         if form.stack == candidate.stack and not form.is_stock:
@@ -115,7 +159,8 @@ class _Affine:
     def __init__(self, stack: Stack, interval: Interval, block: nn.Module) -> None:
         self.stack, self.first, self.last = stack, interval.first, interval.last
         self._block = block
-        self._own = block.forward
+        self.stands_on = block.forward
+        """What the map is behind."""
         self._moments: dict[str, Moments] = {}
         self._maps: dict[str, Tensor] = {}
 
@@ -136,7 +181,7 @@ class _Affine:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments, streams = bind(self._block, self.stack, args, kwargs)
         given = {self.stack.argument(name): value for name, value in streams.of(self.stack.streams).items()}
-        output = self._own(**arguments, **given)
+        output = self.stands_on(**arguments, **given)
         values = output if isinstance(output, tuple) else (output,)
         mapped = [self._map(name, value) for name, value in zip(self.stack.returns, values, strict=True)]
         return tuple(mapped) if isinstance(output, tuple) else mapped[0]
