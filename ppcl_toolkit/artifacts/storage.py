@@ -1,5 +1,6 @@
 """Tensors on disk: nested values as one safetensors file, and the bank of trained blocks. Nothing is pickled."""
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -34,13 +35,18 @@ def save_tree(path: Path, tree: Any) -> None:
     partial.replace(path)
 
 
-def load_tree(path: Path) -> Any:
-    """Read what `save_tree` wrote; a truncated or foreign file is a `PpclError` that names it."""
+def load_tree(path: Path, rows: slice | None = None) -> Any:
+    """Read what `save_tree` wrote, or those `rows` of a list alone.
+
+    A truncated or foreign file is a `PpclError` that names it.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return _restored(json.loads(metadata["tree"]), tensors)
+            outline = json.loads((file.metadata() or {})["tree"])
+            if rows is not None:
+                outline = {"list": outline["list"][rows]}
+            # What several share is one tensor again.
+            return _restored(outline, functools.cache(file.get_tensor))
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise PpclError(f"{path} is damaged or not a file of this run ({error}); delete it and run again") from error
 
@@ -95,13 +101,13 @@ def _outline(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     return {"value": value}
 
 
-def _restored(outline: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+def _restored(outline: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> Any:
     ((kind, content),) = outline.items()
     if kind == "tensor":
-        return tensors[content]
+        return tensor(content)
     if kind == "dict":
-        return {key: _restored(item, tensors) for key, item in content.items()}
+        return {key: _restored(item, tensor) for key, item in content.items()}
     if kind in ("list", "tuple"):
-        items = [_restored(item, tensors) for item in content]
+        items = [_restored(item, tensor) for item in content]
         return tuple(items) if kind == "tuple" else items
     return content

@@ -40,15 +40,15 @@ class Sample:
 class Recorded(Sequence[Sample]):
     """Samples in files, read anew whenever they are asked for: nothing stays open, and only shapes stay in memory."""
 
-    def __init__(self, paths: Iterable[Path], read: Callable[[Path], Sequence[Sample]]) -> None:
-        """`read` returns the samples of a file, whose tensors may be maps of it."""
+    def __init__(self, paths: Iterable[Path], read: Callable[[Path, slice], Sequence[Sample]]) -> None:
+        """`read` returns those samples of a file, and reads no others; their tensors may be maps of it."""
         self._read = read
         self._places: list[tuple[Path, int]] = []
         self.shapes: list[Shape] = []
         """What `shape` says of each sample."""
         known: dict[Shape, Shape] = {}
         for path in paths:
-            for index, sample in enumerate(read(path)):
+            for index, sample in enumerate(read(path, slice(None))):
                 found = shape(sample)
                 self._places.append((path, index))
                 self.shapes.append(known.setdefault(found, found))
@@ -64,7 +64,7 @@ class Recorded(Sequence[Sample]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         path, row = self._places[index]
-        sample = self._read(path)[row]
+        (sample,) = self._read(path, slice(row, row + 1))
         # Copies: every map of a file that is alive counts, and a process may have 65,530.
         return Sample(**{name: map_tensors(getattr(sample, name), Tensor.clone) for name in Sample.__slots__})
 

@@ -87,8 +87,8 @@ def sources(section: Samples, seed: int) -> Sequence[Item]:
     return [(prompt, None) for prompt in prompts(section, seed)][: section.count]
 
 
-def _read(path: Path) -> list[Sample]:
-    return [Sample(**sample) for sample in load_tree(path)]
+def _read(path: Path, rows: slice) -> list[Sample]:
+    return [Sample(**sample) for sample in load_tree(path, rows)]
 
 
 def _record(teacher: Teacher, recipe: Recipe, items: Sequence[Item], seed: int) -> list[Sample]:

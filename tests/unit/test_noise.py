@@ -104,12 +104,13 @@ def test_lists_are_joined_and_other_values_must_agree():
 
 
 def in_files(samples, each=1):
-    """Samples as files of `each` hold them; `opened` lists the files that were read."""
+    """Samples as files of `each` hold them; `opened` lists the files that were read, once per sample."""
     opened = []
 
-    def read(path):
-        opened.append(path)
-        return samples[int(path.name) * each : (int(path.name) + 1) * each]
+    def read(path, rows):
+        found = samples[int(path.name) * each : (int(path.name) + 1) * each][rows]
+        opened.extend([path] * len(found))
+        return found
 
     return Recorded([Path(str(i)) for i in range(len(samples) // each)], read), opened
 
@@ -126,7 +127,7 @@ def test_batches_of_recorded_samples_are_those_of_samples_in_memory(each):
 def test_recorded_samples_are_a_sequence_that_reads_what_is_asked_for():
     samples = [sample(i) for i in range(4)]
     recorded, opened = in_files(samples, each=2)
-    assert len(recorded) == 4 and [path.name for path in opened] == ["0", "1"]
+    assert len(recorded) == 4 and [path.name for path in opened] == ["0", "0", "1", "1"]
     opened.clear()
     assert torch.equal(recorded[2].latents, samples[2].latents)
     assert torch.equal(recorded[-1].arguments["guidance"], samples[3].arguments["guidance"])

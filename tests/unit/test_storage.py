@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ppcl_toolkit.artifacts import storage
 from ppcl_toolkit.artifacts.storage import Bank, load_tree, save_tree
 from ppcl_toolkit.errors import PpclError
 
@@ -42,6 +43,36 @@ def test_what_several_share_is_written_once(tmp_path):
     assert found[0]["ids"] is found[2]["more"][0]
     sizes = [(tmp_path / name).stat().st_size for name in ("once", "twice")]
     assert sizes[1] < sizes[0] + 1000
+
+
+def test_rows_of_a_list_are_read_without_the_others(tmp_path, monkeypatch):
+    rows = [{"x": torch.full((2,), float(i)), "shared": "words"} for i in range(5)]
+    save_tree(tmp_path / "tree", rows)
+    read = []
+    opened = storage.safe_open
+
+    class Watched:
+        def __init__(self, *args, **kwargs):
+            self.file = opened(*args, **kwargs)
+
+        def __enter__(self):
+            self.file = self.file.__enter__()
+            return self
+
+        def __exit__(self, *args):
+            return self.file.__exit__(*args)
+
+        def metadata(self):
+            return self.file.metadata()
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr(storage, "safe_open", Watched)
+    assert same(load_tree(tmp_path / "tree", slice(2, 4)), rows[2:4])
+    assert read == ["/2/x", "/3/x"]
+    assert same(load_tree(tmp_path / "tree", slice(None)), rows)
 
 
 def test_tied_weights_and_overlapping_views_are_written(tmp_path):
