@@ -12,7 +12,7 @@ import typer
 
 from ppcl_toolkit import console
 from ppcl_toolkit.ending import Ended, end_on_signals, unexpected
-from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.errors import PpclError, PpclWarning
 from ppcl_toolkit.units import UNITS
 
 app = typer.Typer(
@@ -40,6 +40,8 @@ RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
 def main() -> None:
     """Run a command; a user's mistake is one line, and an interrupted run says how it goes on."""
     warnings.filterwarnings("ignore")
+    warnings.simplefilter("always", PpclWarning)
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {message}", err=True)
     for library in ("transformers", "diffusers", "torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
     for library in ("DIFFUSERS", "TRANSFORMERS"):
@@ -77,6 +79,10 @@ def compress(
     recipe: Annotated[str, typer.Option(help="YAML file, or the name of a shipped recipe.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/<recipe> by default.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, any number of times.")] = None,
+    remake: Annotated[
+        bool, typer.Option("--remake", help="Make damaged stages again, and what depends on them.")
+    ] = False,
+    verify: Annotated[bool, typer.Option(help="Hash the files of finished stages, of up to 32 GB each.")] = True,
 ) -> None:
     """Turn a teacher into smaller models. The same command continues a run that was stopped."""
     from ppcl_toolkit import Recipe
@@ -85,7 +91,7 @@ def compress(
     asked = Recipe.load(recipe, set_ or [])
     folder = out or Path("runs") / Path(recipe).stem
     with console.drawn() as progress:
-        summary = run(asked, folder, progress=progress)
+        summary = run(asked, folder, progress=progress, remake=remake, verify=verify)
     from ppcl_toolkit import processes
 
     if not processes.is_main():
@@ -194,6 +200,18 @@ def evaluate(  # noqa: PLR0913 - options
             "variants": [{**row, "name": Path(p).name} for p, row in zip(paths, rows, strict=True)][1:],
         }
     )
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="Folder of a run, or of a variant.")]) -> None:
+    """Hash every file, and compare with what was recorded when it was made; exit with 1 where anything is damaged."""
+    from ppcl_toolkit.artifacts.verify import verify as look
+
+    found = look(folder)
+    for name, said, whole in found:
+        typer.echo(f"{ {True: 'whole', False: 'DAMAGED', None: 'unknown'}[whole]:8} {name}: {said}")
+    if any(each.whole is False for each in found):
+        raise typer.Exit(1)
 
 
 @app.command()

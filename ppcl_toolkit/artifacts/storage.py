@@ -1,7 +1,6 @@
 """Tensors on disk: nested values as one safetensors file, and the bank of trained blocks. Nothing is pickled."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ppcl_toolkit.artifacts.files import is_temporary, note, put
 from ppcl_toolkit.errors import PpclError
 
 
@@ -26,12 +26,17 @@ def save_tree(path: Path, tree: Any) -> None:
     """Write nested dicts, lists and tuples of tensors and JSON values as one safetensors file, by rename."""
     tensors: dict[str, Tensor] = {}
     outline = _outline(tree, tensors, "")
-    partial = path.with_name(f".{path.name}.partial")
     stored = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    save_file(stored, partial, metadata={"tree": json.dumps(outline)})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    save_tensors(path, stored, {"tree": json.dumps(outline)})
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file by rename, and note its SHA-256 for the record of its stage; states are not hashed."""
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial, metadata)
+    put(partial, path)
+    if not is_temporary(path):
+        note(path)
 
 
 def load_tree(path: Path) -> Any:
@@ -41,7 +46,7 @@ def load_tree(path: Path) -> Any:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         return _restored(json.loads(metadata["tree"]), tensors)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise PpclError(f"{path} is damaged or not a file of this run ({error}); delete it and run again") from error
 
 

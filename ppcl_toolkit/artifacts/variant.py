@@ -8,13 +8,16 @@ from the folder.
 import copy
 import inspect
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import diffusers
@@ -26,7 +29,8 @@ from torch import Tensor, nn
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Adapter, adapter_of
-from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.artifacts.files import MANIFEST, damage, put, read_manifest, sync, told, write_manifest
+from ppcl_toolkit.errors import PpclError, PpclWarning
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.running.capture import Streams, map_tensors
 from ppcl_toolkit.running.placement import HOST, has_room
@@ -44,12 +48,13 @@ def save_variant(
     folder: Path,
     *,
     adapter: str = "auto",
+    texts: Mapping[str, str] = MappingProxyType({}),
 ) -> Opens:
     """Write `pipeline` with the student `transformer` of `plan` as a complete diffusers folder; return how it opens.
 
     `kwargs` is an example call of the transformer: the shapes of its block calls are stored. Types are kept. The folder
-    appears by rename, and must not exist before. `adapter` is that of the recipe. Raises `PpclError` when the plan does
-    not fit the transformer.
+    appears by rename with a manifest of all its files, and must not exist before. `adapter` is that of the recipe,
+    `texts` are further files. Raises `PpclError` when the plan does not fit the transformer.
     """
     if folder.exists():
         raise PpclError(f"{folder} exists already; a variant is written to a new folder")
@@ -76,17 +81,27 @@ def save_variant(
         _edit_json(partial / "model_index.json", {"transformer": [module, name]})
         calls = example_calls(transformer, known, kwargs)
         (partial / "block_calls.json").write_text(json.dumps(_to_json(calls), indent=1) + "\n")
-    partial.rename(folder)
+    for name, text in texts.items():
+        (partial / name).write_text(text)
+    write_manifest(partial)
+    for path in partial.rglob("*"):
+        sync(path)
+    put(partial, folder)
     return "stock" if plan.is_depth_only else "custom"
 
 
-def load_compressed(folder: str | Path, *, adapter: Adapter | None = None, **options: Any) -> DiffusionPipeline:
+def load_compressed(
+    folder: str | Path, *, adapter: Adapter | None = None, verify: bool = True, **options: Any
+) -> DiffusionPipeline:
     """Open a variant; `options` are those of `DiffusionPipeline.from_pretrained`.
 
     A custom variant is rebuilt from its plan: no code from the folder runs. `adapter` is needed for families that
-    are not installed by name. Raises `PpclError` for what is no variant, or is broken, and names the file.
+    are not installed by name. All files are compared with the manifest first, by name and size and, to `verify`, by
+    SHA-256; a variant without one opens with a `PpclWarning`. Raises `PpclError` for what is no variant, or is broken,
+    and names the file.
     """
     folder = Path(folder)
+    check_manifest(folder, verify=verify)
     index = _read_json(folder / "model_index.json", f"{folder} is no pipeline folder")
     plan = Plan.load(folder / "plan.json")
     _check_weights(folder)
@@ -98,6 +113,16 @@ def load_compressed(folder: str | Path, *, adapter: Adapter | None = None, **opt
         return open_with(folder, index, transformer, options)
     except (OSError, ValueError, RuntimeError) as error:
         raise PpclError(f"{folder} cannot be opened: {error}") from error
+
+
+def check_manifest(folder: Path, *, verify: bool = True) -> None:
+    """Raise `PpclError` where a variant's files are not as its manifest lists them; warn where it has none."""
+    files = read_manifest(folder)
+    if files is None and (folder / "plan.json").is_file():
+        what = "an earlier version made it, or something else has saved it again"
+        warnings.warn(f"{folder} has no {MANIFEST}, {what}: its files are not checked", PpclWarning, stacklevel=3)
+    if wrong := damage(folder, files or {}, most=math.inf if verify else -1):
+        raise PpclError(f"{folder} is not as it was exported: {told(wrong)}; export or copy it again")
 
 
 def verify_variant(

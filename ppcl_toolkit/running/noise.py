@@ -40,9 +40,14 @@ class Sample:
 class Recorded(Sequence[Sample]):
     """Samples in files, read anew whenever they are asked for: nothing stays open, and only shapes stay in memory."""
 
-    def __init__(self, paths: Iterable[Path], read: Callable[[Path], Sequence[Sample]]) -> None:
-        """`read` returns the samples of a file, whose tensors may be maps of it."""
-        self._read = read
+    def __init__(
+        self,
+        paths: Iterable[Path],
+        read: Callable[[Path], Sequence[Sample]],
+        check: Callable[[Path], None] = lambda _: None,
+    ) -> None:
+        """`read` returns the samples of a file, whose tensors may be maps of it; `check` comes before they are used."""
+        self._read, self._check = read, check
         self._places: list[tuple[Path, int]] = []
         self.shapes: list[Shape] = []
         """What `shape` says of each sample."""
@@ -64,6 +69,7 @@ class Recorded(Sequence[Sample]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         path, row = self._places[index]
+        self._check(path)
         sample = self._read(path)[row]
         # Copies: every map of a file that is alive counts, and a process may have 65,530.
         return Sample(**{name: map_tensors(getattr(sample, name), Tensor.clone) for name in Sample.__slots__})

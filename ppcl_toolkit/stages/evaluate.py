@@ -27,9 +27,9 @@ from torch import Tensor
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Adapter
+from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.pipeline import Teacher, default_call, load_pipeline, resolve
 from ppcl_toolkit.artifacts.storage import Desk
-from ppcl_toolkit.artifacts.workspace import write_json
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Evaluate, Recipe
 from ppcl_toolkit.running.capture import predict

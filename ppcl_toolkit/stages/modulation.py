@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Adapter
+from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.passes import Pass
 from ppcl_toolkit.artifacts.storage import Bank, Desk, load_tree, save_tree
-from ppcl_toolkit.artifacts.workspace import write_json
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form, ModulationSwap, Plan, low_rank_forms, trained_forms
 from ppcl_toolkit.recipe import Modulation

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ppcl_toolkit.artifacts.workspace import write_text
+from ppcl_toolkit.artifacts.files import write_text
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form, Plan
 from ppcl_toolkit.shapes import score

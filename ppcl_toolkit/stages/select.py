@@ -18,8 +18,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from ppcl_toolkit import processes
+from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.storage import Desk
-from ppcl_toolkit.artifacts.workspace import write_json
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import AnyOperation, FfnSwap, Interval, ModulationSwap, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe, Target, Width

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from ppcl_toolkit import processes
+from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.storage import Desk, save_tree
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form
@@ -93,7 +94,7 @@ def finish(folder: Path, keys: Sequence[str]) -> None:
                 f"{folder} has no losses of {', '.join(lost)}: all processes need this folder, and its files"
             )
         # In one order, whoever trained what.
-        _write(whole, {key: curves[key] for key in keys})
+        write_json(whole, {key: curves[key] for key in keys})
         for leftover in [*parts, *folder.glob("state-*.tmp"), *folder.glob(".state-*.partial")]:
             leftover.unlink(missing_ok=True)  # its process may be at it
 
@@ -148,15 +149,9 @@ def _bank(segments: Sequence[Segment], folder: Path, rank: int) -> None:
     path = folder / f"losses-{rank}.json"
     curves = json.loads(path.read_text()) if path.exists() else {}
     curves.update({s.form.key: s.optimization.losses for s in segments})
-    _write(path, curves)
+    write_json(path, curves)
     for segment in segments:
         save_tree(folder / f"{segment.form.key}.safetensors", dict(segment.student.state_dict()))
-
-
-def _write(path: Path, curves: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(curves))
-    partial.replace(path)
 
 
 def _idle(runner: Runner) -> list[str]:

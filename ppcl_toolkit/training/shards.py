@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ppcl_toolkit import processes
-from ppcl_toolkit.artifacts.workspace import write_json
+from ppcl_toolkit.artifacts.files import write_json
+from ppcl_toolkit.artifacts.storage import save_tensors
 from ppcl_toolkit.errors import PpclError
 
 _FILE_BYTES = 4 * 1024**3
@@ -80,10 +80,7 @@ def save(folder: Path, stem: str, parts: Iterable[Part], facts: Mapping[str, Any
     rows: dict[str, int] = {}
     mark = f"{stem}-{facts['mark']}of{ranks}"
     for number, tensors in enumerate(_batches(parts, rows, everything=rank == 0)):
-        path = folder / f"{mark}-{rank:04d}-{number:03d}.safetensors{suffix}"
-        partial = path.with_name(f".{path.name}.partial")
-        save_file(tensors, partial)
-        partial.replace(path)
+        save_tensors(folder / f"{mark}-{rank:04d}-{number:03d}.safetensors{suffix}", tensors)
     processes.wait()
     if rank == 0:
         write_json(folder / f"{stem}.json{suffix}", {**facts, "files": mark, "processes": ranks, "rows": rows})

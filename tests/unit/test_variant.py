@@ -66,8 +66,9 @@ def custom(tmp_path_factory):
 
 @pytest.fixture
 def broken(custom, tmp_path):
-    """A copy of the custom variant, to be damaged."""
+    """A copy of the custom variant, to be damaged: without a manifest, as a stranger may give one."""
     shutil.copytree(custom.folder, tmp_path / "broken")
+    (tmp_path / "broken" / "manifest.json").unlink()
     return tmp_path / "broken"
 
 

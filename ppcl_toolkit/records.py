@@ -1,0 +1,48 @@
+"""Records on disk: JSON, read as strictly as recipes are. What is damaged or foreign is named, file and field."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.values import shortened
+
+
+def read_record(path: Path, kind: Any) -> Any:
+    """Return the JSON of a file as a `kind`, a type or a pydantic model.
+
+    Raises `PpclError` for a file that is missing, no JSON, or JSON of another shape.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise PpclError(f"{path} cannot be read: {error.strerror or error}") from error
+    return parse_record(text, kind, str(path))
+
+
+def parse_record(text: str | bytes, kind: Any, where: str) -> Any:
+    """Return JSON as a `kind`; `where` is what a `PpclError` says it is of."""
+    try:
+        return _adapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise PpclError(f"{where} is damaged or of something else: {problems(error)}") from error
+
+
+def problems(error: ValidationError) -> str:
+    """Return in one line what is wrong with which fields."""
+    found = error.errors(include_url=False)
+    told = [_told(".".join(map(str, each["loc"])), each["msg"]) for each in found[:3]]
+    more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+    return "; ".join(told) + more
+
+
+def _told(field: str, message: str) -> str:
+    said = message.removeprefix("Value error, ")
+    return f"{shortened(field)[1:-1]}: {said}" if field else said
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
