@@ -1,13 +1,19 @@
 """Records on disk: JSON, read as strictly as recipes are. What is damaged or foreign is named, file and field."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.values import shortened
+
+_MOST = 2**28
+"""Bytes of any record: that of a million samples has half as many."""
 
 
 def read_record(path: Path, kind: Any) -> Any:
@@ -16,6 +22,8 @@ def read_record(path: Path, kind: Any) -> Any:
     Raises `PpclError` for a file that is missing, no JSON, or JSON of another shape.
     """
     try:
+        if path.stat().st_size > _MOST:
+            raise PpclError(f"{path} has {path.stat().st_size:,} bytes, and no record has more than {_MOST:,}")
         text = path.read_bytes()
     except OSError as error:
         raise PpclError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -28,6 +36,15 @@ def parse_record(text: str | bytes, kind: Any, where: str) -> Any:
         return _adapter(kind).validate_json(text)
     except ValidationError as error:
         raise PpclError(f"{where} is damaged or of something else: {problems(error)}") from error
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a file of another shape leads to, where it is taken apart, into a `PpclError` that names it."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise PpclError(f"{path} is damaged or of something else: {type(error).__name__}: {error}") from error
 
 
 def problems(error: ValidationError) -> str:

@@ -13,8 +13,19 @@ import torch
 
 from ppcl_toolkit import PpclWarning, Recipe, compress, export_target, load_compressed
 from ppcl_toolkit.artifacts.files import MANIFEST, RECORD
+from ppcl_toolkit.artifacts.pipeline import default_call, load_pipeline
+from ppcl_toolkit.artifacts.record import Record
 from ppcl_toolkit.artifacts.verify import verify
 from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.plan import Plan
+from ppcl_toolkit.stages.evaluate import load_measurement
+from ppcl_toolkit.stages.export import Variant
+from ppcl_toolkit.stages.intervals import Candidates
+from ppcl_toolkit.stages.modulation import LowRankChoice
+from ppcl_toolkit.stages.probe import Probes
+from ppcl_toolkit.stages.report import write_report
+from ppcl_toolkit.stages.select import Choice
+from ppcl_toolkit.training.checkpoint import load_result
 
 RECIPE = """
 seed: 1
@@ -168,7 +179,7 @@ def test_of_damaged_samples_the_others_stay(world, run):
     assert [one == other for one, other in zip(times, found, strict=True)] == [True, False, True]
 
 
-def test_what_was_made_from_something_else_is_named_and_made_again_when_asked(world, run, tmp_path):
+def test_what_was_made_from_something_else_is_named_and_made_again_when_asked(world, run):
     """As after samples that came out otherwise: on another machine, by another version."""
     record = json.loads((run / "depth" / RECORD).read_text())
     other = {**record, "sha256": None, "before": {**record["before"], "probe": "0" * 64}}
@@ -263,3 +274,76 @@ def test_a_variant_that_diffusers_has_saved_again_opens(run, tmp_path):
         saved = load_compressed(tmp_path / "saved")
     ours, theirs = pipeline.transformer.state_dict(), saved.transformer.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+SHAPES = (
+    "[]",
+    "{}",
+    "3",
+    '"words"',
+    "null",
+    '{"rank": [], "teacher": 1, "a": {"b": 2}}',
+    "[[1, 2], {}]",
+    "{",
+    "[" * 900,
+)
+
+
+@pytest.fixture
+def unproved(run):
+    """The run as earlier versions left theirs: without checksums, everything is read."""
+    for path in run.rglob(RECORD):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({"settings": record["settings"], "after": record["after"]}))
+    (run / "variants" / "small" / MANIFEST).unlink()
+    return run
+
+
+def readers(run, path):
+    """Whatever reads a file of a run."""
+    variant = run / "variants" / "small"
+    if path.is_relative_to(variant):
+        return [
+            lambda: default_call(str(variant)),
+            lambda: load_pipeline(str(variant)),
+            lambda: load_compressed(variant),
+        ]
+    exported = Variant(name="small", folder=variant, plan=Plan.load(variant / "plan.json"), dtype="float32", call={})
+    return [
+        lambda: verify(run),
+        lambda: [Record.of(record.parent) for record in run.rglob(RECORD)],
+        lambda: Probes.load(run / "probe"),
+        lambda: Candidates.load(run / "intervals"),
+        lambda: Choice.load(run / "select"),
+        lambda: LowRankChoice.load(run / "modulation"),
+        lambda: load_result(run / "finetune" / "small"),
+        lambda: exported.read(run / "export" / "small"),
+        lambda: [load_measurement(run / "evaluate" / name) for name in ("teacher", "small")],
+        lambda: write_report(run),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::ppcl_toolkit.errors.PpclWarning")
+def test_json_of_another_shape_is_one_error_that_names_the_file(unproved):
+    run, silent = unproved, set()
+    paths = [path for path in kinds(run) if path.suffix == ".json"]
+    paths += [run / "summary.json", run / "environment.json"]
+    assert len(paths) > 30
+    for path in paths:
+        content = path.read_bytes()
+        for shape in SHAPES:
+            path.write_text(shape)
+            said = []
+            for reader in readers(run, path):
+                try:
+                    reader()
+                except PpclError as error:
+                    said.append(str(error))
+                except Exception as error:
+                    raise AssertionError(f"{path.relative_to(run)}: {shape}: {error!r}") from error
+            if not any(path.name in one or "cannot be opened" in one for one in said):
+                silent.add((path.relative_to(run).as_posix(), shape))
+            assert all(len(one) < 700 and "\n" not in one for one in said), said
+        path.write_bytes(content)
+    # Such content may be right: arguments of a call, settings of a part that all have defaults, nothing measured.
+    assert {path for path, _ in silent} == set()

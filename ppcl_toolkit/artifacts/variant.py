@@ -23,6 +23,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,12 +33,19 @@ from ppcl_toolkit.adapter import Adapter, adapter_of
 from ppcl_toolkit.artifacts.files import MANIFEST, damage, put, read_manifest, sync, told, write_manifest
 from ppcl_toolkit.errors import PpclError, PpclWarning
 from ppcl_toolkit.plan import Plan
+from ppcl_toolkit.records import read_record, reading
 from ppcl_toolkit.running.capture import Streams, map_tensors
 from ppcl_toolkit.running.placement import HOST, has_room
 from ppcl_toolkit.surgery.assemble import Calls, example_calls, narrow_blocks, student_blocks
 from ppcl_toolkit.surgery.modelling import write_modelling
 
 Opens = Literal["stock", "custom"]
+
+
+class ShardIndex(BaseModel):
+    """Which file has which weight, as `*.safetensors.index.json` says it."""
+
+    weight_map: dict[str, str]
 
 
 def save_variant(
@@ -102,7 +110,9 @@ def load_compressed(
     """
     folder = Path(folder)
     check_manifest(folder, verify=verify)
-    index = _read_json(folder / "model_index.json", f"{folder} is no pipeline folder")
+    if not (folder / "model_index.json").is_file():
+        raise PpclError(f"{folder} is no pipeline folder: it has no model_index.json")
+    index = read_record(folder / "model_index.json", dict[str, Any])
     plan = Plan.load(folder / "plan.json")
     _check_weights(folder)
     _check_libraries(folder, index)
@@ -111,8 +121,10 @@ def load_compressed(
             return DiffusionPipeline.from_pretrained(folder, **options)
         transformer = _rebuild(folder, plan, adapter or adapter_of(plan.family), options)
         return open_with(folder, index, transformer, options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PpclError(f"{folder} cannot be opened: {error}") from error
+    except PpclError:
+        raise
+    except Exception as error:  # diffusers raises whatever its parts raise
+        raise PpclError(f"{folder} cannot be opened: {first_line(error)}") from error
 
 
 def check_manifest(folder: Path, *, verify: bool = True) -> None:
@@ -157,8 +169,10 @@ def verify_variant(
 def _rebuild(folder: Path, plan: Plan, adapter: Adapter, options: Mapping[str, Any]) -> nn.Module:
     """Let diffusers load the weights into a class that narrows its blocks when it is made."""
     stock = getattr(diffusers, adapter.transformer)
-    calls = _from_json(_read_json(folder / "block_calls.json", f"{folder} is no custom variant"))
-    calls = {path: (arguments, Streams(*streams)) for path, (arguments, streams) in calls.items()}
+    stored = folder / "block_calls.json"
+    with reading(stored):
+        found = _from_json(read_record(stored, dict[str, list[Any]]))
+        calls = {path: (arguments, Streams(*streams)) for path, (arguments, streams) in found.items()}
     chosen = {name: options[name] for name in ("low_cpu_mem_usage", "disable_mmap") if name in options}
     dtype = options.get("dtype", options.get("torch_dtype"))
     if isinstance(dtype, dict):
@@ -196,6 +210,11 @@ def open_with(
     return pipeline
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _check_libraries(folder: Path, index: Mapping[str, Any]) -> None:
     """Refuse parts of a pipeline that diffusers would import from anywhere else than from its own two libraries."""
     for name, part in index.items():
@@ -210,8 +229,7 @@ def _check_weights(folder: Path) -> None:
     """Find files of weights that are missing or cut off, before a loader trips over them."""
     files = set(folder.glob("*/*.safetensors"))
     for index in folder.glob("*/*.safetensors.index.json"):
-        shards = _read_json(index, f"{index} is broken")["weight_map"].values()
-        files |= {index.parent / shard for shard in shards}
+        files |= {index.parent / shard for shard in read_record(index, ShardIndex).weight_map.values()}
     if not any(file.parent.name == "transformer" for file in files):
         raise PpclError(f"{folder / 'transformer'} holds no *.safetensors")
     for file in sorted(files):
@@ -278,13 +296,6 @@ def _run_elsewhere(
             reason = (done.stderr.strip() or "no message").splitlines()[-1]
             raise PpclError(f"{folder} does not open as {how[0]} in a fresh process: {reason}")
         return load_file(f"{place}/outputs.safetensors")
-
-
-def _read_json(path: Path, what: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise PpclError(f"{what}: {error}") from error
 
 
 def _edit_json(path: Path, changes: Mapping[str, Any]) -> None:

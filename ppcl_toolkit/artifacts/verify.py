@@ -1,5 +1,6 @@
 """Whether what lies in a folder is what was made there: every file of a run or of a variant, hashed."""
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ def verify(folder: Path) -> list[Finding]:
     stages = sorted({path.parent for path in records} | _without_record(folder))
     variants = sorted(path for path in folder.glob("variants/*") if path.is_dir() and not _at_work(path))
     found = [_stage(path, path.relative_to(folder).as_posix()) for path in stages]
-    return found + [_variant(path, path.relative_to(folder).as_posix()) for path in variants]
+    return found + [_exported(path, folder) for path in variants]
 
 
 def _stage(folder: Path, name: str) -> Finding:
@@ -47,6 +48,16 @@ def _variant(folder: Path, name: str) -> Finding:
     except PpclError as error:
         return Finding(name, str(error), False)
     return _compared(folder, name, files)
+
+
+def _exported(folder: Path, run: Path) -> Finding:
+    """Look at a variant in a run: where its export lists files, there was a manifest."""
+    name = folder.relative_to(run).as_posix()
+    record = run / "export" / folder.name
+    with contextlib.suppress(PpclError):
+        if not (folder / MANIFEST).exists() and (record / RECORD).exists() and Record.of(record).files is not None:
+            return Finding(name, f"{MANIFEST} is missing", False)
+    return _variant(folder, name)
 
 
 def _compared(folder: Path, name: str, files: Files | None) -> Finding:

@@ -13,21 +13,36 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.flops import counting
 
 CALLS = "calls-*.jsonl"
-"""Files, one a process, of `{"batch": images, "seconds": [of each call of the transformer], "peak": bytes}` lines.
+"""Files, one a process, of `Timed` lines."""
 
-That of the first batch also has `flops`: of a call, for each picture in it.
-"""
+
+class Timed(BaseModel):
+    """What a batch of images took."""
+
+    batch: PositiveInt
+    """Images."""
+    seconds: Annotated[list[float], Field(min_length=1)]
+    """Of each call of the transformer."""
+    peak: NonNegativeInt
+    """Bytes on the device."""
+    flops: NonNegativeInt | None = None
+    """Of a call, for each picture in it; known of the first batch."""
+
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What pillow raises for files that are cut off, or no images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +156,7 @@ def read_image(path: Path, key: str) -> Image.Image:
     try:
         with Image.open(path) as opened:
             return opened.convert("RGB")
-    except OSError as error:
+    except _UNREADABLE as error:
         raise PpclError(f"{key}: {path} is no image that can be read") from error
 
 
@@ -167,8 +182,11 @@ def image_rmse(student: Path, reference: Path) -> float:
 
 def pixels(path: Path) -> np.ndarray:
     """Read an image as uint8 [H, W, 3]."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except _UNREADABLE as error:
+        raise PpclError(f"{path} is no image that can be read ({error}); delete it to make it again") from error
 
 
 def _takes_image(pipeline: Any) -> bool:

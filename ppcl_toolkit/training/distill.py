@@ -1,6 +1,5 @@
 """Train segments side by side, with checkpoints, and bank what they become."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,16 @@ from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.storage import Desk, save_tree
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form
+from ppcl_toolkit.records import read_record
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.training import loop
 from ppcl_toolkit.training.loop import Optimization
 from ppcl_toolkit.training.segment import Segment
+
+Curve = list[tuple[int, float]]
+Curves = dict[str, Curve]
+"""Losses of segments by their keys: [[step, loss], ...]."""
 
 
 class Settings(loop.Settings, Protocol):
@@ -88,7 +92,7 @@ def finish(folder: Path, keys: Sequence[str]) -> None:
         parts = sorted(folder.glob("losses-*.json"))
         curves: dict[str, Any] = {}
         for path in [whole, *parts] if whole.exists() else parts:
-            curves.update(json.loads(path.read_text()))
+            curves.update(read_record(path, Curves))
         if lost := [key for key in keys if key not in curves]:
             raise PpclError(
                 f"{folder} has no losses of {', '.join(lost)}: all processes need this folder, and its files"
@@ -147,7 +151,7 @@ class _States:
 def _bank(segments: Sequence[Segment], folder: Path, rank: int) -> None:
     # Curves first: what is in the bank has its curve.
     path = folder / f"losses-{rank}.json"
-    curves = json.loads(path.read_text()) if path.exists() else {}
+    curves = read_record(path, Curves) if path.exists() else {}
     curves.update({s.form.key: s.optimization.losses for s in segments})
     write_json(path, curves)
     for segment in segments:

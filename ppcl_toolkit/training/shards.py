@@ -5,12 +5,12 @@ On disk, `<stem>.json` is written last, by rename, and names what belongs togeth
 safetensors files beside it. Nothing is gathered, nothing is pickled.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,6 +21,7 @@ from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.storage import save_tensors
 from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.records import read_record
 
 _FILE_BYTES = 4 * 1024**3
 """Of one file at most, but for a tensor that is larger: so much is on the host at a time."""
@@ -97,16 +98,26 @@ def discard(folder: Path, stem: str, *, suffix: str = "") -> None:
             path.unlink()
 
 
+class _Index(BaseModel):
+    """`<stem>.json`; facts are whatever was given."""
+
+    model_config = ConfigDict(extra="allow")
+
+    files: str
+    processes: PositiveInt
+    rows: dict[str, NonNegativeInt]
+
+
 @final
 class Saved:
     """What `save` wrote, to be read by rows."""
 
     def __init__(self, folder: Path, stem: str, *, suffix: str = "") -> None:
         self._path = folder / f"{stem}.json{suffix}"
+        index: _Index = read_record(self._path, _Index)
+        self.facts: dict[str, Any] = index.model_dump()
+        self._rows, self._processes = index.rows, index.processes
         try:
-            self.facts: dict[str, Any] = json.loads(self._path.read_text())
-            self._rows: dict[str, int] = self.facts["rows"]
-            self._processes: int = self.facts["processes"]
             files = sorted(folder.glob(f"{self.facts['files']}-*.safetensors{suffix}"))
             self._files: dict[tuple[int, str], Path] = {}
             for path in files:
