@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.values import shortened
+from ppcl_toolkit.values import BLOCKS, shortened
 
 _MOST = 2**28
 """Bytes of any record: that of a million samples has half as many."""
@@ -45,6 +45,20 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise PpclError(f"{path} is damaged or of something else: {type(error).__name__}: {error}") from error
+
+
+def check_depths(config: Any, where: str) -> None:
+    """Raise `PpclError` where a config, plain data, asks for more layers than any model has: making them would hang."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, int) and value > BLOCKS and ("layers" in key or "depth" in key):
+            raise PpclError(f"{where}: {shortened(key)} is {shortened(value)}, and no model has more than {BLOCKS}")
+        check_depths(value, where)
+
+
+def check_configs(folder: Path) -> None:
+    """Do so for all parts of a pipeline's folder."""
+    for path in sorted(folder.glob("*/config.json")):
+        check_depths(read_record(path, dict[str, Any]), str(path))
 
 
 def problems(error: ValidationError) -> str:

@@ -21,7 +21,7 @@ from ppcl_toolkit.artifacts.variant import first_line, load_compressed
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
-from ppcl_toolkit.records import read_record
+from ppcl_toolkit.records import check_configs, read_record
 from ppcl_toolkit.values import check_call
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -180,6 +180,7 @@ def _check_weights(path: str, transformer: nn.Module) -> None:
 def _from_pretrained(path: str, revision: str | None, settings: dict[str, Any]) -> Any:
     if Path(path).exists() and not (Path(path) / "model_index.json").is_file():
         raise PpclError(f"{path} is no diffusers pipeline: it has no model_index.json")
+    check_configs(Path(path))
     try:
         return DiffusionPipeline.from_pretrained(path, revision=revision, **settings)
     except Exception as error:  # diffusers raises whatever its parts raise

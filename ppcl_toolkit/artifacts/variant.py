@@ -33,7 +33,7 @@ from ppcl_toolkit.adapter import Adapter, adapter_of
 from ppcl_toolkit.artifacts.files import MANIFEST, damage, put, read_manifest, sync, told, write_manifest
 from ppcl_toolkit.errors import PpclError, PpclWarning
 from ppcl_toolkit.plan import Plan
-from ppcl_toolkit.records import read_record, reading
+from ppcl_toolkit.records import check_configs, read_record, reading
 from ppcl_toolkit.running.capture import Streams, map_tensors
 from ppcl_toolkit.running.placement import HOST, has_room
 from ppcl_toolkit.surgery.assemble import Calls, example_calls, narrow_blocks, student_blocks
@@ -114,6 +114,7 @@ def load_compressed(
         raise PpclError(f"{folder} is no pipeline folder: it has no model_index.json")
     index = read_record(folder / "model_index.json", dict[str, Any])
     plan = Plan.load(folder / "plan.json")
+    check_configs(folder)
     _check_weights(folder)
     _check_libraries(folder, index)
     try:
@@ -121,8 +122,8 @@ def load_compressed(
             return DiffusionPipeline.from_pretrained(folder, **options)
         transformer = _rebuild(folder, plan, adapter or adapter_of(plan.family), options)
         return open_with(folder, index, transformer, options)
-    except PpclError:
-        raise
+    except PpclError as error:
+        raise error if str(folder) in str(error) else PpclError(f"{folder}: {error}") from error
     except Exception as error:  # diffusers raises whatever its parts raise
         raise PpclError(f"{folder} cannot be opened: {first_line(error)}") from error
 

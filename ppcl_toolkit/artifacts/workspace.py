@@ -122,12 +122,14 @@ class Workspace:
 
     def lock(self) -> None:
         """Keep other processes out of this folder, which is made; where another is at work it is a `PpclError`."""
-        path = self.path.resolve() / _LOCK
-        if path in _held:
-            return
-        with writing(self.path):
+        try:
+            path = self.path.resolve() / _LOCK
+            if path in _held:
+                return
             path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except (OSError, RuntimeError) as error:  # the second for links that lead in a circle
+            raise PpclError(f"cannot work in {self.path}: {getattr(error, 'strerror', None) or error}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

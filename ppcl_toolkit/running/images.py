@@ -93,7 +93,8 @@ def run_pipeline(
 ) -> Any:
     """Return the images (`kind` pil) or final latents (`kind` latent) of a batch of prompts.
 
-    Raises `PpclError` where an editing pipeline is given no image and cannot do without.
+    Raises `PpclError` where an editing pipeline is given no image and cannot do without, and for arguments that the
+    pipeline refuses.
     """
     # Pipelines do not repeat a negative prompt by themselves.
     each = {n: [v] * len(texts) for n, v in call.items() if n.startswith("negative_prompt") and isinstance(v, str)}
@@ -106,6 +107,9 @@ def run_pipeline(
                 f"{type(pipeline).__name__} edits images, and fails without one ({error}): give samples.edits and "
                 "evaluate.edits, folders of images with a .txt instruction each"
             ) from error
+        if isinstance(error, ValueError | TypeError):
+            said = " ".join(str(error).split())
+            raise PpclError(f"{type(pipeline).__name__} does not take these arguments: {said}") from error
         raise
 
 
@@ -118,6 +122,15 @@ def draw(pipeline: Any, prompts: Sequence[str], seed: int, call: Mapping[str, An
     for i, image in enumerate(images):
         row.paste(image, (sum(other.width for other in images[:i]), 0))
     return row
+
+
+def check_place(path: Path) -> None:
+    """Raise a `PpclError` where no image can be written to `path`: known before one is drawn."""
+    Image.init()
+    if path.suffix.lower() not in Image.EXTENSION or Image.EXTENSION[path.suffix.lower()] not in Image.SAVE:
+        raise PpclError(f"{path}: no format of images is called {path.suffix!r}; name a .png, .jpg or .webp")
+    if path.is_dir() or not path.parent.is_dir():
+        raise PpclError(f"{path}: " + ("is a folder" if path.is_dir() else f"there is no folder {path.parent}"))
 
 
 def check_call(pipeline: Any, call: Mapping[str, Any]) -> None:

@@ -8,16 +8,15 @@ import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import ValidationError
 
-from ppcl_toolkit.artifacts.files import write_text
-from ppcl_toolkit.artifacts.record import Record
+from ppcl_toolkit.artifacts.files import RECORD, write_text
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form, Plan
 from ppcl_toolkit.records import read_record
@@ -27,8 +26,8 @@ from ppcl_toolkit.stages import figures
 from ppcl_toolkit.stages.intervals import Candidates, Found
 from ppcl_toolkit.stages.modulation import LowRankChoice
 from ppcl_toolkit.stages.probe import Probes
+from ppcl_toolkit.stages.shown import Asked, Environment, Event, Exam, Measured, Row, Summary
 from ppcl_toolkit.training.distill import Curve, Curves
-from ppcl_toolkit.training.substitution import Candidate
 from ppcl_toolkit.units import Cost
 
 _SHOWN_PROMPTS = 14
@@ -36,61 +35,6 @@ _SHOWN_CANDIDATES = 30
 """The best of those that were not chosen; all chosen ones are shown."""
 _SMALL, _LARGE = 96, 256
 """Images with fewer pixels a side are enlarged, those with more are reduced."""
-
-
-class Row(BaseModel):
-    """What the table shows of a pipeline; earlier runs have less of it."""
-
-    name: str = "teacher"
-    opens: str | None = None
-    params: PositiveInt
-    bytes: PositiveInt
-    flops: int | None = None
-    latency_ms: PositiveFloat
-    latency_batch: PositiveInt
-    memory_of: str
-    memory_bytes: int | None
-    score: float | None
-    score_std: float | None
-    categories: dict[str, tuple[float, float]] = {}
-    chance: float | None = None
-    rmse: float | None = None
-    velocity_error: float | None = None
-    drop_percent: float | None = None
-
-
-class _Summary(BaseModel):
-    teacher: Row
-    variants: list[Row]
-    warnings: list[str] = []
-
-
-class _Environment(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    gpus: list[str]
-    threads: int
-    packages: dict[str, str]
-
-
-class _Event(BaseModel):
-    stage: str
-    event: str
-    seconds: float | None = None
-
-
-class _Measured(BaseModel):
-    operation: Annotated[Candidate, Field(discriminator="kind")]
-    label: str
-    error: float
-    saves: Cost | int
-    chosen: list[str]
-
-
-class _Exam(BaseModel):
-    prompts: list[str]
-    seeds: list[int]
-    scored: bool
 
 
 def write_report(run: Path) -> Path:
@@ -115,9 +59,9 @@ def write_report(run: Path) -> Path:
         name=run.resolve().name,
         finished=(run / "summary.json").is_file(),
         recipe=(run / "recipe.yaml").read_text(),
-        environment=found.model_dump() if (found := _json(run / "environment.json", _Environment)) else None,
+        environment=found.model_dump() if (found := _json(run / "environment.json", Environment)) else None,
         stages=_stages(run),
-        warnings=getattr(_json(run / "summary.json", _Summary), "warnings", []),
+        warnings=getattr(_json(run / "summary.json", Summary), "warnings", []),
         rows=rows,
         categories=list(dict.fromkeys(category for row in rows for category in row["categories"])),
         strips=[_strip(n if n in measured else f"{n} (not measured)", plan) for n, plan in plans.items()],
@@ -131,7 +75,7 @@ def write_report(run: Path) -> Path:
 
 def results(run: Path) -> list[dict[str, Any]]:
     """Return the rows of the main table, the teacher first: from summary.json, or from what is measured so far."""
-    summary: _Summary | None = _json(run / "summary.json", _Summary)
+    summary: Summary | None = _json(run / "summary.json", Summary)
     if summary:
         return [{**summary.teacher.model_dump(), "opens": "stock"}, *(row.model_dump() for row in summary.variants)]
     found = {path.parent.name: _json(path, Row) for path in sorted(run.glob("evaluate/*/measurement.json"))}
@@ -201,12 +145,12 @@ def _ranks(run: Path) -> str:
     if not (run / "modulation" / "curve.json").is_file():
         return ""
     found = LowRankChoice.load(run / "modulation")
-    return figures.ranks(dict(found.curve), found.rank, Record.of(run / "modulation").settings.get("error"))
+    return figures.ranks(dict(found.curve), found.rank, _settings(run / "modulation").get("error"))
 
 
 def _candidates(run: Path) -> str:
     kinds = dict(zip(("interval", "text_run", "ffn_swap"), figures.KINDS, strict=True))
-    known: list[_Measured] = _json(run / "select" / "measured.json", list[_Measured]) or []
+    known: list[Measured] = _json(run / "select" / "measured.json", list[Measured]) or []
     measured = sorted(known, key=lambda one: one.error)
     if not measured:
         return ""
@@ -307,7 +251,7 @@ def _removed(plans: Mapping[str, Plan], stack: str, stream: str) -> list[tuple[i
 
 
 def _decisive_stream(run: Path) -> str:
-    settings = Record.of(run / "intervals").settings
+    settings = _settings(run / "intervals")
     own = settings.get("intervals", settings)
     return str(own.get("stream", "image")) if isinstance(own, dict) else "image"
 
@@ -324,7 +268,7 @@ def _grid(run: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names = [row["name"] for row in rows if (run / "evaluate" / row["name"] / "exam.json").is_file()]
     if not names:
         return {}
-    exam: _Exam = read_record(run / "evaluate" / names[0] / "exam.json", _Exam)
+    exam: Exam = read_record(run / "evaluate" / names[0] / "exam.json", Exam)
     prompts, seeds = exam.prompts[:_SHOWN_PROMPTS], exam.seeds
     lines = [
         {
@@ -342,7 +286,7 @@ def _grid(run: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"names": names, "seeds": seeds, "lines": lines, "scored": exam.scored}
 
 
-def _picture(path: Path, prompt: str, exam: _Exam) -> dict[str, Any] | None:
+def _picture(path: Path, prompt: str, exam: Exam) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     found = pixels(path)
@@ -363,11 +307,16 @@ def _stages(run: Path) -> list[dict[str, Any]]:
     for line in events.read_text(errors="replace").splitlines() if events.is_file() else ():
         # A killed run leaves half a line.
         with contextlib.suppress(ValidationError):
-            event = _Event.model_validate_json(line)
+            event = Event.model_validate_json(line)
             if event.event in ("started", "finished"):
                 stages[event.stage] = event.seconds
     total = sum(seconds or 0 for seconds in stages.values()) or 1
     return [{"name": name, "seconds": s, "share": 100 * (s or 0) / total} for name, s in stages.items()]
+
+
+def _settings(stage: Path) -> dict[str, Any]:
+    found: Asked | None = _json(stage / RECORD, Asked)
+    return found.settings if found else {}
 
 
 def _json(path: Path, kind: Any) -> Any:
