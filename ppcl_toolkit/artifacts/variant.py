@@ -277,7 +277,8 @@ save_file(outputs, f"{place}/outputs.safetensors")
 def _run_elsewhere(
     folder: Path, how: tuple[Opens, str], kwargs: Mapping[str, Any], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    with tempfile.TemporaryDirectory() as place:
+    # Beside the variant, where a run that is killed finds what is left of it.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", suffix=".partial") as place:
         tensors: dict[str, Tensor] = {}
 
         def keep(tensor: Tensor) -> dict[str, Any]:
@@ -288,7 +289,7 @@ def _run_elsewhere(
         save_file(tensors, f"{place}/given.safetensors")
         weights = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
         offload = "" if has_room(weights, device) else "blocks"
-        options = [*how, place, str(dtype).split(".")[-1], str(device), offload]
+        options = [*how, str(Path(place).resolve()), str(dtype).split(".")[-1], str(device), offload]
         command = [sys.executable, "-c", _ELSEWHERE, str(folder.resolve()), *options]
         # diffusers copies modelling files there before it runs them.
         environment = {**os.environ, "HF_MODULES_CACHE": f"{place}/modules"}

@@ -106,6 +106,8 @@ class Workspace:
         """
         if processes.is_main():
             self.lock()
+            for left in self.path.glob("variants/*.partial"):  # of a run that was killed while it exported
+                shutil.rmtree(left, ignore_errors=True)
         if processes.is_main() and not (self.path / "recipe.yaml").exists():
             self._describe(recipe)
         processes.watch()

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -161,6 +162,20 @@ def test_fresh_process_that_computes_something_else_or_nothing(broken, custom):
     file.write_text(file.read_text().replace("class NarrowFlux", "import ppcl_toolkit\n\n\nclass NarrowFlux"))
     with pytest.raises(PpclError, match="does not open as custom in a fresh process.*ppcl_toolkit"):
         verify_variant(broken, "custom", custom.kwargs, custom.output(), 1e-5)
+
+
+def test_a_fresh_process_works_where_a_later_run_clears_away(stock, monkeypatch):
+    places = []
+
+    def killed(*_, cwd, **__):
+        places.append(cwd)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(variant.subprocess, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        verify_variant(stock.folder, "stock", stock.kwargs, stock.output(), 1e-5)
+    assert Path(places[0]).parent == stock.folder.parent
+    assert Path(places[0]).suffix == ".partial"
 
 
 def test_difference_beyond_the_tolerance(stock, monkeypatch):

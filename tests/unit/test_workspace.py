@@ -198,6 +198,14 @@ def test_a_lost_record_is_refused_with_the_folder(tmp_path):
         run_of(tmp_path).stage("work", {}, Stage(), read)
 
 
+def test_what_killed_exports_left_is_cleared_away(tmp_path):
+    run_of(tmp_path)
+    for name in ("small.partial/vae", ".abc.partial", "whole"):
+        (tmp_path / "run" / "variants" / name).mkdir(parents=True)
+    run_of(tmp_path)
+    assert [path.name for path in (tmp_path / "run" / "variants").iterdir()] == ["whole"]
+
+
 def test_warnings_stay_with_the_result(tmp_path):
     run = run_of(tmp_path)
     run.stage("one", {}, Stage(says=["a segment stopped"]), read)
