@@ -247,7 +247,9 @@ class Workspace:
 
     def _is_whole(self, job: Job[Any]) -> bool:
         """Whether a stage is done; one that is damaged becomes one that is not, or a `PpclError`."""
-        final = self.path / job.name
+        final, partial = self.path / job.name, self._partial(job)
+        if not final.exists() and self._goes_on(partial, job) and self._was_closed(partial):
+            put(partial, final)  # the run was killed just before it
         if not final.exists():
             return False
         try:
@@ -310,6 +312,10 @@ class Workspace:
             return False
         same = (found.settings, found.after) == (job.made_from["settings"], job.made_from["after"])
         return same and not found.changed(self._made)
+
+    def _was_closed(self, partial: Path) -> bool:
+        files = Record.of(partial).files
+        return files is not None and not damage(partial, files, most=self._hashed)
 
     def _make(self, job: Job[Any], *, together: bool) -> None:
         partial = self._partial(job)
