@@ -12,6 +12,9 @@ from ppcl_toolkit.artifacts.files import RECORD, Checked, Files
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.records import read_record
 
+_SAID = ("variant.json", "warnings.json")
+"""What was measured or said of a result: it may differ in the last bits where the result is the same."""
+
 
 class Record(BaseModel):
     """What a stage was made from, and what it made."""
@@ -42,8 +45,10 @@ class Record(BaseModel):
 
     @property
     def digest(self) -> str | None:
-        """Digest of what the stage made."""
-        return None if self.files is None else digest_of({name: entry.sha256 for name, entry in self.files.items()})
+        """Digest of what the stage made, by which later stages know it again."""
+        if self.files is None:
+            return None
+        return digest_of({name: entry.sha256 for name, entry in self.files.items() if name not in _SAID})
 
     def changed(self, made: Mapping[str, str]) -> list[str]:
         """Return the stages that had made something else than `made` has by their names."""

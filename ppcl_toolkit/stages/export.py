@@ -38,8 +38,6 @@ class Exported(BaseModel):
     opens: Opens
     difference: float
     """Largest absolute difference to what was trained, opened again."""
-    manifest: str | None = None
-    """SHA-256 of the variant's manifest; earlier versions wrote none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,16 +61,18 @@ class Variant:
         if not (self.folder / "model_index.json").is_file():
             raise PpclError(f"{self.folder} is gone; delete {record} to export it again")
         found: Exported = read_record(record / _RECORD, Exported)
-        return {"name": self.name, "path": str(self.folder), "opens": found.opens, "difference": found.difference}
+        return {"name": self.name, "path": str(self.folder), **found.model_dump()}
 
     def damage(self, record: Path, most: float) -> dict[str, str]:
         """Return what is not as it was exported; files are hashed where all together have at most `most` bytes."""
-        found: Exported = read_record(record / _RECORD, Exported)
+        exported = read_manifest(record)
+        if exported is None:  # by an earlier version
+            return {}
         if not (self.folder / MANIFEST).is_file():
             return {str(self.folder / MANIFEST): "is missing"}
-        if found.manifest is not None and digest(self.folder / MANIFEST) != found.manifest:
+        if digest(self.folder / MANIFEST) != digest(record / MANIFEST):
             return {str(self.folder / MANIFEST): "is not that of this export"}
-        wrong = damage(self.folder, read_manifest(self.folder) or {}, most=most)
+        wrong = damage(self.folder, exported, most=most)
         return {str(self.folder / name): what for name, what in wrong.items()}
 
 
@@ -111,6 +111,7 @@ def _export(
     difference = verify_variant(
         variant.folder, opens, example, expected, tolerance, device=device, adapter=variant.adapter
     )
-    made = Exported(opens=opens, difference=difference, manifest=digest(variant.folder / MANIFEST))
-    write_json(desk.folder / _RECORD, made.model_dump())
+    write_json(desk.folder / _RECORD, Exported(opens=opens, difference=difference).model_dump())
+    # What the run knows the variant by.
+    shutil.copy(variant.folder / MANIFEST, desk.folder)
     desk.progress(2, 2, "verified in a fresh process")
