@@ -201,14 +201,21 @@ def test_an_export_that_is_measured_otherwise_is_the_same(run):
     assert record.model_copy(update={"files": other}).digest != record.digest
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["tokenizer_2/tokenizer.json", "transformer/diffusion_pytorch_model.safetensors"])
-def test_a_damaged_variant_is_named_by_whoever_opens_it_and_exported_again(world, run, name, monkeypatch, capfd):
+def test_a_damaged_variant_does_not_open(world, name, damage, tmp_path):
+    shutil.copytree(world / "run" / "variants" / "small", tmp_path / "small")
+    damage(tmp_path / "small" / name)
+    for opened in (load_compressed, lambda folder: load_pipeline(str(folder))):
+        with pytest.raises(PpclError, match=f"small is not as it was exported: {name}"):
+            opened(tmp_path / "small")
+
+
+def test_a_damaged_variant_is_named_by_every_command_and_exported_again(world, run, monkeypatch, capfd):
     from ppcl_toolkit.cli import main
 
-    variant = run / "variants" / "small"
-    (delete if "tokenizer" in name else flip)(variant / name)
-    with pytest.raises(PpclError, match=f"small is not as it was exported: {name}"):
-        load_compressed(variant)
+    variant, name = run / "variants" / "small", "tokenizer_2/tokenizer.json"
+    delete(variant / name)
     commands = (
         ["generate", variant, "--prompt", "a", "--out", run / "image.png"],
         ["eval", variant, variant, "--prompts", world / "prompts.txt", "--out", run / "eval"],
@@ -262,10 +269,10 @@ def test_a_run_and_a_variant_of_an_earlier_version_go_on(world, run):
         (run / folder / "small" / MANIFEST).unlink()
     (run / "summary.json").unlink()
     assert all(finding.whole is None for finding in verify(run))
-    shutil.rmtree(run / "evaluate")
-    with pytest.warns(PpclWarning, match="small has no manifest.json, an earlier version made it"):
-        again(world, run)
+    again(world, run)
     assert (run / "summary.json").exists()
+    with pytest.warns(PpclWarning, match="small has no manifest.json, an earlier version made it"):
+        load_pipeline(str(run / "variants" / "small"))
 
 
 def test_a_variant_that_diffusers_has_saved_again_opens(run, tmp_path):

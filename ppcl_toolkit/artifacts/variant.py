@@ -113,6 +113,8 @@ def load_compressed(
     if not (folder / "model_index.json").is_file():
         raise PpclError(f"{folder} is no pipeline folder: it has no model_index.json")
     index = read_record(folder / "model_index.json", dict[str, Any])
+    if not isinstance(index.get("_class_name"), str):
+        raise PpclError(f"{folder / 'model_index.json'} is damaged or of something else: it has no _class_name")
     plan = Plan.load(folder / "plan.json")
     check_configs(folder)
     _check_weights(folder)
@@ -135,7 +137,10 @@ def check_manifest(folder: Path, *, verify: bool = True) -> None:
         what = "an earlier version made it, or something else has saved it again"
         warnings.warn(f"{folder} has no {MANIFEST}, {what}: its files are not checked", PpclWarning, stacklevel=3)
     if wrong := damage(folder, files or {}, most=math.inf if verify else -1):
-        raise PpclError(f"{folder} is not as it was exported: {told(wrong)}; export or copy it again")
+        raise PpclError(
+            f"{folder} is not as it was exported: {told(wrong)}; export or copy it again, or delete "
+            f"its {MANIFEST} where it was changed on purpose"
+        )
 
 
 def verify_variant(
@@ -174,6 +179,8 @@ def _rebuild(folder: Path, plan: Plan, adapter: Adapter, options: Mapping[str, A
     with reading(stored):
         found = _from_json(read_record(stored, dict[str, list[Any]]))
         calls = {path: (arguments, Streams(*streams)) for path, (arguments, streams) in found.items()}
+        if missing := [path for path in plan.depths if path not in calls]:
+            raise PpclError(f"{stored} is damaged or of something else: it has no call of {missing[0]}")
     chosen = {name: options[name] for name in ("low_cpu_mem_usage", "disable_mmap") if name in options}
     dtype = options.get("dtype", options.get("torch_dtype"))
     if isinstance(dtype, dict):
