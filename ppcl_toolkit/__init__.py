@@ -11,17 +11,28 @@ if TYPE_CHECKING:
     from ppcl_toolkit.adapter import Adapter, Stack
     from ppcl_toolkit.algorithm import compress, export_target
     from ppcl_toolkit.artifacts.variant import load_compressed
-    from ppcl_toolkit.errors import PpclError
+    from ppcl_toolkit.errors import PpclError, PpclWarning
     from ppcl_toolkit.plan import Plan
     from ppcl_toolkit.recipe import Recipe
 
-__all__ = ["Adapter", "Plan", "PpclError", "Recipe", "Stack", "compress", "export_target", "load_compressed"]
+__all__ = [
+    "Adapter",
+    "Plan",
+    "PpclError",
+    "PpclWarning",
+    "Recipe",
+    "Stack",
+    "compress",
+    "export_target",
+    "load_compressed",
+]
 
 # No module has one of these names: importing it would put it in the place of what it holds.
 _HOME = {
     "Adapter": "adapter",
     "Plan": "plan",
     "PpclError": "errors",
+    "PpclWarning": "errors",
     "Recipe": "recipe",
     "Stack": "adapter",
     "compress": "algorithm",

@@ -12,9 +12,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from ppcl_toolkit import processes
+from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.pipeline import Teacher, load_teacher
 from ppcl_toolkit.artifacts.storage import Bank, Desk
-from ppcl_toolkit.artifacts.workspace import Progress, Workspace, silent, write_json
+from ppcl_toolkit.artifacts.workspace import Progress, Workspace, silent
 from ppcl_toolkit.budget import Schedules, check_machine
 from ppcl_toolkit.budget.model import Model
 from ppcl_toolkit.errors import PpclError
@@ -48,20 +49,24 @@ _EXPORTED = {"export": {"dtype"}}
 _ANSWERS = {"finetune": {"steps", "batch", "features"}}
 _CHOICE = {"targets": True, "select": True, "width": {"given", "text_threshold", "text_blocks", "ffn_blocks"}}
 
+_BANKS = ("depth", "width", "modulation", "low_rank")
 _UNKNOWN = 10**30
 """FLOPs of a teacher that is not run yet: more than any target's."""
 
 
-def compress(recipe: Recipe, out: str | Path, *, progress: Progress = silent) -> dict[str, Any]:
+def compress(
+    recipe: Recipe, out: str | Path, *, progress: Progress = silent, remake: bool = False, verify: bool = True
+) -> dict[str, Any]:
     """Run Algorithm 1 on the recipe's teacher in the folder `out`, or go on where an earlier run stopped.
 
     Returns what `out/summary.json` holds: {"teacher": {...}, "variants": [{"name", "path", "opens", "params", "bytes",
     "flops", "latency_ms", "score", "drop_percent", "rmse", ...}], "warnings": [...]}. Raises `PpclError` for bad input;
-    finished stages are never lost.
+    finished stages are never lost. One that is not as it was made is a `PpclError`, too; with `remake` it is made anew,
+    and what depends on it. Without `verify` its files are compared by name and size alone.
     """
     device = processes.pick_device(recipe.device)
     check_optimizer(recipe.finetune.optimizer)
-    workspace = Workspace(out, progress=progress)
+    workspace = Workspace(out, progress=progress, remake=remake, verify=verify)
     if not workspace.is_begun:
         check_machine(recipe, device)
         # What hours would end with is cheap to know now.
@@ -104,7 +109,7 @@ class _Run:
         asked = {"source": teacher.source, **_part(recipe, _RECORDING)}
         asked |= {"empty_prompt": True} if recipe.modulation else {}
         record = partial(record_samples, self._runner("samples"), teacher, recipe)
-        samples = self._stage("samples", asked, record, load_samples)
+        samples = self._stage("samples", asked, record, load_samples, pieces=True)
         self._noised = partial(_noised, recipe, teacher, samples)
 
     def low_rank(self) -> LowRankChoice:
@@ -164,7 +169,7 @@ class _Run:
         if recipe.tuned:
             wanted = [plans[name] for name in recipe.tuned]
             answer = partial(record_velocities, self._runner("velocities", plans), wanted, batches, recipe.finetune)
-            velocities = self._stage("velocities", _part(recipe, _ANSWERS), answer, Velocities)
+            velocities = self._stage("velocities", _part(recipe, _ANSWERS), answer, Velocities, pieces=True)
         exports = []
         for name, plan in plans.items():
             tuned = None
@@ -175,9 +180,11 @@ class _Run:
             variant = _variant(recipe, self._workspace.path, name, self._teacher.whole(plan), low)
             runner = self._runner("export", plans)
             make = partial(_export, self._teacher, runner, variant, plan, (bank, tuned), batches[0])
-            exports.append(self._workspace.job(f"export/{name}", recipe.export, make, variant.read))
+            job = self._workspace.job(f"export/{name}", recipe.export, make, variant.read)
+            exports.append(job._replace(beside=variant.damage))
         found = self._workspace.results(exports)
-        velocities.discard()
+        # Every student has learned.
+        self._workspace.discard("velocities")
         return found
 
     def evaluated(self, plans: Mapping[str, Plan], variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -216,7 +223,9 @@ def export_target(
     if recipe is None or not (path / last).is_dir():
         raise PpclError(f"{path} has no bank: run `ppcl compress --out {path}` until its {last} stage is done")
     teacher, runner = _opened(recipe, processes.pick_device(recipe.device))
-    bank = Bank(*(path / name for name in ("depth", "width", "modulation", "low_rank")))
+    run = Workspace(path)
+    run.check("samples", "select", *_BANKS)
+    bank = Bank(*(path / name for name in _BANKS))
     low = LowRankChoice.load(path / "modulation") if recipe.modulation else None
     example = _noised(recipe, teacher, load_samples(path / "samples"), "finetune", recipe.finetune.batch)[0]
     choice = Choice.load(path / "select")
@@ -224,7 +233,6 @@ def export_target(
     variant = _variant(recipe, path, target.name, teacher.whole(plan), low)
     if (path / "export" / target.name).exists():
         raise PpclError(f"{variant.folder} exists already; choose another --name")
-    run = Workspace(path)
     run.lock()
     make = partial(_export, teacher, runner, variant, plan, (bank, None), example)
     made = run.stage(f"export/{target.name}", {**asked, "dtype": variant.dtype}, make, variant.read)

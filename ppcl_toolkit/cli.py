@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from ppcl_toolkit import console
 from ppcl_toolkit.ending import Ended, end_on_signals, unexpected
-from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.errors import PpclError, PpclWarning
 from ppcl_toolkit.units import UNITS
+from ppcl_toolkit.values import check_call
 
 app = typer.Typer(
     help="Compress Diffusion Transformers: pluggable pruning with contiguous layer distillation.",
@@ -34,12 +36,16 @@ def options(
     """Compress Diffusion Transformers: pluggable pruning with contiguous layer distillation."""
 
 
+_SEEDS = 2**32 - 1
+"""The largest there is; several prompts take as many from the first on."""
 RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
 
 
 def main() -> None:
     """Run a command; a user's mistake is one line, and an interrupted run says how it goes on."""
     warnings.filterwarnings("ignore")
+    warnings.simplefilter("always", PpclWarning)
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {message}", err=True)
     for library in ("transformers", "diffusers", "torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
     for library in ("DIFFUSERS", "TRANSFORMERS"):
@@ -77,6 +83,10 @@ def compress(
     recipe: Annotated[str, typer.Option(help="YAML file, or the name of a shipped recipe.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/<recipe> by default.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, any number of times.")] = None,
+    remake: Annotated[
+        bool, typer.Option("--remake", help="Make damaged stages again, and what depends on them.")
+    ] = False,
+    verify: Annotated[bool, typer.Option(help="Hash the files of finished stages, of up to 32 GB each.")] = True,
 ) -> None:
     """Turn a teacher into smaller models. The same command continues a run that was stopped."""
     from ppcl_toolkit import Recipe
@@ -85,7 +95,7 @@ def compress(
     asked = Recipe.load(recipe, set_ or [])
     folder = out or Path("runs") / Path(recipe).stem
     with console.drawn() as progress:
-        summary = run(asked, folder, progress=progress)
+        summary = run(asked, folder, progress=progress, remake=remake, verify=verify)
     from ppcl_toolkit import processes
 
     if not processes.is_main():
@@ -171,6 +181,7 @@ def evaluate(  # noqa: PLR0913 - options
     """Draw the same images with several pipelines, and measure them side by side."""
     from ppcl_toolkit import processes
     from ppcl_toolkit.recipe import Evaluate
+    from ppcl_toolkit.records import problems
     from ppcl_toolkit.stages.evaluate import evaluate_folders
 
     if scores:
@@ -180,7 +191,8 @@ def evaluate(  # noqa: PLR0913 - options
     try:
         section = Evaluate(prompts=prompts, count=count or 70, seeds=tuple(map(int, numbers.split(","))), batch=batch)
     except ValueError as error:
-        raise PpclError(f"--count, --seeds or --batch: {error}") from error
+        said = problems(error) if isinstance(error, ValidationError) else f"--seeds: {error}"
+        raise PpclError(f"options of eval: {said}") from error
     if suite:
         _draw_suite(paths, suite, section, count, {"out": out, "call": _arguments(call or [])})
         return
@@ -197,6 +209,18 @@ def evaluate(  # noqa: PLR0913 - options
 
 
 @app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="Folder of a run, or of a variant.")]) -> None:
+    """Hash every file, and compare with what was recorded when it was made; exit with 1 where anything is damaged."""
+    from ppcl_toolkit.artifacts.verify import verify as look
+
+    found = look(folder)
+    for name, said, whole in found:
+        typer.echo(f"{ {True: 'whole', False: 'DAMAGED', None: 'unknown'}[whole]:8} {name}: {said}")
+    if any(each.whole is False for each in found):
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(run: RunFolder) -> None:
     """Write report.html of a run, finished or not."""
     from ppcl_toolkit.stages.report import write_report
@@ -208,17 +232,18 @@ def report(run: RunFolder) -> None:
 def generate(
     path: Annotated[str, typer.Argument(help="shapes, a pipeline folder, a variant or a hub id.")],
     prompt: Annotated[list[str], typer.Option(help="Any number of times.")],
-    seed: Annotated[int, typer.Option(help="Of the first image; the next takes the next.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_SEEDS, help="Of the first image; the next takes the next.")] = 0,
     out: Annotated[Path, typer.Option(help="PNG; several prompts are set side by side.")] = Path("image.png"),
     call: Annotated[list[str] | None, typer.Option(help="Argument of the pipeline, name=value.")] = None,
 ) -> None:
     """Draw images with any pipeline, for a look."""
     from ppcl_toolkit.artifacts.pipeline import default_call, load_pipeline
     from ppcl_toolkit.processes import pick_device
-    from ppcl_toolkit.running.images import draw
+    from ppcl_toolkit.running.images import check_place, draw
     from ppcl_toolkit.running.placement import callable_on
 
     arguments = {**default_call(path), **_arguments(call or [])}
+    check_place(out)
     pipeline = load_pipeline(path)
     with callable_on(pipeline, pick_device("auto")):
         draw(pipeline, prompt, seed, arguments).save(out)
@@ -296,6 +321,10 @@ def _arguments(pairs: list[str]) -> dict[str, Any]:
             arguments[name] = json.loads(value)
         except ValueError:
             arguments[name] = value
+    try:
+        check_call(arguments)
+    except ValueError as error:
+        raise PpclError(f"--{str(error).replace('.', ' ', 1)}") from error
     return arguments
 
 

@@ -9,10 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from ppcl_toolkit.adapter import Stream
 from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.records import problems
+from ppcl_toolkit.values import BLOCKS
+
+_RANK = 2**16
+"""More than any layer has rows."""
 
 
 class _Record(BaseModel):
@@ -65,7 +70,7 @@ class ModulationSwap(_Record):
 
     kind: Literal["modulation_swap"] = "modulation_swap"
     stack: str
-    rank: PositiveInt
+    rank: Annotated[int, Field(ge=1, le=_RANK)]
     blocks: tuple[NonNegativeInt, ...] | None = None
     """Blocks that are kept; None for all of the stack."""
 
@@ -147,7 +152,7 @@ class Plan(_Record):
     family: str
     teacher: str = ""
     """Where the teacher came from: hub id and revision, or path and hash."""
-    depths: dict[str, int]
+    depths: dict[str, Annotated[int, Field(ge=0, le=BLOCKS)]]
     """Number of blocks of each stack of the teacher, in forward order."""
     operations: tuple[Operation, ...] = ()
     history: tuple[dict[str, Any], ...] = ()
@@ -245,8 +250,7 @@ class Plan(_Record):
         try:
             return cls.model_validate_json(path.read_text())
         except ValidationError as error:
-            problems = [".".join(map(str, problem["loc"])) + f": {problem['msg']}" for problem in error.errors()]
-            raise PpclError(f"{path} is not a plan: {'; '.join(problems)}") from error
+            raise PpclError(f"{path} is not a plan: {problems(error)}") from error
         except (OSError, UnicodeDecodeError) as error:
             raise PpclError(f"{path} is not a plan: {error}") from error
 

@@ -10,6 +10,12 @@ from torch import distributed
 
 from ppcl_toolkit.errors import PpclError
 
+_REFUSED = {
+    errno.EROFS: "its file system can only be read",
+    errno.ELOOP: "its symbolic links lead in a circle",
+    errno.ENOTDIR: "a file is where a folder should be",
+    errno.ENAMETOOLONG: "its name is too long",
+}
 _KEPT = "what is finished is kept, and the same command goes on"
 _FULL = re.compile(r"out of memory|not enough memory|can't allocate memory|STATUS_ALLOC_FAILED")
 _GONE = re.compile(r"CUDA( driver)? error|cuDNN error|CUBLAS_STATUS_|CUDNN_STATUS_|CUSOLVER_STATUS_")
@@ -66,6 +72,8 @@ def _of_disk(error: OSError | SafetensorError, path: Path | None) -> PpclError |
     if full or (isinstance(error, SafetensorError) and "No space left" in str(error)):
         place = f": cannot write {path}" if path else ""
         return PpclError(f"the disk is full{place}; what is finished is kept, run again with more room")
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return PpclError(f"cannot write {error.filename or path}: {_REFUSED[error.errno]}")
     if isinstance(error, PermissionError):
         return PpclError(f"no permission to write {error.filename or path}")
     return None

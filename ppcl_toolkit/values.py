@@ -12,6 +12,8 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+BLOCKS = 1000
+"""More than any model has in a stack."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _RESERVED = re.compile(r"teacher|con|prn|aux|nul|(com|lpt)\d", re.IGNORECASE)
 _CHARACTERS, _DEPTH, _NODES, _DIGITS = 1_000_000, 20, 20_000, 40

@@ -34,7 +34,18 @@ PLACES = {
 FLOORS = (
     tuple(
         f"ppcl_toolkit/{name}.py"
-        for name in ("errors", "ending", "values", "trouble", "units", "adapter", "plan", "ties", "processes")
+        for name in (
+            "errors",
+            "ending",
+            "values",
+            "records",
+            "trouble",
+            "units",
+            "adapter",
+            "plan",
+            "ties",
+            "processes",
+        )
     ),
     ("ppcl_toolkit/statistics/",),
     ("ppcl_toolkit/running/",),

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import importlib.resources
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +11,18 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ppcl_toolkit.adapter import Adapter, adapter_for, adapter_of, load_adapter
-from ppcl_toolkit.artifacts.variant import load_compressed
+from ppcl_toolkit.artifacts.variant import first_line, load_compressed
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.records import check_configs, read_record
+from ppcl_toolkit.values import check_call
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _QUANTISED = "a quantised teacher cannot be distilled; give the unquantised weights"
@@ -28,6 +30,14 @@ _ADAPTED = (
     "a teacher with LoRA adapters beside its weights cannot be distilled; fuse them (pipeline.fuse_lora(), then "
     "pipeline.unload_lora_weights()), save the pipeline and give that folder"
 )
+
+
+class _Config(BaseModel):
+    """What matters here of a transformer's config."""
+
+    quantization_config: dict[str, Any] | None = None
+
+
 CALL = "call.json"
 """File of a variant's folder: the arguments of the pipeline that it was compressed for."""
 
@@ -134,14 +144,21 @@ def default_call(path: str) -> dict[str, Any]:
             "max_sequence_length": teacher.TEXT_TOKENS,
         }
     stored = Path(path) / CALL
-    call: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {}
+    if not stored.is_file():
+        return {}
+    call: dict[str, Any] = read_record(stored, dict[str, Any])
+    try:
+        check_call(call)
+    except ValueError as error:
+        raise PpclError(f"{stored}: {error}") from error
     return call
 
 
 def _check_files(path: str, folder: Path) -> None:
     """Refuse weights of which loading would make something else, or nothing at all."""
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-    if method := config.get("quantization_config", {}).get("quant_method"):
+    stored = folder / "config.json"
+    config = read_record(stored, _Config) if stored.is_file() else _Config()
+    if method := (config.quantization_config or {}).get("quant_method"):
         raise PpclError(f"{path}: {_QUANTISED} (its transformer's config says {method})")
     for file in sorted(folder.glob("*.safetensors")):
         with contextlib.suppress(OSError, SafetensorError), safe_open(file, framework="pt") as opened:
@@ -163,20 +180,17 @@ def _check_weights(path: str, transformer: nn.Module) -> None:
 def _from_pretrained(path: str, revision: str | None, settings: dict[str, Any]) -> Any:
     if Path(path).exists() and not (Path(path) / "model_index.json").is_file():
         raise PpclError(f"{path} is no diffusers pipeline: it has no model_index.json")
+    check_configs(Path(path))
     try:
         return DiffusionPipeline.from_pretrained(path, revision=revision, **settings)
     except Exception as error:  # diffusers raises whatever its parts raise
-        raise PpclError(f"{path} cannot be opened as a pipeline: {_first_line(error)}{_advice(path)}") from error
+        raise PpclError(f"{path} cannot be opened as a pipeline: {first_line(error)}{_advice(path)}") from error
 
 
 def _advice(path: str) -> str:
     if Path(path).exists():
         return " (a damaged or truncated file? copy the folder again)"
     return " (a gated model? accept its licence on the hub and run `hf auth login`; offline? give a local folder)"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Adapter, load_adapter
 from ppcl_toolkit.artifacts.pipeline import quiet
-from ppcl_toolkit.artifacts.variant import Opens, open_with, save_variant
+from ppcl_toolkit.artifacts.variant import Opens, ShardIndex, open_with, save_variant
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Plan, TextRun
+from ppcl_toolkit.records import read_record
 from ppcl_toolkit.surgery.assemble import example_calls, narrow_blocks, student_blocks
 
 KEYS = ("single_stream_index", "ffn_proj_index", "ehs_proj_index")
@@ -135,10 +136,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     """Read every tensor of a transformer's folder; missing, cut off and pickled files are a `PpclError`."""
     files = sorted(folder.glob("*.safetensors"))
     for index in folder.glob("*.safetensors.index.json"):
-        try:
-            files = sorted({folder / shard for shard in json.loads(index.read_text())["weight_map"].values()})
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise PpclError(f"{index} is no index of weights: {error}") from error
+        files = sorted({folder / shard for shard in read_record(index, ShardIndex).weight_map.values()})
     if not files:
         raise PpclError(f"{folder} holds no *.safetensors; pickled weights (*.bin) are not read")
     weights: dict[str, Tensor] = {}
@@ -228,7 +226,7 @@ def _open_rest(path: str, transformer: nn.Module) -> DiffusionPipeline:
     try:
         if not folder.exists():
             return DiffusionPipeline.from_pretrained(path, transformer=transformer, dtype=dtype)
-        index = json.loads((folder / "model_index.json").read_text())
+        index = read_record(folder / "model_index.json", dict[str, Any])
         dtypes = {name: _stored_dtype(folder / name) or dtype for name in index if not name.startswith("_")}
         return open_with(folder, index, transformer, {"dtype": {**dtypes, "default": dtype}})
     except Exception as error:  # diffusers raises whatever its parts raise

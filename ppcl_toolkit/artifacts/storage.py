@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ppcl_toolkit.artifacts.files import is_temporary, note, put
 from ppcl_toolkit.errors import PpclError
 
 
@@ -27,12 +27,17 @@ def save_tree(path: Path, tree: Any) -> None:
     """Write nested dicts, lists and tuples of tensors and JSON values as one safetensors file, by rename."""
     tensors: dict[str, Tensor] = {}
     outline = _outline(tree, tensors, "")
-    partial = path.with_name(f".{path.name}.partial")
     stored = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    save_file(stored, partial, metadata={"tree": json.dumps(outline)})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    save_tensors(path, stored, {"tree": json.dumps(outline)})
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file by rename, and note its SHA-256 for the record of its stage; states are not hashed."""
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial, metadata)
+    put(partial, path)
+    if not is_temporary(path):
+        note(path)
 
 
 def load_tree(path: Path, rows: slice | None = None) -> Any:
@@ -47,7 +52,7 @@ def load_tree(path: Path, rows: slice | None = None) -> Any:
                 outline = {"list": outline["list"][rows]}
             # What several share is one tensor again.
             return _restored(outline, functools.cache(file.get_tensor))
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise PpclError(f"{path} is damaged or not a file of this run ({error}); delete it and run again") from error
 
 

@@ -8,32 +8,44 @@ from the folder.
 import copy
 import inspect
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Adapter, adapter_of
-from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.artifacts.files import MANIFEST, damage, put, read_manifest, sync, told, write_manifest
+from ppcl_toolkit.errors import PpclError, PpclWarning
 from ppcl_toolkit.plan import Plan
+from ppcl_toolkit.records import check_configs, read_record, reading
 from ppcl_toolkit.running.capture import Streams, map_tensors
 from ppcl_toolkit.running.placement import HOST, has_room
 from ppcl_toolkit.surgery.assemble import Calls, example_calls, narrow_blocks, student_blocks
 from ppcl_toolkit.surgery.modelling import write_modelling
 
 Opens = Literal["stock", "custom"]
+
+
+class ShardIndex(BaseModel):
+    """Which file has which weight, as `*.safetensors.index.json` says it."""
+
+    weight_map: dict[str, str]
 
 
 def save_variant(
@@ -44,12 +56,13 @@ def save_variant(
     folder: Path,
     *,
     adapter: str = "auto",
+    texts: Mapping[str, str] = MappingProxyType({}),
 ) -> Opens:
     """Write `pipeline` with the student `transformer` of `plan` as a complete diffusers folder; return how it opens.
 
     `kwargs` is an example call of the transformer: the shapes of its block calls are stored. Types are kept. The folder
-    appears by rename, and must not exist before. `adapter` is that of the recipe. Raises `PpclError` when the plan does
-    not fit the transformer.
+    appears by rename with a manifest of all its files, and must not exist before. `adapter` is that of the recipe,
+    `texts` are further files. Raises `PpclError` when the plan does not fit the transformer.
     """
     if folder.exists():
         raise PpclError(f"{folder} exists already; a variant is written to a new folder")
@@ -76,19 +89,34 @@ def save_variant(
         _edit_json(partial / "model_index.json", {"transformer": [module, name]})
         calls = example_calls(transformer, known, kwargs)
         (partial / "block_calls.json").write_text(json.dumps(_to_json(calls), indent=1) + "\n")
-    partial.rename(folder)
+    for name, text in texts.items():
+        (partial / name).write_text(text)
+    write_manifest(partial)
+    for path in partial.rglob("*"):
+        sync(path)
+    put(partial, folder)
     return "stock" if plan.is_depth_only else "custom"
 
 
-def load_compressed(folder: str | Path, *, adapter: Adapter | None = None, **options: Any) -> DiffusionPipeline:
+def load_compressed(
+    folder: str | Path, *, adapter: Adapter | None = None, verify: bool = True, **options: Any
+) -> DiffusionPipeline:
     """Open a variant; `options` are those of `DiffusionPipeline.from_pretrained`.
 
     A custom variant is rebuilt from its plan: no code from the folder runs. `adapter` is needed for families that
-    are not installed by name. Raises `PpclError` for what is no variant, or is broken, and names the file.
+    are not installed by name. All files are compared with the manifest first, by name and size and, to `verify`, by
+    SHA-256; a variant without one opens with a `PpclWarning`. Raises `PpclError` for what is no variant, or is broken,
+    and names the file.
     """
     folder = Path(folder)
-    index = _read_json(folder / "model_index.json", f"{folder} is no pipeline folder")
+    check_manifest(folder, verify=verify)
+    if not (folder / "model_index.json").is_file():
+        raise PpclError(f"{folder} is no pipeline folder: it has no model_index.json")
+    index = read_record(folder / "model_index.json", dict[str, Any])
+    if not isinstance(index.get("_class_name"), str):
+        raise PpclError(f"{folder / 'model_index.json'} is damaged or of something else: it has no _class_name")
     plan = Plan.load(folder / "plan.json")
+    check_configs(folder)
     _check_weights(folder)
     _check_libraries(folder, index)
     try:
@@ -96,8 +124,23 @@ def load_compressed(folder: str | Path, *, adapter: Adapter | None = None, **opt
             return DiffusionPipeline.from_pretrained(folder, **options)
         transformer = _rebuild(folder, plan, adapter or adapter_of(plan.family), options)
         return open_with(folder, index, transformer, options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PpclError(f"{folder} cannot be opened: {error}") from error
+    except PpclError as error:
+        raise error if str(folder) in str(error) else PpclError(f"{folder}: {error}") from error
+    except Exception as error:  # diffusers raises whatever its parts raise
+        raise PpclError(f"{folder} cannot be opened: {first_line(error)}") from error
+
+
+def check_manifest(folder: Path, *, verify: bool = True) -> None:
+    """Raise `PpclError` where a variant's files are not as its manifest lists them; warn where it has none."""
+    files = read_manifest(folder)
+    if files is None and (folder / "plan.json").is_file():
+        what = "an earlier version made it, or something else has saved it again"
+        warnings.warn(f"{folder} has no {MANIFEST}, {what}: its files are not checked", PpclWarning, stacklevel=3)
+    if wrong := damage(folder, files or {}, most=math.inf if verify else -1):
+        raise PpclError(
+            f"{folder} is not as it was exported: {told(wrong)}; export or copy it again, or delete "
+            f"its {MANIFEST} where it was changed on purpose"
+        )
 
 
 def verify_variant(
@@ -132,8 +175,12 @@ def verify_variant(
 def _rebuild(folder: Path, plan: Plan, adapter: Adapter, options: Mapping[str, Any]) -> nn.Module:
     """Let diffusers load the weights into a class that narrows its blocks when it is made."""
     stock = getattr(diffusers, adapter.transformer)
-    calls = _from_json(_read_json(folder / "block_calls.json", f"{folder} is no custom variant"))
-    calls = {path: (arguments, Streams(*streams)) for path, (arguments, streams) in calls.items()}
+    stored = folder / "block_calls.json"
+    with reading(stored):
+        found = _from_json(read_record(stored, dict[str, list[Any]]))
+        calls = {path: (arguments, Streams(*streams)) for path, (arguments, streams) in found.items()}
+        if missing := [path for path in plan.depths if path not in calls]:
+            raise PpclError(f"{stored} is damaged or of something else: it has no call of {missing[0]}")
     chosen = {name: options[name] for name in ("low_cpu_mem_usage", "disable_mmap") if name in options}
     dtype = options.get("dtype", options.get("torch_dtype"))
     if isinstance(dtype, dict):
@@ -171,6 +218,11 @@ def open_with(
     return pipeline
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _check_libraries(folder: Path, index: Mapping[str, Any]) -> None:
     """Refuse parts of a pipeline that diffusers would import from anywhere else than from its own two libraries."""
     for name, part in index.items():
@@ -185,8 +237,7 @@ def _check_weights(folder: Path) -> None:
     """Find files of weights that are missing or cut off, before a loader trips over them."""
     files = set(folder.glob("*/*.safetensors"))
     for index in folder.glob("*/*.safetensors.index.json"):
-        shards = _read_json(index, f"{index} is broken")["weight_map"].values()
-        files |= {index.parent / shard for shard in shards}
+        files |= {index.parent / shard for shard in read_record(index, ShardIndex).weight_map.values()}
     if not any(file.parent.name == "transformer" for file in files):
         raise PpclError(f"{folder / 'transformer'} holds no *.safetensors")
     for file in sorted(files):
@@ -233,7 +284,8 @@ save_file(outputs, f"{place}/outputs.safetensors")
 def _run_elsewhere(
     folder: Path, how: tuple[Opens, str], kwargs: Mapping[str, Any], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    with tempfile.TemporaryDirectory() as place:
+    # Beside the variant, where a run that is killed finds what is left of it.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", suffix=".partial") as place:
         tensors: dict[str, Tensor] = {}
 
         def keep(tensor: Tensor) -> dict[str, Any]:
@@ -244,7 +296,7 @@ def _run_elsewhere(
         save_file(tensors, f"{place}/given.safetensors")
         weights = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
         offload = "" if has_room(weights, device) else "blocks"
-        options = [*how, place, str(dtype).split(".")[-1], str(device), offload]
+        options = [*how, str(Path(place).resolve()), str(dtype).split(".")[-1], str(device), offload]
         command = [sys.executable, "-c", _ELSEWHERE, str(folder.resolve()), *options]
         # diffusers copies modelling files there before it runs them.
         environment = {**os.environ, "HF_MODULES_CACHE": f"{place}/modules"}
@@ -253,13 +305,6 @@ def _run_elsewhere(
             reason = (done.stderr.strip() or "no message").splitlines()[-1]
             raise PpclError(f"{folder} does not open as {how[0]} in a fresh process: {reason}")
         return load_file(f"{place}/outputs.safetensors")
-
-
-def _read_json(path: Path, what: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise PpclError(f"{what}: {error}") from error
 
 
 def _edit_json(path: Path, changes: Mapping[str, Any]) -> None:

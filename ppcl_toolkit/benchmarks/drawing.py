@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ppcl_toolkit.artifacts.files import write_json, write_text
 from ppcl_toolkit.artifacts.pipeline import default_call, load_pipeline
-from ppcl_toolkit.artifacts.workspace import write_json, write_text
 from ppcl_toolkit.benchmarks.suites import Prompt, Suite
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.processes import is_main, pick_device, wait, world

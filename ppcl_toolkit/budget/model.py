@@ -17,6 +17,7 @@ from ppcl_toolkit.artifacts.pipeline import default_call, resolve
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.records import check_depths
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import Calls, reshape
 from ppcl_toolkit.surgery.costs import Costs
@@ -150,6 +151,7 @@ def _read_config(path: str, part: str, revision: str | None) -> dict[str, Any]:
     except Exception as error:  # the hub's client raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PpclError(f"{path}: its {part}/config.json cannot be read: {reason}") from error
+    check_depths(config, f"{path}/{part}/config.json")
     return config
 
 

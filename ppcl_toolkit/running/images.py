@@ -13,21 +13,36 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.flops import counting
 
 CALLS = "calls-*.jsonl"
-"""Files, one a process, of `{"batch": images, "seconds": [of each call of the transformer], "peak": bytes}` lines.
+"""Files, one a process, of `Timed` lines."""
 
-That of the first batch also has `flops`: of a call, for each picture in it.
-"""
+
+class Timed(BaseModel):
+    """What a batch of images took."""
+
+    batch: PositiveInt
+    """Images."""
+    seconds: Annotated[list[float], Field(min_length=1)]
+    """Of each call of the transformer."""
+    peak: NonNegativeInt
+    """Bytes on the device."""
+    flops: NonNegativeInt | None = None
+    """Of a call, for each picture in it; known of the first batch."""
+
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What pillow raises for files that are cut off, or no images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +93,8 @@ def run_pipeline(
 ) -> Any:
     """Return the images (`kind` pil) or final latents (`kind` latent) of a batch of prompts.
 
-    Raises `PpclError` where an editing pipeline is given no image and cannot do without.
+    Raises `PpclError` where an editing pipeline is given no image and cannot do without, and for arguments that the
+    pipeline refuses.
     """
     # Pipelines do not repeat a negative prompt by themselves.
     each = {n: [v] * len(texts) for n, v in call.items() if n.startswith("negative_prompt") and isinstance(v, str)}
@@ -91,6 +107,9 @@ def run_pipeline(
                 f"{type(pipeline).__name__} edits images, and fails without one ({error}): give samples.edits and "
                 "evaluate.edits, folders of images with a .txt instruction each"
             ) from error
+        if isinstance(error, ValueError | TypeError):
+            said = " ".join(str(error).split())
+            raise PpclError(f"{type(pipeline).__name__} does not take these arguments: {said}") from error
         raise
 
 
@@ -103,6 +122,15 @@ def draw(pipeline: Any, prompts: Sequence[str], seed: int, call: Mapping[str, An
     for i, image in enumerate(images):
         row.paste(image, (sum(other.width for other in images[:i]), 0))
     return row
+
+
+def check_place(path: Path) -> None:
+    """Raise a `PpclError` where no image can be written to `path`: known before one is drawn."""
+    Image.init()
+    if path.suffix.lower() not in Image.EXTENSION or Image.EXTENSION[path.suffix.lower()] not in Image.SAVE:
+        raise PpclError(f"{path}: no format of images is called {path.suffix!r}; name a .png, .jpg or .webp")
+    if path.is_dir() or not path.parent.is_dir():
+        raise PpclError(f"{path}: " + ("is a folder" if path.is_dir() else f"there is no folder {path.parent}"))
 
 
 def check_call(pipeline: Any, call: Mapping[str, Any]) -> None:
@@ -141,7 +169,7 @@ def read_image(path: Path, key: str) -> Image.Image:
     try:
         with Image.open(path) as opened:
             return opened.convert("RGB")
-    except OSError as error:
+    except _UNREADABLE as error:
         raise PpclError(f"{key}: {path} is no image that can be read") from error
 
 
@@ -167,8 +195,11 @@ def image_rmse(student: Path, reference: Path) -> float:
 
 def pixels(path: Path) -> np.ndarray:
     """Read an image as uint8 [H, W, 3]."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except _UNREADABLE as error:
+        raise PpclError(f"{path} is no image that can be read ({error}); delete it to make it again") from error
 
 
 def _takes_image(pipeline: Any) -> bool:

@@ -40,9 +40,17 @@ class Sample:
 class Recorded(Sequence[Sample]):
     """Samples in files, read anew whenever they are asked for: nothing stays open, and only shapes stay in memory."""
 
-    def __init__(self, paths: Iterable[Path], read: Callable[[Path, slice], Sequence[Sample]]) -> None:
-        """`read` returns those samples of a file, and reads no others; their tensors may be maps of it."""
-        self._read = read
+    def __init__(
+        self,
+        paths: Iterable[Path],
+        read: Callable[[Path, slice], Sequence[Sample]],
+        check: Callable[[Path], None] = lambda _: None,
+    ) -> None:
+        """`read` returns those samples of a file, and reads no others; their tensors may be maps of it.
+
+        `check` comes before they are used.
+        """
+        self._read, self._check = read, check
         self._places: list[tuple[Path, int]] = []
         self.shapes: list[Shape] = []
         """What `shape` says of each sample."""
@@ -64,6 +72,7 @@ class Recorded(Sequence[Sample]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         path, row = self._places[index]
+        self._check(path)
         (sample,) = self._read(path, slice(row, row + 1))
         # Copies: every map of a file that is alive counts, and a process may have 65,530.
         return Sample(**{name: map_tensors(getattr(sample, name), Tensor.clone) for name in Sample.__slots__})

@@ -17,7 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,15 +27,17 @@ from torch import Tensor
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Adapter
+from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.pipeline import Teacher, default_call, load_pipeline, resolve
 from ppcl_toolkit.artifacts.storage import Desk
-from ppcl_toolkit.artifacts.workspace import write_json
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Evaluate, Recipe
+from ppcl_toolkit.records import parse_record, read_record
 from ppcl_toolkit.running.capture import predict
 from ppcl_toolkit.running.images import (
     CALLS,
     Exam,
+    Timed,
     generate_images,
     image_path,
     image_rmse,
@@ -245,10 +247,8 @@ def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 def load_measurement(folder: Path) -> Measurement:
     """Read the measurement in `folder`; a missing or foreign one is a `PpclError`."""
-    try:
-        return Measurement(**_read_json(folder / _MEASUREMENT))
-    except TypeError as error:
-        raise PpclError(f"{folder} holds no finished measurement; run the evaluation again") from error
+    found: Measurement = read_record(folder / _MEASUREMENT, Measurement)
+    return found
 
 
 def save_measurement(measurement: Measurement, folder: Path) -> None:
@@ -257,16 +257,23 @@ def save_measurement(measurement: Measurement, folder: Path) -> None:
 
 
 def _cost(images: Path, exam: Exam, source: Source | None, dtype: torch.dtype) -> dict[str, Any]:
-    calls = [json.loads(line) for times in sorted(images.glob(CALLS)) for line in times.read_text().splitlines()]
-    whole = max(call["batch"] for call in calls)
-    seconds = [s for call in calls if call["batch"] == whole for s in call["seconds"]]
-    peak, whose = max(call["peak"] for call in calls) or None, "cuda allocations"
+    calls = [call for times in sorted(images.glob(CALLS)) for call in _calls(times)]
+    if not calls:
+        raise PpclError(f"{images} has no {CALLS}: nothing says how long its images took; delete it to make them again")
+    whole = max(call.batch for call in calls)
+    seconds = [s for call in calls if call.batch == whole for s in call.seconds]
+    peak, whose = max(call.peak for call in calls) or None, "cuda allocations"
     if peak is None:
         whose = "resident set growth of a fresh process"
         peak = _resident_growth(source, exam, dtype) if source else None
     latency = 1000 * statistics.median(seconds)
-    flops = next((call["flops"] for call in calls if "flops" in call), None)
+    flops = next((call.flops for call in calls if call.flops is not None), None)
     return {"flops": flops, "latency_ms": latency, "latency_batch": whole, "memory_bytes": peak, "memory_of": whose}
+
+
+def _calls(times: Path) -> Iterator[Timed]:
+    for number, line in enumerate(times.read_text(errors="replace").splitlines(), start=1):
+        yield parse_record(line, Timed, f"{times}, line {number},")
 
 
 def _scores(folder: Path, exam: Exam) -> dict[str, Any]:

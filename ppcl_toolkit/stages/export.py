@@ -11,20 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from ppcl_toolkit.artifacts.card import write_card
+from ppcl_toolkit.artifacts.files import CARD, MANIFEST, damage, digest, read_manifest, write_json
 from ppcl_toolkit.artifacts.pipeline import CALL, quiet
 from ppcl_toolkit.artifacts.storage import Desk
-from ppcl_toolkit.artifacts.variant import save_variant, verify_variant
+from ppcl_toolkit.artifacts.variant import Opens, save_variant, verify_variant
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
+from ppcl_toolkit.records import read_record
 from ppcl_toolkit.running.capture import map_tensors
 from ppcl_toolkit.running.placement import HOST, computing_on, moved
 from ppcl_toolkit.running.schedule import Batch
 from ppcl_toolkit.surgery.graph import sharing_copy
 
 _RECORD = "variant.json"
+
+
+class Exported(BaseModel):
+    """What `variant.json` holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    opens: Opens
+    difference: float
+    """Largest absolute difference to what was trained, opened again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +60,20 @@ class Variant:
         """Return {"name", "path", "opens", "difference"} of an exported variant; a missing folder is a `PpclError`."""
         if not (self.folder / "model_index.json").is_file():
             raise PpclError(f"{self.folder} is gone; delete {record} to export it again")
-        found: dict[str, Any] = json.loads((record / _RECORD).read_text())
-        return {"name": self.name, "path": str(self.folder), **found}
+        found: Exported = read_record(record / _RECORD, Exported)
+        return {"name": self.name, "path": str(self.folder), **found.model_dump()}
+
+    def damage(self, record: Path, most: float) -> dict[str, str]:
+        """Return what is not as it was exported; files are hashed where all together have at most `most` bytes."""
+        exported = read_manifest(record)
+        if exported is None:  # by an earlier version
+            return {}
+        if not (self.folder / MANIFEST).is_file():
+            return {str(self.folder / MANIFEST): "is missing"}
+        if digest(self.folder / MANIFEST) != digest(record / MANIFEST):
+            return {str(self.folder / MANIFEST): "is not that of this export"}
+        wrong = damage(self.folder, exported, most=most)
+        return {str(self.folder / name): what for name, what in wrong.items()}
 
 
 def export(
@@ -75,14 +100,18 @@ def _export(
     }
     with torch.no_grad(), computing_on(student, device):
         expected = student(**moved(example, device))[0].cpu()
-    opens = save_variant(pipeline, student, variant.plan, example, variant.folder, adapter=variant.adapter)
-    (variant.folder / CALL).write_text(json.dumps(dict(variant.call), indent=2) + "\n")
-    (variant.folder / "README.md").write_text(write_card(variant.name, variant.plan, variant.covered))
+    texts = {
+        CALL: json.dumps(dict(variant.call), indent=2) + "\n",
+        CARD: write_card(variant.name, variant.plan, variant.covered),
+    }
+    opens = save_variant(pipeline, student, variant.plan, example, variant.folder, adapter=variant.adapter, texts=texts)
     desk.progress(1, 2, "written")
     # Loaded weights lie elsewhere in memory, and kernels may round otherwise: half the digits must agree.
     tolerance = torch.finfo(dtype).eps ** 0.5 * float(expected.abs().max())
     difference = verify_variant(
         variant.folder, opens, example, expected, tolerance, device=device, adapter=variant.adapter
     )
-    (desk.folder / _RECORD).write_text(json.dumps({"opens": opens, "difference": difference}))
+    write_json(desk.folder / _RECORD, Exported(opens=opens, difference=difference).model_dump())
+    # What the run knows the variant by.
+    shutil.copy(variant.folder / MANIFEST, desk.folder)
     desk.progress(2, 2, "verified in a fresh process")

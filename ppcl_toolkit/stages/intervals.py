@@ -4,23 +4,25 @@ Block numbers are 0-based and inclusive, per stack; the paper counts from 1. Sha
 N tokens, D features. A curve [M, M] holds cka(u, k) in row u, column k.
 """
 
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self, final
 
 import torch
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Adapter, Stack
+from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.passes import Part, Pass
-from ppcl_toolkit.artifacts.storage import Desk
+from ppcl_toolkit.artifacts.storage import Desk, save_tensors
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Interval, TextRun
 from ppcl_toolkit.recipe import Intervals, Recipe
+from ppcl_toolkit.records import read_record, reading
 from ppcl_toolkit.running.schedule import Batch, Runner
 from ppcl_toolkit.running.similarity import CkaReader, Similarities
 from ppcl_toolkit.statistics.chains import ChainedCka, Heatmap
@@ -39,6 +41,14 @@ class Curves(NamedTuple):
     """Eq. 4: the differences of `cka`."""
     heatmap: Tensor
     """CKA of the outputs of any two blocks (Fig. 5); of long streams, over the first few samples."""
+
+
+class Found(BaseModel):
+    """What `candidates.json` holds."""
+
+    intervals: dict[str, tuple[Interval, ...]]
+    text_runs: tuple[TextRun, ...]
+    compared: dict[str, dict[str, tuple[int, int]]] = {}
 
 
 @final
@@ -66,29 +76,26 @@ class Candidates:
             "text_runs": [run.model_dump() for run in self.text_runs],
             "compared": self.compared,
         }
-        (folder / "candidates.json").write_text(json.dumps(found, indent=2) + "\n")
+        write_json(folder / "candidates.json", found)
         tensors = {
             f"{path}.{stream}.{name}": tensor
             for path, streams in self.curves.items()
             for stream, curves in streams.items()
             for name, tensor in curves._asdict().items()
         }
-        save_file(tensors, folder / "curves.safetensors")
+        save_tensors(folder / "curves.safetensors", tensors)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read what `save` wrote."""
-        found = json.loads((folder / "candidates.json").read_text())
-        parts: dict[str, dict[str, dict[str, Tensor]]] = {path: {} for path in found["intervals"]}
-        for key, tensor in load_file(folder / "curves.safetensors").items():
-            path, stream, name = key.rsplit(".", 2)
-            parts[path].setdefault(stream, {})[name] = tensor
-        return cls(
-            {path: tuple(Interval(**i) for i in intervals) for path, intervals in found["intervals"].items()},
-            tuple(TextRun(**run) for run in found["text_runs"]),
-            {path: {stream: Curves(**c) for stream, c in streams.items()} for path, streams in parts.items()},
-            {path: {s: (n, of) for s, (n, of) in own.items()} for path, own in found.get("compared", {}).items()},
-        )
+        found: Found = read_record(folder / "candidates.json", Found)
+        parts: dict[str, dict[str, dict[str, Tensor]]] = {path: {} for path in found.intervals}
+        with reading(folder / "curves.safetensors"):
+            for key, tensor in load_file(folder / "curves.safetensors").items():
+                path, stream, name = key.rsplit(".", 2)
+                parts[path].setdefault(stream, {})[name] = tensor
+            curves = {path: {stream: Curves(**c) for stream, c in streams.items()} for path, streams in parts.items()}
+        return cls(found.intervals, found.text_runs, curves, found.compared)
 
 
 def find_intervals(

@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, final
 
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Adapter
+from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.passes import Pass
 from ppcl_toolkit.artifacts.storage import Bank, Desk, load_tree, save_tree
-from ppcl_toolkit.artifacts.workspace import write_json
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form, ModulationSwap, Plan, low_rank_forms, trained_forms
 from ppcl_toolkit.recipe import Modulation
+from ppcl_toolkit.records import read_record
 from ppcl_toolkit.running.conditioning import Layer, replaced, sources, vectors
 from ppcl_toolkit.running.noise import Calibration
 from ppcl_toolkit.running.schedule import Batch, Runner
@@ -34,6 +36,15 @@ AT_ONCE = 256
 """Rank up to which factors of all layers are kept in memory at first: 5 GB for Qwen-Image."""
 MOST_SHOWN = 64
 """The curve goes so far at least, where ranks so large save anything."""
+
+
+class _Found(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    rank: PositiveInt
+    curve: dict[int, float]
+    covered: dict[str, Any]
+    swaps: tuple[ModulationSwap, ...]
 
 
 @final
@@ -53,10 +64,8 @@ class LowRankChoice:
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read what the stage wrote."""
-        found = json.loads((folder / _CURVE).read_text())
-        curve = {int(rank): error for rank, error in found["curve"].items()}
-        low = tuple(ModulationSwap.model_validate(swap) for swap in found["swaps"])
-        return cls(found["rank"], curve, found["covered"], low, folder / _SUMS)
+        found: _Found = read_record(folder / _CURVE, _Found)
+        return cls(found.rank, found.curve, found.covered, found.swaps, folder / _SUMS)
 
 
 def swaps(adapter: Adapter, rank: int) -> tuple[ModulationSwap, ...]:
@@ -228,8 +237,8 @@ class _Curve:
     def __init__(self, runner: Runner, factors: _Factors, batches: Sequence[Batch], desk: Desk) -> None:
         self._runner, self._factors, self._batches, self._desk = runner, factors, batches, desk
         self._path = desk.folder / "measured.json"
-        found = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self.known: dict[int, float] = processes.agreed({int(rank): error for rank, error in found.items()})
+        found = read_record(self._path, dict[int, float]) if self._path.exists() else {}
+        self.known: dict[int, float] = processes.agreed(found)
         self._own = list(range(len(batches)))[processes.world()[0] :: processes.world()[1]]
         self._wanted: dict[int, Tensor] = {}
 

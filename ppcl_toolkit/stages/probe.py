@@ -11,14 +11,14 @@ from typing import Any, Self, final
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.artifacts.passes import Pass
-from ppcl_toolkit.artifacts.storage import Desk
+from ppcl_toolkit.artifacts.storage import Desk, save_tensors
 from ppcl_toolkit.recipe import Probe
+from ppcl_toolkit.records import parse_record, reading
 from ppcl_toolkit.running.capture import Streams
 from ppcl_toolkit.running.passage import Ahead
 from ppcl_toolkit.running.placement import HOST
@@ -44,15 +44,15 @@ class Probes:
         """Write `probes.safetensors`; the unexplained shares are in its header."""
         shares = {_join(key): share for key, share in self.unexplained.items()}
         tensors = {_join(key): weight.contiguous() for key, weight in self.weights.items()}
-        save_file(tensors, folder / name, metadata={"unexplained": json.dumps(shares)})
+        save_tensors(folder / name, tensors, {"unexplained": json.dumps(shares)})
 
     @classmethod
     def load(cls, folder: Path, name: str = _FILE) -> Self:
         """Read what `save` wrote."""
-        with safe_open(folder / name, framework="pt") as file:
-            shares = json.loads(file.metadata()["unexplained"])
+        with reading(folder / name), safe_open(folder / name, framework="pt") as file:
+            shares = parse_record(file.metadata()["unexplained"], dict[str, float], f"{folder / name}, unexplained,")
             weights = {_split(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        return cls(weights, {_split(name): share for name, share in shares.items()})
+            return cls(weights, {_split(name): share for name, share in shares.items()})
 
 
 @final

@@ -4,8 +4,8 @@ A section appears as soon as what it shows is there.
 """
 
 import base64
+import contextlib
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,21 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file
+from pydantic import ValidationError
 
-from ppcl_toolkit.artifacts.workspace import write_text
+from ppcl_toolkit.artifacts.files import RECORD, write_text
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form, Plan
+from ppcl_toolkit.records import read_record
+from ppcl_toolkit.running.images import pixels
 from ppcl_toolkit.shapes import score
 from ppcl_toolkit.stages import figures
+from ppcl_toolkit.stages.intervals import Candidates, Found
+from ppcl_toolkit.stages.modulation import LowRankChoice
+from ppcl_toolkit.stages.probe import Probes
+from ppcl_toolkit.stages.shown import Asked, Environment, Event, Exam, Measured, Row, Summary
+from ppcl_toolkit.training.distill import Curve, Curves
+from ppcl_toolkit.units import Cost
 
 _SHOWN_PROMPTS = 14
 _SHOWN_CANDIDATES = 30
@@ -52,11 +59,11 @@ def write_report(run: Path) -> Path:
         name=run.resolve().name,
         finished=(run / "summary.json").is_file(),
         recipe=(run / "recipe.yaml").read_text(),
-        environment=_json(run / "environment.json"),
+        environment=found.model_dump() if (found := _json(run / "environment.json", Environment)) else None,
         stages=_stages(run),
-        warnings=(_json(run / "summary.json") or {}).get("warnings", []),
+        warnings=getattr(_json(run / "summary.json", Summary), "warnings", []),
         rows=rows,
-        categories=list(dict.fromkeys(c for row in rows for c in row.get("categories") or {})),
+        categories=list(dict.fromkeys(category for row in rows for category in row["categories"])),
         strips=[_strip(n if n in measured else f"{n} (not measured)", plan) for n, plan in plans.items()],
         grid=_grid(run, rows),
         figures=_figures(run, rows, plans),
@@ -68,19 +75,17 @@ def write_report(run: Path) -> Path:
 
 def results(run: Path) -> list[dict[str, Any]]:
     """Return the rows of the main table, the teacher first: from summary.json, or from what is measured so far."""
-    summary = _json(run / "summary.json")
+    summary: Summary | None = _json(run / "summary.json", Summary)
     if summary:
-        rows = [{"name": "teacher", "opens": "stock", **summary["teacher"]}, *summary["variants"]]
-        # Earlier runs counted none.
-        return [{"flops": None, **row} for row in rows]
-    found = {path.parent.name: _json(path) for path in sorted(run.glob("evaluate/*/measurement.json"))}
+        return [{**summary.teacher.model_dump(), "opens": "stock"}, *(row.model_dump() for row in summary.variants)]
+    found = {path.parent.name: _json(path, Row) for path in sorted(run.glob("evaluate/*/measurement.json"))}
     names = sorted(found, key=lambda name: (name != "teacher", name))
-    return [{"name": name, "flops": None, **found[name]} for name in names]
+    return [{**found[name].model_dump(), "name": name} for name in names]
 
 
 def _plans(run: Path) -> dict[str, Plan]:
     """Return the plans of the targets, then of what was exported since, in the block numbers of this run's teacher."""
-    plans = {n: Plan.model_validate(plan) for n, plan in (_json(run / "select" / "targets.json") or {}).items()}
+    plans: dict[str, Plan] = _json(run / "select" / "targets.json", dict[str, Plan]) or {}
     depths = [plan.depths for plan in plans.values()][:1]
     for path in sorted(run.glob("variants/*/plan.json")):
         plan = Plan.load(path)
@@ -137,52 +142,49 @@ def _tradeoff(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _ranks(run: Path) -> str:
-    found = _json(run / "modulation" / "curve.json")
-    if not found:
+    if not (run / "modulation" / "curve.json").is_file():
         return ""
-    asked = (_json(run / "modulation" / "made_from.json") or {}).get("settings", {})
-    return figures.ranks(
-        {int(rank): error for rank, error in found["curve"].items()}, found["rank"], asked.get("error")
-    )
+    found = LowRankChoice.load(run / "modulation")
+    return figures.ranks(dict(found.curve), found.rank, _settings(run / "modulation").get("error"))
 
 
 def _candidates(run: Path) -> str:
     kinds = dict(zip(("interval", "text_run", "ffn_swap"), figures.KINDS, strict=True))
-    measured = sorted(_json(run / "select" / "measured.json") or [], key=lambda one: one["error"])
+    known: list[Measured] = _json(run / "select" / "measured.json", list[Measured]) or []
+    measured = sorted(known, key=lambda one: one.error)
     if not measured:
         return ""
-    others = [one for one in measured if not one["chosen"]][:_SHOWN_CANDIDATES]
-    found = [one for one in measured if one["chosen"] or one in others]
+    others = [one for one in measured if not one.chosen][:_SHOWN_CANDIDATES]
+    found = [one for one in measured if one.chosen or one in others]
     return figures.candidates(
         [
             (
-                one["label"],
-                kinds[one["operation"]["kind"]],
-                one["error"],
-                _saved(one["saves"]) + (f" · chosen for {', '.join(one['chosen'])}" if one["chosen"] else ""),
-                bool(one["chosen"]),
+                one.label,
+                kinds[one.operation.kind],
+                one.error,
+                _saved(one.saves) + (f" · chosen for {', '.join(one.chosen)}" if one.chosen else ""),
+                bool(one.chosen),
             )
             for one in found
         ]
     )
 
 
-def _saved(saves: Any) -> str:
+def _saved(saves: Cost | int) -> str:
     # Earlier runs noted parameters alone.
-    found = saves if isinstance(saves, dict) else {"params": saves}
-    return f"−{_si(found['params'])}" + (f", −{_flop(found['flops'])}" if "flops" in found else "")
+    if isinstance(saves, int):
+        return f"−{_si(saves)}"
+    return f"−{_si(saves.params)}, −{_flop(saves.flops)}"
 
 
 def _unexplained(run: Path) -> str:
     path = run / "probe" / "probes.safetensors"
     if not path.is_file():
         return ""
-    with safe_open(path, framework="pt") as file:
-        found = json.loads((file.metadata() or {}).get("unexplained", "{}"))
+    found = Probes.load(path.parent).unexplained
     stacks: dict[str, dict[str, dict[int, float]]] = {}
-    for key, value in found.items():
-        stack, block, stream = key.rsplit(".", 2)
-        stacks.setdefault(stack, {}).setdefault(stream, {})[int(block)] = value
+    for (stack, block, stream), value in found.items():
+        stacks.setdefault(stack, {}).setdefault(stream, {})[block] = value
     return figures.shares(
         [
             (stack, {stream: [values[block] for block in sorted(values)] for stream, values in streams.items()})
@@ -195,14 +197,18 @@ def _similarity(run: Path, plans: Mapping[str, Plan]) -> dict[str, str]:
     folder = run / "intervals"
     if not (folder / "curves.safetensors").is_file():
         return {}
-    curves: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-    for key, tensor in load_file(folder / "curves.safetensors").items():
-        stack, stream, name = key.rsplit(".", 2)
-        curves.setdefault(stack, {}).setdefault(stream, {})[name] = tensor.float().numpy()
-    candidates = _json(folder / "candidates.json") or {"intervals": {}}
-    spans = {s: [(i["first"], i["last"]) for i in found] for s, found in candidates["intervals"].items()}
+    candidates = Candidates.load(folder)
+    curves = {
+        stack: {
+            stream: {name: tensor.float().numpy() for name, tensor in found._asdict().items()}
+            for stream, found in streams.items()
+        }
+        for stack, streams in candidates.curves.items()
+        if streams
+    }
+    spans = {s: [(i.first, i.last) for i in found] for s, found in candidates.intervals.items()}
     maps, boxes = [], {}
-    for stack in sorted(curves, key=list(candidates["intervals"]).index):
+    for stack in sorted(curves, key=list(candidates.intervals).index):
         for stream in ("image", "text"):
             if stream in curves[stack]:
                 title = f"{stack} · {stream}"
@@ -227,10 +233,10 @@ def _seen(heatmap: np.ndarray) -> np.ndarray:
 
 def _compared(run: Path) -> str:
     """Say of which heatmaps only the first samples were compared."""
-    found = (_json(run / "intervals" / "candidates.json") or {}).get("compared", {})
+    found: Found | None = _json(run / "intervals" / "candidates.json", Found)
     few = [
         f"{stack} · {stream}: the first {own} of {of}"
-        for stack, streams in found.items()
+        for stack, streams in (found.compared if found else {}).items()
         for stream, (own, of) in streams.items()
         if own < of
     ]
@@ -245,14 +251,14 @@ def _removed(plans: Mapping[str, Plan], stack: str, stream: str) -> list[tuple[i
 
 
 def _decisive_stream(run: Path) -> str:
-    made_from = _json(run / "intervals" / "made_from.json") or {}
-    settings = made_from.get("settings", {})
-    return str(settings.get("intervals", settings).get("stream", "image"))
+    settings = _settings(run / "intervals")
+    own = settings.get("intervals", settings)
+    return str(own.get("stream", "image")) if isinstance(own, dict) else "image"
 
 
 def _losses(run: Path) -> str:
-    panels = [(name, _json(run / name / "losses.json")) for name in ("depth", "width")]
-    tuned = {path.parent.name: _json(path) for path in sorted(run.glob("finetune/*/losses.json"))}
+    panels = [(name, _json(run / name / "losses.json", Curves)) for name in ("depth", "width")]
+    tuned = {path.parent.name: _json(path, Curve) for path in sorted(run.glob("finetune/*/losses.json"))}
     panels.append(("fine-tuning", tuned))
     drawn = [(title, {key: points for key, points in found.items() if points}) for title, found in panels if found]
     return figures.losses([panel for panel in drawn if panel[1]]) if any(curves for _, curves in drawn) else ""
@@ -262,8 +268,8 @@ def _grid(run: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names = [row["name"] for row in rows if (run / "evaluate" / row["name"] / "exam.json").is_file()]
     if not names:
         return {}
-    exam = _json(run / "evaluate" / names[0] / "exam.json")
-    prompts, seeds = exam["prompts"][:_SHOWN_PROMPTS], exam["seeds"]
+    exam: Exam = read_record(run / "evaluate" / names[0] / "exam.json", Exam)
+    prompts, seeds = exam.prompts[:_SHOWN_PROMPTS], exam.seeds
     lines = [
         {
             "prompt": prompt,
@@ -277,15 +283,14 @@ def _grid(run: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         }
         for index, prompt in enumerate(prompts)
     ]
-    return {"names": names, "seeds": seeds, "lines": lines, "scored": exam["scored"]}
+    return {"names": names, "seeds": seeds, "lines": lines, "scored": exam.scored}
 
 
-def _picture(path: Path, prompt: str, exam: Mapping[str, Any]) -> dict[str, Any] | None:
+def _picture(path: Path, prompt: str, exam: Exam) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
-    right = score.score(prompt, np.asarray(image)) if exam["scored"] else None
+    found = pixels(path)
+    image, right = Image.fromarray(found), score.score(prompt, found) if exam.scored else None
     if max(image.size) < _SMALL:
         times = _SMALL // max(image.size)
         image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
@@ -299,26 +304,23 @@ def _stages(run: Path) -> list[dict[str, Any]]:
     """Return each stage with its seconds; None where it has started and not finished."""
     events = run / "events.jsonl"
     stages: dict[str, float | None] = {}
-    for line in events.read_text().splitlines() if events.is_file() else ():
-        event = _parsed(line) or {}
-        if event.get("event") == "started":
-            stages[event["stage"]] = None
-        elif event.get("event") == "finished":
-            stages[event["stage"]] = event["seconds"]
+    for line in events.read_text(errors="replace").splitlines() if events.is_file() else ():
+        # A killed run leaves half a line.
+        with contextlib.suppress(ValidationError):
+            event = Event.model_validate_json(line)
+            if event.event in ("started", "finished"):
+                stages[event.stage] = event.seconds
     total = sum(seconds or 0 for seconds in stages.values()) or 1
     return [{"name": name, "seconds": s, "share": 100 * (s or 0) / total} for name, s in stages.items()]
 
 
-def _json(path: Path) -> Any:
-    return _parsed(path.read_text()) if path.is_file() else None
+def _settings(stage: Path) -> dict[str, Any]:
+    found: Asked | None = _json(stage / RECORD, Asked)
+    return found.settings if found else {}
 
 
-def _parsed(text: str) -> Any:
-    # A killed run leaves half a line of events, nothing else.
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
+def _json(path: Path, kind: Any) -> Any:
+    return read_record(path, kind) if path.is_file() else None
 
 
 def _si(number: float) -> str:

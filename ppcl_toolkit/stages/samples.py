@@ -16,6 +16,7 @@ import numpy as np
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.pipeline import Teacher
+from ppcl_toolkit.artifacts.record import checked
 from ppcl_toolkit.artifacts.storage import Desk, load_tree, save_tree
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Recipe, Samples
@@ -57,7 +58,7 @@ def load_samples(folder: Path, name: str = "*") -> Recorded:
 
     Where modulation becomes one of low rank, `EMPTY` is the name of what is recorded of the empty prompt.
     """
-    return Recorded(sorted(folder.glob(f"{name}.safetensors")), _read)
+    return Recorded(sorted(folder.glob(f"{name}.safetensors")), _read, checked(folder))
 
 
 def prompts(section: Samples, seed: int) -> list[str]:

@@ -13,17 +13,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from annotated_types import Len
+from pydantic import ValidationError
 
 from ppcl_toolkit import processes
+from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.storage import Desk
-from ppcl_toolkit.artifacts.workspace import write_json
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import AnyOperation, FfnSwap, Interval, ModulationSwap, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe, Target, Width
+from ppcl_toolkit.records import read_record
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.costs import Costs
@@ -36,6 +38,7 @@ _ROUNDS = 4
 _LEAST = 0.01
 """Share of its error alone that an operation adds at least: others may undo what it does by chance."""
 _NOTES = "measured-*.json"
+_Notes = dict[str, Annotated[list[float], Len(1)]]
 """What each process has measured: {label: [error]}; earlier versions also noted parameters saved."""
 
 
@@ -83,7 +86,7 @@ def _measured(
     processes.wait()  # nobody notes anything before all have looked
     left = [each for each in candidates if str(each) not in before]
     own = desk.folder / _NOTES.replace("*", str(rank))
-    notes = json.loads(own.read_text()) if own.exists() else {}
+    notes = read_record(own, _Notes) if own.exists() else {}
     for number, (each, error) in enumerate(measure(runner, plan, left[rank::ranks], batches, count), start=1):
         notes[str(each)] = [error]
         write_json(own, notes)
@@ -97,7 +100,7 @@ def _measured(
 
 
 def _noted(folder: Path) -> dict[str, list[float]]:
-    return {label: figures for path in folder.glob(_NOTES) for label, figures in json.loads(path.read_text()).items()}
+    return {label: figures for path in folder.glob(_NOTES) for label, figures in read_record(path, _Notes).items()}
 
 
 def ffn_candidates(runner: Runner, width: Width) -> list[FfnSwap]:
@@ -370,9 +373,8 @@ class Choice:
     @classmethod
     def load(cls, folder: Path) -> "Choice":
         """Read what `save` wrote."""
-        plans = {n: Plan.model_validate(p) for n, p in json.loads((folder / "targets.json").read_text()).items()}
-        operations = TypeAdapter(tuple[Candidate, ...]).validate_json((folder / "order.json").read_text())
-        return cls(plans=plans, order=operations)
+        plans = read_record(folder / "targets.json", dict[str, Plan])
+        return cls(plans=plans, order=read_record(folder / "order.json", tuple[Candidate, ...]))
 
 
 def check_given(recipe: Recipe, plan: Plan) -> None:

@@ -65,9 +65,14 @@ class Moments:
 
         So the units of a feature do not matter: those of one stream may differ by 10,000. With `bias`, x is extended by
         a one that the ridge leaves alone, and the last column of W [D, D + 1] is the bias. Raises `PpclError` where the
-        tokens do not determine W.
+        tokens do not determine W, or are not finite.
         """
         gram, cross = self._system(bias=bias)
+        if not (gram.isfinite().all() and cross.isfinite().all()):
+            raise PpclError(
+                "what a linear map is fitted to is not finite: a block that learned before it has come apart, for "
+                "which a smaller learning_rate helps, or the teacher overflows, for which another teacher.dtype does"
+            )
         features = len(self.input_D)
         if not gram.any():
             return torch.zeros_like(cross)

@@ -1,6 +1,5 @@
 """Train segments side by side, with checkpoints, and bank what they become."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +8,20 @@ from typing import Any, Protocol
 from torch import nn
 
 from ppcl_toolkit import processes
+from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.storage import Desk, save_tree
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form
+from ppcl_toolkit.records import read_record
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.training import loop
 from ppcl_toolkit.training.loop import Optimization
 from ppcl_toolkit.training.segment import Segment
+
+Curve = list[tuple[int, float]]
+Curves = dict[str, Curve]
+"""Losses of segments by their keys: [[step, loss], ...]."""
 
 
 class Settings(loop.Settings, Protocol):
@@ -87,13 +92,13 @@ def finish(folder: Path, keys: Sequence[str]) -> None:
         parts = sorted(folder.glob("losses-*.json"))
         curves: dict[str, Any] = {}
         for path in [whole, *parts] if whole.exists() else parts:
-            curves.update(json.loads(path.read_text()))
+            curves.update(read_record(path, Curves))
         if lost := [key for key in keys if key not in curves]:
             raise PpclError(
                 f"{folder} has no losses of {', '.join(lost)}: all processes need this folder, and its files"
             )
         # In one order, whoever trained what.
-        _write(whole, {key: curves[key] for key in keys})
+        write_json(whole, {key: curves[key] for key in keys})
         for leftover in [*parts, *folder.glob("state-*.tmp"), *folder.glob(".state-*.partial")]:
             leftover.unlink(missing_ok=True)  # its process may be at it
 
@@ -146,17 +151,11 @@ class _States:
 def _bank(segments: Sequence[Segment], folder: Path, rank: int) -> None:
     # Curves first: what is in the bank has its curve.
     path = folder / f"losses-{rank}.json"
-    curves = json.loads(path.read_text()) if path.exists() else {}
+    curves = read_record(path, Curves) if path.exists() else {}
     curves.update({s.form.key: s.optimization.losses for s in segments})
-    _write(path, curves)
+    write_json(path, curves)
     for segment in segments:
         save_tree(folder / f"{segment.form.key}.safetensors", dict(segment.student.state_dict()))
-
-
-def _write(path: Path, curves: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(curves))
-    partial.replace(path)
 
 
 def _idle(runner: Runner) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Stack, Stream
+from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form
 from ppcl_toolkit.running.capture import Streams, joint_text, run_block
 from ppcl_toolkit.running.placement import HOST
@@ -170,7 +171,10 @@ class LinearFit(_Reads):
         """Set the maps; return the share of the outputs' energy that the worst of them misses."""
         worst = 0.0
         for name, moments in self._moments.items():
-            weight = moments.solve(ridge, bias=True)
+            try:
+                weight = moments.solve(ridge, bias=True)
+            except PpclError as error:
+                raise PpclError(f"{self.form.key}, {name}: {error}") from error
             linear = self._narrow.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             with torch.no_grad():

@@ -5,22 +5,23 @@ On disk, `<stem>.json` is written last, by rename, and names what belongs togeth
 safetensors files beside it. Nothing is gathered, nothing is pickled.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ppcl_toolkit import processes
-from ppcl_toolkit.artifacts.workspace import write_json
+from ppcl_toolkit.artifacts.files import write_json
+from ppcl_toolkit.artifacts.storage import save_tensors
 from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.records import read_record
 
 _FILE_BYTES = 4 * 1024**3
 """Of one file at most, but for a tensor that is larger: so much is on the host at a time."""
@@ -80,10 +81,7 @@ def save(folder: Path, stem: str, parts: Iterable[Part], facts: Mapping[str, Any
     rows: dict[str, int] = {}
     mark = f"{stem}-{facts['mark']}of{ranks}"
     for number, tensors in enumerate(_batches(parts, rows, everything=rank == 0)):
-        path = folder / f"{mark}-{rank:04d}-{number:03d}.safetensors{suffix}"
-        partial = path.with_name(f".{path.name}.partial")
-        save_file(tensors, partial)
-        partial.replace(path)
+        save_tensors(folder / f"{mark}-{rank:04d}-{number:03d}.safetensors{suffix}", tensors)
     processes.wait()
     if rank == 0:
         write_json(folder / f"{stem}.json{suffix}", {**facts, "files": mark, "processes": ranks, "rows": rows})
@@ -100,16 +98,26 @@ def discard(folder: Path, stem: str, *, suffix: str = "") -> None:
             path.unlink()
 
 
+class _Index(BaseModel):
+    """`<stem>.json`; facts are whatever was given."""
+
+    model_config = ConfigDict(extra="allow")
+
+    files: str
+    processes: PositiveInt
+    rows: dict[str, NonNegativeInt]
+
+
 @final
 class Saved:
     """What `save` wrote, to be read by rows."""
 
     def __init__(self, folder: Path, stem: str, *, suffix: str = "") -> None:
         self._path = folder / f"{stem}.json{suffix}"
+        index: _Index = read_record(self._path, _Index)
+        self.facts: dict[str, Any] = index.model_dump()
+        self._rows, self._processes = index.rows, index.processes
         try:
-            self.facts: dict[str, Any] = json.loads(self._path.read_text())
-            self._rows: dict[str, int] = self.facts["rows"]
-            self._processes: int = self.facts["processes"]
             files = sorted(folder.glob(f"{self.facts['files']}-*.safetensors{suffix}"))
             self._files: dict[tuple[int, str], Path] = {}
             for path in files:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Stack
+from ppcl_toolkit.artifacts.record import checked
 from ppcl_toolkit.artifacts.storage import load_tree, save_tree
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form, Plan
@@ -42,9 +43,11 @@ class Velocities:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._check = checked(folder)
 
     def __getitem__(self, number: int) -> Target:
         """Read the target of a batch; one that is not there or damaged is a `PpclError` that names its file."""
+        self._check(self._file(number))
         saved = load_tree(self._file(number))
         features = {_place(name): Streams(**streams) for name, streams in saved["features"].items()}
         return Target(saved["velocity"], features)
@@ -56,11 +59,6 @@ class Velocities:
         """Write the target of a batch, by rename."""
         features = {f"{stack}:{block}": streams._asdict() for (stack, block), streams in target.features.items()}
         save_tree(self._file(number), {"velocity": target.velocity, "features": features})
-
-    def discard(self) -> None:
-        """Delete all targets: every student has learned."""
-        for path in self.folder.glob("[0-9]*.safetensors"):
-            path.unlink(missing_ok=True)
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.safetensors"

@@ -7,6 +7,7 @@ import torch
 from subjects import Subject, predicted
 
 from ppcl_toolkit.artifacts import passes
+from ppcl_toolkit.artifacts.files import write_manifest
 from ppcl_toolkit.running import conditioning
 from ppcl_toolkit.stages import depth, export, finetune, intervals, modulation, probe, select, width
 from ppcl_toolkit.surgery.assemble import student_of
@@ -99,7 +100,7 @@ def _export(subject: Subject) -> None:
         name="it", folder=subject.desk.folder / "it", plan=plan, dtype=subject.recipe.export.dtype, call={}
     )
     # What follows writes files, and other processes read them.
-    export.save_variant = lambda *_, **__: variant.folder.mkdir() or "stock"
+    export.save_variant = lambda *_, **__: variant.folder.mkdir() or write_manifest(variant.folder) or "stock"
     export.verify_variant = lambda *_, **__: 0.0
     export.export(None, student, variant, example, subject.desk, device=subject.runner.placement.device)
 

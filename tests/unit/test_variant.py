@@ -5,19 +5,24 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import diffusers
 import pytest
 import tiny
 import torch
 from diffusers import AutoModel, DiffusionPipeline
+from pydantic import ValidationError
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.artifacts import variant
 from ppcl_toolkit.artifacts.pipeline import load_pipeline
 from ppcl_toolkit.artifacts.variant import load_compressed, save_variant, verify_variant
+from ppcl_toolkit.budget.model import Model
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
+from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.surgery.assemble import reshape
 
 STACK = "transformer_blocks"
@@ -66,8 +71,9 @@ def custom(tmp_path_factory):
 
 @pytest.fixture
 def broken(custom, tmp_path):
-    """A copy of the custom variant, to be damaged."""
+    """A copy of the custom variant, to be damaged: without a manifest, as a stranger may give one."""
     shutil.copytree(custom.folder, tmp_path / "broken")
+    (tmp_path / "broken" / "manifest.json").unlink()
     return tmp_path / "broken"
 
 
@@ -156,6 +162,20 @@ def test_fresh_process_that_computes_something_else_or_nothing(broken, custom):
     file.write_text(file.read_text().replace("class NarrowFlux", "import ppcl_toolkit\n\n\nclass NarrowFlux"))
     with pytest.raises(PpclError, match="does not open as custom in a fresh process.*ppcl_toolkit"):
         verify_variant(broken, "custom", custom.kwargs, custom.output(), 1e-5)
+
+
+def test_a_fresh_process_works_where_a_later_run_clears_away(stock, monkeypatch):
+    places = []
+
+    def killed(*_, cwd, **__):
+        places.append(cwd)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(variant.subprocess, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        verify_variant(stock.folder, "stock", stock.kwargs, stock.output(), 1e-5)
+    assert Path(places[0]).parent == stock.folder.parent
+    assert Path(places[0]).suffix == ".partial"
 
 
 def test_difference_beyond_the_tolerance(stock, monkeypatch):
@@ -271,6 +291,46 @@ def test_nothing_else_in_a_variant_names_code(broken, monkeypatch, file, changes
     with pytest.raises(PpclError, match=message):
         load_compressed(broken)
     assert "stranger" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        (
+            "plan.json",
+            {"depths": {STACK: 10**8}},
+            f"not a plan: depths.{STACK}: .* less than or equal to 1000",
+        ),
+        ("transformer/config.json", {"num_layers": 10**6}, "transformer/config.json: 'num_layers' is 1000000, and no"),
+        ("text_encoder/config.json", {"num_hidden_layers": 10**6}, "text_encoder/config.json: 'num_hidden_layers' is"),
+        ("text_encoder/config.json", {"inner": {"num_layers": 10**6}}, "'num_layers' is 1000000"),
+    ],
+)
+def test_no_file_asks_for_more_layers_than_a_model_has(broken, file, changes, message):
+    (broken / file).write_text(json.dumps({**json.loads((broken / file).read_text()), **changes}))
+    began = time.monotonic()
+    for opened in (load_compressed, lambda folder: load_pipeline(str(folder))):
+        with pytest.raises(PpclError, match=message):
+            opened(broken)
+    if file != "plan.json":
+        (broken / "plan.json").unlink()
+        with pytest.raises(PpclError, match=message):
+            load_pipeline(str(broken))
+    assert time.monotonic() - began < 5
+
+
+def test_a_rank_that_no_layer_has_is_no_plan(custom):
+    low = {"kind": "modulation_swap", "stack": STACK, "rank": 10**9}
+    with pytest.raises(ValidationError, match="less than or equal to 65536"):
+        Plan.model_validate({**custom.plan.model_dump(), "operations": [low]})
+
+
+def test_a_dry_run_makes_no_million_of_layers(broken):
+    path = broken / "transformer" / "config.json"
+    config = {**json.loads(path.read_text()), "num_layers": 10**6, "_class_name": "FluxTransformer2DModel"}
+    path.write_text(json.dumps(config))
+    with pytest.raises(PpclError, match="'num_layers' is 1000000"):
+        Model.of(Recipe.model_validate({"teacher": {"path": str(broken)}, "targets": [{"name": "a", "params": "50%"}]}))
 
 
 def test_plan_that_does_not_fit_the_weights(broken, custom):

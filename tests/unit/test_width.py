@@ -7,7 +7,8 @@ import torch
 from families import TRANSFORMERS
 from runs import DUAL, batches, desk, equal, plan_of, runner
 
-from ppcl_toolkit.artifacts.storage import Bank
+from ppcl_toolkit.artifacts.storage import Bank, save_tree
+from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun, trained_forms
 from ppcl_toolkit.recipe import Depth, Width
 from ppcl_toolkit.running.noise import Batches, Sample
@@ -61,6 +62,16 @@ def distilled(teacher, depth, folder, operations=OPERATIONS, **changes):
     stopped = distill_width(teacher, plans, depth, batches(), section(**changes), desk(folder))
     bank = Bank(folder)
     return {key: bank[key] for key in bank}, json.loads((folder / "losses.json").read_text()), stopped
+
+
+def test_a_block_that_came_apart_is_not_blamed_on_too_few_tokens(teacher, depth, tmp_path):
+    """As a learning rate leaves it that is far too large."""
+    (tmp_path / "bank").mkdir()
+    for key in depth:
+        save_tree(tmp_path / "bank" / f"{key}.safetensors", {n: torch.nan * v for n, v in depth[key].items()})
+    operations = (OPERATIONS[0], FfnSwap(stack=DUAL.path, block=1, streams=("image", "text")))
+    with pytest.raises(PpclError, match=r"^transformer_blocks.1-2.*linear_ffn_.*not finite: .* smaller learning_rate"):
+        distilled(teacher, Bank(tmp_path / "bank"), tmp_path / "width", operations)
 
 
 def test_every_bank_entry_loads_and_the_student_runs(teacher, depth, tmp_path):

@@ -1,12 +1,20 @@
 """A stage is done once and whole, goes on where it was killed, and refuses what it was not made from."""
 
 import errno
+import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from ppcl_toolkit.artifacts import files
+from ppcl_toolkit.artifacts.record import Record
+from ppcl_toolkit.artifacts.storage import save_tree
 from ppcl_toolkit.artifacts.workspace import Workspace
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Probe
@@ -63,6 +71,87 @@ def test_a_killed_stage_finds_its_earlier_files(tmp_path):
     again = Stage()
     run_of(tmp_path).stage("work", {"a": 1}, again, read)
     assert again.made == [2]
+
+
+def test_a_stage_killed_before_it_had_its_name_is_not_made_again(tmp_path):
+    run_of(tmp_path).stage("work", {"a": 1}, Stage(), read)
+    (tmp_path / "run" / "work").rename(tmp_path / "run" / "work.partial")
+    again = Stage()
+    run_of(tmp_path).stage("work", {"a": 1}, again, read)
+    assert not again.made
+    (tmp_path / "run" / "work").rename(tmp_path / "run" / "work.partial")
+    (tmp_path / "run" / "work.partial" / "1.txt").unlink()
+    run_of(tmp_path).stage("work", {"a": 1}, again, read)
+    assert again.made == [1]
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_a_damaged_stage_is_refused_and_made_again_when_asked(tmp_path, pieces):
+    """Whole, or what of it is damaged; and what follows it where it comes out otherwise."""
+    run = run_of(tmp_path)
+    for name in ("one", "two"):
+        run.stage(name, {}, Stage(), read, pieces=pieces)
+    (tmp_path / "run" / "one" / "1.txt").write_text("unit X")
+    with pytest.raises(PpclError, match=r"'one' in .*run is damaged: 1.txt has other content .*; .* --remake"):
+        run_of(tmp_path).stage("one", {}, Stage(), read)
+    again, first, second = run_of(tmp_path, remake=True), Stage(), Stage()
+    again.stage("one", {}, first, read, pieces=pieces)
+    again.stage("two", {}, second, read, pieces=pieces)
+    assert (first.made, second.made) == ([1] if pieces else [0, 1, 2], [])
+    # A stage that is gone comes out otherwise.
+    shutil.rmtree(tmp_path / "run" / "one")
+    run = run_of(tmp_path)
+    run.stage("one", {}, Stage(units=4), read)
+    with pytest.raises(PpclError, match=r"'two' in .*run was made from another 'one' than there is now; .* --remake"):
+        run.stage("two", {}, Stage(), read)
+    again = run_of(tmp_path, remake=True)
+    again.stage("one", {}, Stage(units=4), read)
+    again.stage("two", {}, second, read)
+    assert second.made == [0, 1, 2]
+
+
+def test_files_that_were_hashed_when_they_were_written_are_not_read_again(tmp_path, monkeypatch):
+    hashed = []
+    own = files.digest
+    monkeypatch.setattr(files, "digest", lambda path: hashed.append(path.name) or own(path))
+
+    def make(desk):
+        save_tree(desk.folder / "a.safetensors", {"x": torch.ones(3)})
+        save_tree(desk.folder / "b.safetensors", {"x": torch.ones(3)})
+        (desk.folder / "b.safetensors").write_bytes(b"written again by something else")
+        save_tree(desk.folder / "state.safetensors.tmp", {"x": torch.ones(3)})
+
+    run_of(tmp_path).stage("work", {}, make, lambda folder: sorted(path.name for path in folder.iterdir()))
+    assert sorted(hashed) == ["a.safetensors", "b.safetensors", "b.safetensors"]
+    found = {path.name for path in (tmp_path / "run" / "work").iterdir()}
+    assert found == {"a.safetensors", "b.safetensors", "made_from.json"}
+    entries = Record.of(tmp_path / "run" / "work").files
+    for name, entry in entries.items():
+        content = (tmp_path / "run" / "work" / name).read_bytes()
+        assert (entry.size, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_files_and_their_names_are_on_the_disk(tmp_path, monkeypatch):
+    """What is renamed is synced before, and the folder that has its name after."""
+    done = []
+    own, rename = os.fsync, Path.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda file: done.append(str(Path(f"/proc/self/fd/{file}").readlink())) or own(file)
+    )
+    monkeypatch.setattr(Path, "replace", lambda path, other: done.append(f"{path} -> {other}") or rename(path, other))
+    files.write_text(tmp_path / "a.json", "{}")
+    partial = tmp_path / ".a.json.partial"
+    assert done == [str(partial), f"{partial} -> {tmp_path / 'a.json'}", str(tmp_path)]
+    done.clear()
+    (tmp_path / "work.partial").mkdir()
+    files.put(tmp_path / "work.partial", tmp_path / "work")
+    assert done == [f"{tmp_path / 'work.partial'} -> {tmp_path / 'work'}", str(tmp_path)]
+
+
+def test_what_has_served_is_deleted_and_not_expected(tmp_path):
+    run_of(tmp_path).stage("work", {}, Stage(), read)
+    run_of(tmp_path).discard("work")
+    assert run_of(tmp_path).stage("work", {}, Stage(fails_at=0), read) == []
 
 
 def test_what_other_settings_left_half_done_is_discarded(tmp_path):
@@ -194,8 +283,16 @@ def test_other_errors_of_the_disk_stay_what_they_are(tmp_path):
 def test_a_lost_record_is_refused_with_the_folder(tmp_path):
     run_of(tmp_path).stage("work", {}, Stage(), read)
     (tmp_path / "run" / "work" / "made_from.json").unlink()
-    with pytest.raises(PpclError, match="run/work has lost its made_from.json; delete that folder"):
+    with pytest.raises(PpclError, match="'work' in .*run is damaged: .*made_from.json cannot be read: No such file"):
         run_of(tmp_path).stage("work", {}, Stage(), read)
+
+
+def test_what_killed_exports_left_is_cleared_away(tmp_path):
+    run_of(tmp_path)
+    for name in ("small.partial/vae", ".abc.partial", "whole"):
+        (tmp_path / "run" / "variants" / name).mkdir(parents=True)
+    run_of(tmp_path)
+    assert [path.name for path in (tmp_path / "run" / "variants").iterdir()] == ["whole"]
 
 
 def test_warnings_stay_with_the_result(tmp_path):
