@@ -4,6 +4,7 @@ A stage works in `<name>.partial/` and appears as `<name>/` by one rename, so wh
 its result lies what it was made from; a finished stage is only read again by a recipe that asks for the same.
 """
 
+import copy
 import fcntl
 import functools
 import hashlib
@@ -144,6 +145,10 @@ class Workspace:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "environment.json", _environment())
             write_text(self.path / "recipe.yaml", recipe)
+
+    def branch(self) -> "Workspace":
+        """Return this run again: stages of the branch need those made so far, and none that others branch off."""
+        return copy.copy(self)
 
     def stage(
         self,
