@@ -45,7 +45,7 @@ evaluate: {{prompts: {folder}/prompts.txt, count: 2, seeds: [0], batch: 2, veloc
 """
 COMPARISON = """
 job: {folder}/job.yaml
-methods: [default, uniform_blocks, velocity]
+methods: [default, uniform, velocity]
 modulation: {modulation}
 targets: [{{name: "70", params: 70%}}]
 seeds: [0, 1]
@@ -109,7 +109,7 @@ def test_every_run_is_there_with_its_size_and_what_it_spent(whole):
         assert any("modulation" in operation for operation in made["plan"]) == made["modulation"]
     searched = {made["method"]: made["passes"]["search"] for made in summary["runs"]}
     # 8 blocks, 4 samples: the teacher, and behind each block those that come after it.
-    assert searched["uniform_blocks"] == 0 and searched["velocity"] == 4 * (8 + 28)
+    assert searched["uniform"] == 0 and searched["velocity"] == 4 * (8 + 28)
     assert json.loads((out / "comparison.json").read_text()) == summary
 
 
@@ -169,7 +169,7 @@ def test_methods_may_be_added_later(world, whole):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("methods=[default, uniforn_blocks]", "no method 'uniforn_blocks'; did you mean 'uniform_blocks'"),
+        ("methods=[default, unifrom]", "no method 'unifrom'; did you mean 'uniform'"),
         ("methods=[velocity]", "reference: 'default' is none of the methods"),
         ("targets=[{name: a, params: 70%, flops: 70%}]", "give params or flops"),
         ("settings={modulation: null, 'targets': [{name: a, params: 50%}]}", "has no section modulation"),
@@ -187,13 +187,13 @@ def test_a_budget_that_the_search_uses_up_is_said_in_the_row(world, tmp_path):
     few = Comparison.load(world / "both.yaml", ["passes=300", "modulation=without", "seeds=[0]"])
     rows = {row["method"]: row for row in compare(few, tmp_path / "run")["rows"]}
     assert "300 block passes are too few for default" in rows["default"]["note"]
-    assert rows["uniform_blocks"]["seeds"] == 1 and rows["default"]["seeds"] == 0
+    assert rows["uniform"]["seeds"] == 1 and rows["default"]["seeds"] == 0
 
 
 def test_a_size_that_no_blocks_have_is_marked_and_not_tested(world, tmp_path):
     exact = Comparison.load(
         world / "both.yaml",
-        ["tolerance=0.0001", "modulation=without", "seeds=[0]", "methods=[default, uniform_blocks]"],
+        ["tolerance=0.0001", "modulation=without", "seeds=[0]", "methods=[default, uniform]"],
     )
     summary = compare(exact, tmp_path / "run")
     assert all("not matched: " in row["note"] and not row["by_seed"] for row in summary["rows"])

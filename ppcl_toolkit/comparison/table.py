@@ -87,7 +87,7 @@ def _row(name: str, runs: Sequence[Mapping[str, Any]], figure: str) -> dict[str,
     row["score_deviation"] = statistics.stdev(scores) if len(scores) > 1 else None
     # A size that is not the asked one is no equal terms: such a row is shown, and not tested.
     matched = [run for run in made if not run["off"] and run[figure] is not None]
-    row["by_seed"] = {run["seed"]: run[figure] for run in matched}
+    row["by_seed"] = {str(run["seed"]): run[figure] for run in matched}
     row["spent"] = _mean([sum(run["passes"].values()) for run in made])
     row["search"] = _mean([run["passes"]["search"] + run["passes"]["modulation"] for run in made])
     return row

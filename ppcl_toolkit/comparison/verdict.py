@@ -18,7 +18,7 @@ class Paired:
     """Of Student's two-sided paired test, the training seed as the unit; None where there is no test."""
 
 
-def paired(scores: Mapping[int, float], reference: Mapping[int, float]) -> Paired | None:
+def paired(scores: Mapping[str, float], reference: Mapping[str, float]) -> Paired | None:
     """Compare two methods on the seeds that both have; None where they share none."""
     shared = sorted(scores.keys() & reference.keys())
     if not shared:

@@ -1,16 +1,12 @@
-"""Floors: blocks that are spread evenly, and blocks that are drawn; copies, velocity distillation of the whole.
+"""A floor: blocks that go evenly spread over each stack, and velocity distillation of what is left.
 
-`uniform` keeps round(linspace) (ShortGPT and TinyFusion have it as a baseline): our reading at sizes that no stride
-meets is the order in which blocks go when every next one lies as far as may be from those that went before.
+Keeping round(linspace) is a baseline of ShortGPT and TinyFusion; our reading at sizes that no stride meets is an order
+in which every next block lies as far as may be from those that went before.
 """
-
-import random
 
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.comparison.method import Ground, Method, Pick, Place, Whole
 from ppcl_toolkit.comparison.picking import dropping
-
-DRAWS = 5
 
 
 def spread(depth: int) -> list[int]:
@@ -32,17 +28,4 @@ def _evenly(ground: Ground, desk: Desk) -> Pick:
     return dropping(ground, [place for _, place in sorted(turns, key=lambda each: each[0])])
 
 
-def _drawn(number: int) -> Method:
-    def pick(ground: Ground, desk: Desk) -> Pick:
-        del desk
-        order = ground.places
-        random.Random(number).shuffle(order)
-        return dropping(ground, order)
-
-    return Method(name=f"random_{number}", source="floor", rule=pick, whole=Whole())
-
-
-METHODS = (
-    Method(name="uniform_blocks", source="floor", rule=_evenly, whole=Whole()),
-    *(_drawn(number) for number in range(1, DRAWS + 1)),
-)
+METHODS = (Method(name="uniform", source="floor", rule=_evenly, whole=Whole()),)

@@ -1,8 +1,8 @@
 """Plain end-to-end velocity distillation of copied blocks: the rival to beat.
 
-The blocks go whose removal alone costs least velocity error; what is left are copies, and all of it learns
-E |v_S - v_T|^2 on the student's own states (output distillation, as in BK-SDM, arXiv 2305.15798, Sec. 3, without its
-other terms). Which blocks go is a reading: no source gives a rule with it.
+The blocks go whose removal alone costs least velocity error; what is left are copies, and all of it learns E |v_S -
+v_T|^2 on the student's own states (output distillation, as in BK-SDM, arXiv 2305.15798, Sec. 3, without its other
+terms). Which blocks go is a reading: no source gives a rule with it.
 """
 
 from ppcl_toolkit.artifacts.storage import Desk
