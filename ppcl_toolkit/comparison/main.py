@@ -34,6 +34,7 @@ from ppcl_toolkit.stages.select import Goal, ffn_candidates
 from ppcl_toolkit.surgery.costs import Costs
 from ppcl_toolkit.training.substitution import Candidate, Measured
 from ppcl_toolkit.training.substitution import measure as substitution_errors
+from ppcl_toolkit.training.targets import Velocities
 from ppcl_toolkit.units import Cost, parse_size
 
 
@@ -64,12 +65,15 @@ def compare(asked: Comparison, out: str | Path, *, progress: Progress = silent) 
     ]  # fmt: skip
     rank, ranks = processes.world()
     found = {}
+    told = progress if processes.is_main() else silent
     for number, one in enumerate(runs):
         with processes.apart() as own:
             if number % ranks == rank:
-                progress("runs", number, len(runs), one.where)
+                told("runs", number, len(runs), one.where)
                 found[number] = whole.made(one, own)
     made = processes.joined(found)
+    for folder in workspace.path.glob("answers/*/*") if processes.is_main() else ():
+        Velocities(folder).discard()
     summary = results(asked, whole.reference(), [made[number] for number in range(len(runs))])
     workspace.close(asked.dump())
     if processes.is_main():

@@ -55,6 +55,7 @@ def run_one(
 ) -> dict[str, Any]:
     """Make one run in the folders `where/...` of a workspace, or go on with it; return its figures."""
     asked = {"method": method.name, "aim": dataclasses.asdict(ground.window), "seed": ground.seed}
+    told = len(run.warnings)
     settings = {**asked, "lever": [str(swap) for swap in ground.lever]}
     pick = run.stage(f"{where}/pick", settings, partial(_pick, method, ground), partial(_load_pick, ground.plan))
     before = pick.passes + (lever_passes(ground, low.curve) if low else 0)
@@ -85,6 +86,7 @@ def run_one(
         "passes": spent,
         "steps": {name: section.steps for name, (section, _) in sections.items()},
         "plan": [str(operation) for operation in pick.plan.operations],
+        "warnings": run.warnings[told:],
     }
 
 

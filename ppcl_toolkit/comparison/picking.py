@@ -68,8 +68,9 @@ def chosen(
 ) -> Pick:
     """Let the product's own choice pick among measured candidates, at the size that comes to be matched.
 
-    It takes what is at most as large as asked, so it is asked from the upper end of the window downwards. `depth` is
-    the share of what has to go that goes by intervals; the rest is left to width.
+    It takes what is at most as large as asked, so it is asked from the upper end of the window downwards. Where none of
+    its choices is matched, the first set in the order of its prices is taken that is. `depth` is the share of what has
+    to go that goes by intervals; the rest is left to width.
     """
     window, best = ground.window, None
     limits = ground.job.width if width else Width(text_blocks=0, ffn_blocks=0)
@@ -85,20 +86,47 @@ def chosen(
             if best is None:
                 raise Unreachable(str(error)) from error
             break
-        if best is None or abs(_size(ground, plan) - window.aim) < abs(_size(ground, best) - window.aim):
-            best = plan
-        if not window.off(_size(ground, plan)):
-            return Pick(plan=plan, passes=search_passes(ground))
+        best = plan if best is None or _miss(ground, plan) < _miss(ground, best) else best
+        if not _miss(ground, best):
+            break
     assert best is not None
-    return Pick(plan=best, passes=search_passes(ground))
+    if _miss(ground, best):
+        other = _by_price(ground, [one for one in candidates if isinstance(one.operation, Interval)])
+        best = other if _miss(ground, other) < _miss(ground, best) else best
+    return Pick(plan=best, passes=search_passes(ground, len(candidates)))
 
 
-def search_passes(ground: Ground) -> int:
-    """Return what probes, CKA and substitution errors take, in b: every candidate is a pass of the whole teacher."""
+def _by_price(ground: Ground, intervals: Sequence[Measured]) -> Plan:
+    """Return the first set of disjoint intervals, the cheapest per share first, that is matched, or the nearest."""
+    unit = ground.window.unit
+    beneath = ground.plan.with_operations(ground.lever)
+    ranked = sorted(intervals, key=lambda one: one.price({unit: 1}))
+    free: list[Measured] = []
+    for one in ranked:
+        apart = [other for other in free if _overlap(one, other)]
+        free += [] if apart else [one]
+    saves = [
+        ground.whole - ground.costs(beneath.with_operations([one.operation, *ground.lever])).of(unit) for one in free
+    ]
+    least, most = ground.whole - ground.window.most, ground.whole - ground.window.least
+    return beneath.with_operations([*(free[n].operation for n in first_that_fits(saves, least, most)), *ground.lever])
+
+
+def _overlap(one: Measured, other: Measured) -> bool:
+    a, b = one.operation, other.operation
+    assert isinstance(a, Interval) and isinstance(b, Interval)
+    return a.stack == b.stack and a.first <= b.last and b.first <= a.last
+
+
+def search_passes(ground: Ground, candidates: int) -> int:
+    """Return what probes, CKA and substitution errors take, in b: every candidate is a pass of the whole teacher.
+
+    Two more are the teacher's own, and the one that fits the maps.
+    """
     job, blocks = ground.job, sum(ground.plan.depths.values())
-    looked = job.probe.batches * job.probe.batch + job.probe.steps * job.probe.batch
+    looked = (job.probe.batches + job.probe.steps) * job.probe.batch
     looked += job.intervals.batches * job.intervals.batch
-    looked += (len(ground.measured) + 2) * job.select.batches * job.select.batch
+    looked += (candidates + 2 if candidates else 0) * job.select.batches * job.select.batch
     return looked * blocks
 
 
@@ -107,5 +135,5 @@ def _choice(ground: Ground, candidates: Sequence[Measured], target: Target, limi
     return choice.plans["asked"]
 
 
-def _size(ground: Ground, plan: Plan) -> int:
-    return ground.costs(plan).of(ground.window.unit)
+def _miss(ground: Ground, plan: Plan) -> float:
+    return abs(ground.window.off(ground.costs(plan).of(ground.window.unit)))

@@ -12,7 +12,7 @@ from ppcl_toolkit.comparison.picking import chosen
 
 def _pick(ground: Ground, desk: Desk) -> Pick:
     del desk
-    width = any(target.width for target in ground.job.targets)
+    width = any(target.width for target in ground.job.targets if target.asked)
     return chosen(ground, ground.measured, order=ground.job.select.order, width=width)
 
 

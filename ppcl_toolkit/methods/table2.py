@@ -50,7 +50,8 @@ def _threshold(ground: Ground, desk: Desk) -> Pick:
         except Unreachable:
             continue
         if not ground.window.off(ground.costs(pick.plan).of(ground.window.unit)):
-            return pick
+            # CKA alone decides here: no candidate is put in the teacher's place.
+            return Pick(plan=pick.plan, passes=search_passes(ground, 0))
     raise Unreachable("table2_lp_a: intervals of no threshold come to the size that is asked for")
 
 
@@ -102,7 +103,7 @@ def narrow(depth: float, ffns: bool, ground: Ground, desk: Desk) -> Pick:
             f"no text stream {'or FFN ' if ffns else ''}of this teacher goes: of width.text_threshold "
             f"{ground.job.width.text_threshold:g} there are {len(ground.found.text_runs)} runs"
         )
-    return Pick(plan=pick.plan, passes=search_passes(ground))
+    return pick
 
 
 METHODS = (

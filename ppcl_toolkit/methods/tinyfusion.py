@@ -116,7 +116,7 @@ def _pick(ground: Ground, desk: Desk) -> Pick:
         nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        desk.progress(step + 1, steps, f"loss {float(loss):.4g}")
+        desk.progress(step + 1, steps, f"loss {float(loss.detach()):.4g}")
     dropped = [(stack, block) for stack, own in gates.items() for block in own.dropped()]
     return without(ground, dropped, passes=steps * cost)
 
