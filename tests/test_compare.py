@@ -191,12 +191,12 @@ def test_a_budget_that_the_search_uses_up_is_said_in_the_row(world, tmp_path):
 
 
 def test_a_size_that_no_blocks_have_is_marked_and_not_tested(world, tmp_path):
-    exact = Comparison.load(
-        world / "both.yaml",
-        ["tolerance=0.0001", "modulation=without", "seeds=[0]", "methods=[default, uniform]"],
-    )
-    summary = compare(exact, tmp_path / "run")
-    assert all("not matched: " in row["note"] and not row["by_seed"] for row in summary["rows"])
+    given = ["tolerance=0.0001", "modulation=without", "seeds=[0]", "methods=[default, uniform]"]
+    exact = Comparison.load(world / "both.yaml", [*given, "targets=[{name: a, params: 80%}]"])
+    rows = {row["method"]: row for row in compare(exact, tmp_path / "run")["rows"]}
+    assert all("off the target: " in row["note"] for row in rows.values())
+    assert ("not tested" in rows["uniform"]["note"]) == (rows["uniform"]["size"] != rows["default"]["size"])
+    assert "not tested" in rows["uniform"]["note"] and rows["uniform"]["difference"] is None
 
 
 def test_the_command_prints_the_table(world, whole):

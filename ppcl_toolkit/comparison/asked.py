@@ -58,8 +58,8 @@ class Comparison(Section):
     """Of training; the unit of the test."""
     passes: PositiveInt
     """Block passes of every run, searches and all: a block forward on a sample is one, forward and backward three."""
-    tolerance: Annotated[float, PositiveFloat] = 0.01
-    """Of a target: a run whose size is further off is marked."""
+    tolerance: PositiveFloat = 0.01
+    """Runs whose size is further off the target are marked; off the reference's, not tested."""
     scoring: Scoring = Scoring()
 
     @model_validator(mode="after")

@@ -42,7 +42,7 @@ def compare(asked: Comparison, out: str | Path, *, progress: Progress = silent) 
     """Make every run of a comparison in the folder `out`, or go on where an earlier call stopped.
 
     Several processes share out the runs. Returns what `out/comparison.json` holds: {"teacher": {...}, "runs": [...],
-    "rows": [...]}. Raises `PpclError` for an unknown method or bad input before anything is run.
+    "rows": [...], "sources": {...}}. Raises `PpclError` for an unknown method or bad input before anything is run.
     """
     methods = find_methods(asked.methods)
     if asked.reference not in {method.name for method in methods}:
@@ -75,6 +75,7 @@ def compare(asked: Comparison, out: str | Path, *, progress: Progress = silent) 
     for folder in workspace.path.glob("answers/*/*") if processes.is_main() else ():
         Velocities(folder).discard()
     summary = results(asked, whole.reference(), [made[number] for number in range(len(runs))])
+    summary["sources"] = {method.name: method.source for method in methods}
     workspace.close(asked.dump())
     if processes.is_main():
         write_json(workspace.path / "comparison.json", summary)
@@ -134,8 +135,6 @@ class _Shared:
     def made(self, one: _One, rank: int) -> dict[str, Any]:
         """Make a run; what keeps it from being made is its result."""
         facts = {"method": one.method.name, "modulation": one.lever, "target": one.aim.name, "seed": one.seed}
-        if one.method.absent:
-            return {**facts, "failed": one.method.absent}
         ground = self._ground(one)
         low = self._low if one.lever else None
         exams = Exams(

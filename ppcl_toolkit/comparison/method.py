@@ -141,11 +141,10 @@ class Method:
     source: str
     """Where it comes from."""
     rule: Callable[[Ground, Desk], Pick]
+    """Says what goes; raises `Unreachable` where it cannot."""
     segments: Segments | None = None
     widths: Widths | None = None
     whole: Whole | None = None
-    absent: str = ""
-    """Why there is no such run, where there is none."""
 
 
 def known_methods() -> dict[str, tuple[Method, ...]]:

@@ -82,6 +82,7 @@ def run_one(
         **found,
         "params": size.params,
         "flops": size.flops,
+        "size": size.of(ground.window.unit),
         "off": ground.window.off(size.of(ground.window.unit)),
         "passes": spent,
         "steps": {name: section.steps for name, (section, _) in sections.items()},

@@ -24,6 +24,7 @@ figure svg {{ max-width: 100%; height: auto; }}
 {rows}
 </tbody></table>
 {figures}
+<p>{sources}</p>
 </body></html>
 """
 
@@ -37,6 +38,7 @@ def write_page(folder: Path, summary: Mapping[str, Any]) -> None:
         lead=html.escape(_lead(summary)),
         header="".join(f"<th>{html.escape(name)}</th>" for name in HEADER),
         rows="\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines),
+        sources=html.escape("; ".join(f"{name}: {source}" for name, source in summary["sources"].items())),
         figures="\n".join(f"<figure>{drawn}</figure>" for drawn in _figures(summary)),
     )
     write_text(folder / "comparison.html", page)

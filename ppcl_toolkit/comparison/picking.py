@@ -77,8 +77,12 @@ def chosen(
     for step in range(2 * _STEPS + 1):
         size = window.most - step * (window.most - window.least) // _STEPS
         sizes = {window.unit: str(size)}
-        if depth < 1 and window.unit == "params":
-            sizes["depth"] = str(ground.costs(ground.plan).params - int((ground.whole - size) * depth))
+        if depth < 1:
+            # Of another unit, as many parameters as its share: blocks have nearly all of both.
+            total = ground.costs(ground.plan)
+            sizes["depth"] = str(
+                total.params - int((ground.whole - size) / total.of(window.unit) * depth * total.params)
+            )
         target = Target.model_validate({"name": "asked", "width": width, "modulation": bool(ground.lever), **sizes})
         try:
             plan = _choice(ground, candidates, target, limits, order)
@@ -86,13 +90,13 @@ def chosen(
             if best is None:
                 raise Unreachable(str(error)) from error
             break
-        best = plan if best is None or _miss(ground, plan) < _miss(ground, best) else best
-        if not _miss(ground, best):
+        best = plan if best is None or miss(ground, plan) < miss(ground, best) else best
+        if not miss(ground, best):
             break
     assert best is not None
-    if _miss(ground, best):
+    if miss(ground, best):
         other = _by_price(ground, [one for one in candidates if isinstance(one.operation, Interval)])
-        best = other if _miss(ground, other) < _miss(ground, best) else best
+        best = other if miss(ground, other) < miss(ground, best) else best
     return Pick(plan=best, passes=search_passes(ground, len(candidates)))
 
 
@@ -135,5 +139,6 @@ def _choice(ground: Ground, candidates: Sequence[Measured], target: Target, limi
     return choice.plans["asked"]
 
 
-def _miss(ground: Ground, plan: Plan) -> float:
+def miss(ground: Ground, plan: Plan) -> float:
+    """Return by how much a plan misses the asked size, relative to it; 0 where it is matched."""
     return abs(ground.window.off(ground.costs(plan).of(ground.window.unit)))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ppcl_toolkit.comparison.asked import Comparison
-from ppcl_toolkit.comparison.verdict import holm, paired
+from ppcl_toolkit.comparison.verdict import Paired, holm, paired
 
 HEADER = (
     "target",
@@ -36,7 +36,7 @@ def results(asked: Comparison, teacher: Mapping[str, Any], runs: Sequence[Mappin
         own = [_row(name, found, figure) for name, found in methods.items()]
         reference = next((row for row in own if row["method"] == asked.reference), None)
         others = [row for row in own if row is not reference]
-        tests = [paired(row["by_seed"], reference["by_seed"]) if reference else None for row in others]
+        tests = [_tested(row, reference, asked.tolerance) for row in others]
         for row, test, p in zip(others, tests, holm([test.p if test else None for test in tests]), strict=True):
             row |= {"difference": test.difference if test else None, "error": test.error if test else None, "p": p}
         rows += [{"target": target, "modulation": lever, **row} for row in own]
@@ -73,22 +73,31 @@ def markdown(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _tested(row: dict[str, Any], reference: Mapping[str, Any] | None, tolerance: float) -> Paired | None:
+    """Set a row against the reference, if they are of one size; if not, the row says by how much."""
+    if reference is None or not row["size"] or not reference["size"]:
+        return None
+    apart = row["size"] / reference["size"] - 1
+    if abs(apart) > tolerance:
+        row["note"] += ("; " if row["note"] else "") + f"not tested: {apart:+.1%} of the size of {reference['method']}"
+        return None
+    return paired(row["by_seed"], reference["by_seed"])
+
+
 def _row(name: str, runs: Sequence[Mapping[str, Any]], figure: str) -> dict[str, Any]:
     """Join the training seeds of one method; a seed that failed is said, and left out."""
     made = [run for run in runs if "failed" not in run]
     failed = list(dict.fromkeys(run["failed"] for run in runs if "failed" in run))
     off = next((run["off"] for run in made if run["off"]), 0.0)
-    notes = [f"not matched: {off:+.1%} of the target"] if off else []
+    notes = [f"off the target: {off:+.1%}"] if off else []
     notes += [f"{len(runs) - len(made)} of {len(runs)} failed: {why}" for why in failed]
     notes += dict.fromkeys(said for run in made for said in run["warnings"])
     row: dict[str, Any] = {"method": name, "seeds": len(made), "note": "; ".join(notes)}
-    for key in ("params", "flops", "score", "velocity_error", "rmse", "latency_ms"):
+    for key in ("params", "flops", "size", "score", "velocity_error", "rmse", "latency_ms"):
         row[key] = _mean([run[key] for run in made])
     scores = [run["score"] for run in made if run["score"] is not None]
     row["score_deviation"] = statistics.stdev(scores) if len(scores) > 1 else None
-    # A size that is not the asked one is no equal terms: such a row is shown, and not tested.
-    matched = [run for run in made if not run["off"] and run[figure] is not None]
-    row["by_seed"] = {str(run["seed"]): run[figure] for run in matched}
+    row["by_seed"] = {str(run["seed"]): run[figure] for run in made if run[figure] is not None}
     row["spent"] = _mean([sum(run["passes"].values()) for run in made])
     row["search"] = _mean([run["passes"]["search"] + run["passes"]["modulation"] for run in made])
     return row

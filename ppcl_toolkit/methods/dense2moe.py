@@ -14,4 +14,4 @@ def _none(ground: Ground, desk: Desk) -> Pick:
     raise Unreachable(_WHY)
 
 
-METHODS = (Method(name="dense2moe", source="arXiv 2510.09094, Sec. 3", rule=_none, absent=_WHY),)
+METHODS = (Method(name="dense2moe", source="arXiv 2510.09094, Sec. 3", rule=_none),)

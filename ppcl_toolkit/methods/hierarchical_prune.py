@@ -14,6 +14,7 @@ Single components of blocks (an attention or an FFN as a pass-through) are no op
 """
 
 import math
+from dataclasses import replace
 
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.comparison.method import Ground, Method, Pick, Whole
@@ -24,7 +25,8 @@ def frozen(pick: Pick) -> int:
     """Return how many blocks of the student, from its first one on, lie before the first block that went."""
     for number, form in enumerate(pick.plan.forms()):
         if form.last > form.first:
-            return number + (pick.sources[form.key] == (form.first,))
+            # The kept block itself lies before those that went, unless it stands there for earlier ones.
+            return number + (pick.sources[replace(form, modulation=0).key] == (form.first,))
     return 0
 
 

@@ -224,6 +224,17 @@ def test_late_blocks_go_first_in_hierarchical_prune(teacher, tmp_path):
     assert code.plan.kept()[DUAL.path][:3] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("name", ["hierarchical_prune_text", "hierarchical_prune_code", "laptop_diff", "uniform"])
+def test_rules_work_above_the_lever(teacher, tmp_path, name):
+    low = tuple(ModulationSwap(stack=stack.path, rank=3) for stack in FLUX.stacks)
+    where = ground(teacher, share=0.6, tolerance=0.05, lever=low)
+    pick = rule(name)(where, desk(tmp_path))
+    assert pick.plan.modulation_swaps == low and where.window.off(size(where, pick)) == 0
+    # Nothing before the first block that went has changed, so as many are frozen; the others learn.
+    kept = [(form.stack, form.first) for form in pick.plan.forms()]
+    assert not pick.frozen or kept[: pick.frozen] == where.places[: pick.frozen]
+
+
 def test_evenly_spread_blocks_halve_the_gaps():
     assert spread(1) == [0] and spread(3)[0] == 1 and spread(7)[:3] == [3, 1, 5]
     assert sorted(spread(16)) == list(range(16))
