@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from ppcl_toolkit.cli import app
 from ppcl_toolkit.comparison.asked import Comparison
 from ppcl_toolkit.comparison.main import compare
+from ppcl_toolkit.comparison.method import known_methods
 from ppcl_toolkit.errors import PpclError
 
 JOB = """
@@ -122,7 +123,10 @@ def test_the_table_says_all_of_it(whole):
     # No scorer here: the velocity error decides.
     assert summary["figure"] == "velocity_error"
     tested = [row for row in summary["rows"] if row["method"] != "default"]
-    assert all(0 <= row["p"] <= 1 and row["error"] is not None for row in tested)
+    # A row is tested, or says why it is not.
+    for row in tested:
+        assert ("not tested" in row["note"]) == (row["p"] is None) == (row["error"] is None)
+    assert any(0 <= row["p"] <= 1 for row in tested if row["p"] is not None)
 
 
 def test_a_seed_changes_the_training_and_nothing_else(whole):
@@ -197,6 +201,40 @@ def test_a_size_that_no_blocks_have_is_marked_and_not_tested(world, tmp_path):
     assert all("off the target: " in row["note"] for row in rows.values())
     assert ("not tested" in rows["uniform"]["note"]) == (rows["uniform"]["size"] != rows["default"]["size"])
     assert "not tested" in rows["uniform"]["note"] and rows["uniform"]["difference"] is None
+
+
+NARROW = ("table2_wp_text", "table2_wp_ffn", "paper")
+
+
+def few(world, out, methods, *overrides):
+    given = [f"methods=[{', '.join(methods)}]", "seeds=[0]", "passes=1200", "tolerance=0.15", *overrides]
+    summary = compare(Comparison.load(world / "both.yaml", given), out)
+    return {made["method"]: made for made in summary["runs"]}
+
+
+def test_every_method_goes_its_whole_way(world, tmp_path):
+    files = {name: own for name, own in known_methods().items() if name not in ("random", "uniform", "paper")}
+    names = [method.name for own in files.values() for method in own if method.name not in NARROW]
+    by = few(world, tmp_path / "run", names, "modulation=with", "targets=[{name: a, params: 60%}]")
+    assert [name for name, made in by.items() if "failed" in made] == ["dense2moe"]
+    assert "mixture of experts" in by.pop("dense2moe")["failed"]
+    assert all(made["velocity_error"] > 0 and made["rmse"] >= 0 for made in by.values())
+    stages = {name: set(made["steps"]) for name, made in by.items()}
+    for row in ("baseline", "lp_a", "lp", "lp_b", "dp"):
+        assert stages[f"table2_{row}"] == {"depth"}
+    assert stages["velocity"] == stages["tinyfusion"] == {"finetune"}
+    assert stages["amber_image"] == stages["default"] == {"depth", "finetune"}
+    assert "dense2moe" in (tmp_path / "run/comparison.md").read_text()
+
+
+def test_rows_with_narrow_blocks_learn_them(world, tmp_path):
+    given = ["settings={width.text_threshold: 0.0, width.text_blocks: 4, width.ffn_blocks: 5}", "reference=paper"]
+    by = few(world, tmp_path / "run", NARROW, *given, "modulation=without", "targets=[{name: a, params: 55%}]")
+    assert not [made["failed"] for made in by.values() if "failed" in made]
+    assert all("width" in made["steps"] for made in by.values())
+    assert "finetune" in by["paper"]["steps"] and "finetune" not in by["table2_wp_ffn"]["steps"]
+    assert any(" text [" in operation for operation in by["table2_wp_text"]["plan"])
+    assert not any(" ffn " in operation for operation in by["table2_wp_text"]["plan"])
 
 
 def test_the_command_prints_the_table(world, whole):
