@@ -196,7 +196,7 @@ def test_a_budget_that_the_search_uses_up_is_said_in_the_row(world, tmp_path):
 
 def test_a_size_that_no_blocks_have_is_marked_and_not_tested(world, tmp_path):
     given = ["tolerance=0.0001", "modulation=without", "seeds=[0]", "methods=[default, uniform]"]
-    exact = Comparison.load(world / "both.yaml", [*given, "targets=[{name: a, params: 80%}]"])
+    exact = Comparison.load(world / "both.yaml", [*given, "targets=[{name: a, params: 75%}]"])
     rows = {row["method"]: row for row in compare(exact, tmp_path / "run")["rows"]}
     assert all("off the target: " in row["note"] for row in rows.values())
     assert ("not tested" in rows["uniform"]["note"]) == (rows["uniform"]["size"] != rows["default"]["size"])
