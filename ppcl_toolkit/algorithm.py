@@ -73,7 +73,7 @@ def compress(
         sources(recipe.samples, recipe.seed)
         examine(recipe.evaluate, recipe.teacher.call)
     workspace.open(recipe.dump())
-    teacher, runner = _opened(recipe, device)
+    teacher, runner = opened(recipe, device)
     whole = _whole(recipe, teacher)
     for target in recipe.targets:
         Goal(target, whole)
@@ -82,7 +82,7 @@ def compress(
     check_intervals(teacher.adapter, teacher.adapter.depths(teacher.transformer), recipe.intervals)
     check_given(recipe, teacher.plan())
 
-    run = _Run(recipe, workspace, teacher, Schedules(recipe, runner))
+    run = Run(recipe, workspace, teacher, Schedules(recipe, runner))
     low = run.low_rank() if recipe.modulation is not None else None
     candidates = run.candidates() if recipe.searches else ()
     plans = run.choice(candidates, low).plans
@@ -98,7 +98,7 @@ def compress(
 
 
 @final
-class _Run:
+class Run:
     """The stages of a run, a few at a time, in the order in which `compress` goes through them."""
 
     def __init__(self, recipe: Recipe, workspace: Workspace, teacher: Teacher, schedules: Schedules) -> None:
@@ -110,29 +110,29 @@ class _Run:
         asked |= {"empty_prompt": True} if recipe.modulation else {}
         record = partial(record_samples, self._runner("samples"), teacher, recipe)
         samples = self._stage("samples", asked, record, load_samples, pieces=True)
-        self._noised = partial(_noised, recipe, teacher, samples)
+        self.noised = partial(_noised, recipe, teacher, samples)
 
     def low_rank(self) -> LowRankChoice:
         """Find the rank of modulation: stage `modulation`."""
         section = self._recipe.modulation
         assert section is not None
-        batches = _calibration(self._recipe, self._workspace, self._noised)
+        batches = _calibration(self._recipe, self._workspace, self.noised)
         find = partial(find_modulation, self._runner("modulation"), batches, section)
         return self._stage("modulation", section, find, LowRankChoice.load)
 
     def candidates(self) -> Sequence[Candidate]:
         """Find what may go: stages `probe` and `intervals`."""
         recipe = self._recipe
-        fit = partial(probe, self._runner("probe"), self._noised("probe", recipe.probe.batch), recipe.probe)
+        fit = partial(probe, self._runner("probe"), self.noised("probe", recipe.probe.batch), recipe.probe)
         probes = self._stage("probe", recipe.probe, fit, Probes.load)
-        batches = self._noised("intervals", recipe.intervals.batch)
+        batches = self.noised("intervals", recipe.intervals.batch)
         find = partial(detect, self._runner("intervals"), batches, probes.weights, recipe)
         return self._stage("intervals", _part(recipe, _DETECTION), find, Candidates.load).operations()
 
     def choice(self, candidates: Sequence[Candidate], low: LowRankChoice | None) -> Choice:
         """Choose what goes for every target: stage `select`."""
         recipe, found = self._recipe, (candidates, low.swaps if low else ())
-        held_out = self._noised("select", recipe.select.batch)
+        held_out = self.noised("select", recipe.select.batch)
         choose = partial(select, self._runner("select"), self._teacher.plan(), found, held_out, recipe)
         asked = _part(recipe, _CHOICE | (_EXPORTED if any(target.bytes for target in recipe.targets) else {}))
         if recipe.select.order != "program":
@@ -151,10 +151,10 @@ class _Run:
         bank = Bank(*([self._workspace.path / "modulation"] if low else []))
         if not recipe.searches:
             return bank
-        batches = self._noised("depth", recipe.depth.batch)
+        batches = self.noised("depth", recipe.depth.batch)
         deep = partial(distill_depth, self._runner("depth", plans), wanted, batches, recipe.depth)
         depth = self._stage("depth", recipe.depth, deep, Bank)
-        batches = self._noised("width", recipe.width.batch)
+        batches = self.noised("width", recipe.width.batch)
         wide = partial(distill_width, self._runner("width", plans), wanted, depth, batches, recipe.width)
         bank = self._stage("width", recipe.width, wide, depth.joined).joined(*bank.folders)
         if low:
@@ -164,7 +164,7 @@ class _Run:
 
     def variants(self, plans: Mapping[str, Plan], bank: Bank, low: LowRankChoice | None) -> list[dict[str, Any]]:
         """Fine-tune what learns, and export: stages `velocities`, `finetune/<target>` and `export/<target>`."""
-        recipe, batches = self._recipe, self._noised("finetune", self._recipe.finetune.batch)
+        recipe, batches = self._recipe, self.noised("finetune", self._recipe.finetune.batch)
         velocities = Velocities(self._workspace.path / "velocities")
         if recipe.tuned:
             wanted = [plans[name] for name in recipe.tuned]
@@ -189,7 +189,7 @@ class _Run:
 
     def evaluated(self, plans: Mapping[str, Plan], variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Set variants beside the teacher: stage `evaluate`."""
-        recipe, batches = self._recipe, self._noised("evaluate", self._recipe.samples.batch)
+        recipe, batches = self._recipe, self.noised("evaluate", self._recipe.samples.batch)
         compare = partial(evaluate, self._runner("evaluate", plans), self._teacher, recipe, variants, batches)
         summary = self._stage("evaluate", recipe.evaluate, compare, partial(summarise, variants))
         return {**summary, "warnings": [*self._schedules.said(), *self._workspace.warnings]}
@@ -222,7 +222,7 @@ def export_target(
     last = "width" if recipe is None or recipe.searches else "modulation"
     if recipe is None or not (path / last).is_dir():
         raise PpclError(f"{path} has no bank: run `ppcl compress --out {path}` until its {last} stage is done")
-    teacher, runner = _opened(recipe, processes.pick_device(recipe.device))
+    teacher, runner = opened(recipe, processes.pick_device(recipe.device))
     run = Workspace(path)
     run.check("samples", "select", *_BANKS)
     bank = Bank(*(path / name for name in _BANKS))
@@ -256,7 +256,8 @@ def _whole(recipe: Recipe, teacher: Teacher) -> Cost:
     return Cost(params=params, bytes=params * getattr(torch, recipe.export.dtype).itemsize, flops=flops)
 
 
-def _opened(recipe: Recipe, device: torch.device) -> tuple[Teacher, Runner]:
+def opened(recipe: Recipe, device: torch.device) -> tuple[Teacher, Runner]:
+    """Open the recipe's teacher, and say how it is run."""
     teacher = load_teacher(recipe)
     given = recipe.teacher
     waiting = host_bytes() // 2 if given.waiting_gb is None else int(given.waiting_gb * 1e9)

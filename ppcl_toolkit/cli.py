@@ -221,6 +221,27 @@ def verify(folder: Annotated[Path, typer.Argument(help="Folder of a run, or of a
 
 
 @app.command()
+def compare(
+    recipe: Annotated[str, typer.Option(help="YAML file, or the name of a shipped comparison.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs; runs/<recipe> by default.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, any number of times.")] = None,
+) -> None:
+    """Set methods side by side: equal sizes, equal block passes. The same command continues what was stopped."""
+    from ppcl_toolkit import processes
+    from ppcl_toolkit.comparison.asked import Comparison
+    from ppcl_toolkit.comparison.main import compare as run
+    from ppcl_toolkit.comparison.table import HEADER, cells
+
+    asked = Comparison.load(recipe, set_ or [])
+    folder = out or Path("runs") / Path(recipe).stem
+    with console.drawn() as progress:
+        summary = run(asked, folder, progress=progress)
+    if processes.is_main():
+        console.print_rows(HEADER, *(cells(row, summary["teacher"]) for row in summary["rows"]))
+        typer.echo(f"figures: {folder / 'comparison.html'}")
+
+
+@app.command()
 def report(run: RunFolder) -> None:
     """Write report.html of a run, finished or not."""
     from ppcl_toolkit.stages.report import write_report
@@ -263,9 +284,9 @@ def adapters() -> None:
 @recipes_app.command("list")
 def list_recipes() -> None:
     """List the shipped recipes."""
-    from ppcl_toolkit.recipe import shipped_recipes
+    from ppcl_toolkit.recipe import shipped_comparisons, shipped_recipes
 
-    for name in shipped_recipes():
+    for name in [*shipped_recipes(), *shipped_comparisons()]:
         typer.echo(name)
 
 

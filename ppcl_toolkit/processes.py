@@ -31,6 +31,7 @@ _LOOK = 10.0
 """Seconds between two looks at whom a process waits for, and at how far they are; and until a file is seen by all."""
 _waits = itertools.count()
 _told = 0.0
+_apart = False
 
 
 def pick_device(name: str) -> torch.device:
@@ -52,13 +53,23 @@ def pick_device(name: str) -> torch.device:
 
 def is_main() -> bool:
     """Whether this process writes."""
-    return bool(_state().is_main_process)
+    return world()[0] == 0
 
 
 def world() -> tuple[int, int]:
     """Return this process's rank and their number."""
-    state = _state()
-    return int(state.process_index), int(state.num_processes)
+    return (0, 1) if _apart else _world()
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[int]:
+    """Let this process work as if it were the only one, and wait for none; yields its rank among all."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield _world()[0]
+    finally:
+        _apart = before
 
 
 def watch() -> None:
@@ -77,7 +88,7 @@ def part() -> None:
 def tell(progress: str) -> None:
     """Note for those who wait for this process how far it is."""
     global _told
-    rank, count = world()
+    rank, count = _world()
     if count > 1 and time.monotonic() - _told > 5:
         _told = time.monotonic()
         _store().set(f"ppcl/at/{rank}", progress)
@@ -107,6 +118,13 @@ def gathered(said: Sequence[str]) -> list[str]:
     _, count = world()
     wait()
     return list(dict.fromkeys(gather_object(list(said)) if count > 1 else said))
+
+
+def joined(found: dict[Any, Any]) -> dict[Any, Any]:
+    """Return what all processes found, each of them other keys; all ask together."""
+    _, count = world()
+    wait()
+    return dict(gather_object(list(found.items()))) if count > 1 else found
 
 
 def check_shared(folder: Path) -> None:
@@ -159,6 +177,11 @@ def average(value: Tensor) -> float:
         value = value.clone()
         distributed.all_reduce(value)
     return float(value) / count
+
+
+def _world() -> tuple[int, int]:
+    state = _state()
+    return int(state.process_index), int(state.num_processes)
 
 
 def _state(*, cpu: bool = False) -> PartialState:

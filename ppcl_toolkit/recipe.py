@@ -5,9 +5,9 @@ The values of the paper (Sec. 4.1, appendix 6) are the preset `paper`.
 
 import difflib
 import importlib.resources
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -28,6 +28,9 @@ from ppcl_toolkit.plan import FfnSwap, Interval, TextRun
 from ppcl_toolkit.units import UNITS, check_size
 from ppcl_toolkit.values import Count, Decay, Name, Seed, Share, check_call, read_yaml, shortened
 
+Kind = TypeVar("Kind", bound=BaseModel)
+COMPARISON = "compare_"
+"""How the names of shipped comparisons begin: they are recipes of another kind."""
 Lossname = Literal["direction", "relative_mse", "direction_magnitude"]
 
 
@@ -35,6 +38,10 @@ class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values never change."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    def dump(self) -> str:
+        """Return this as YAML, every key resolved."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 class Teacher(Section):
@@ -344,26 +351,7 @@ class Recipe(Section):
 
         Raises `PpclError` that names the line and the nearest known key.
         """
-        path = find_recipe(source)
-        try:
-            tree, data = read_yaml(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise PpclError(f"{path} is not YAML for a recipe: {_of_yaml(error)}") from error
-        data = {} if data is None else data
-        if not isinstance(data, dict):
-            raise PpclError(f"{path} holds no mapping of recipe keys")
-        for override in overrides:
-            _override(data, override)
-        merged = _merge(PRESETS.get(str(data.get("preset")), {}), data)
-        try:
-            return cls.model_validate(merged)
-        except ValidationError as error:
-            given = {tuple(override.partition("=")[0].split(".")) for override in overrides}
-            raise PpclError(_explain(error, path, tree, given)) from error
-
-    def dump(self) -> str:
-        """Return this recipe as YAML, every key resolved."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return read_recipe(cls, source, overrides)
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -378,10 +366,37 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+def read_recipe(model: type[Kind], source: str | Path, overrides: Sequence[str] = ()) -> Kind:
+    """Read a YAML file or a shipped recipe by name into a typed model; `overrides` are `section.key=value`.
+
+    Raises `PpclError` that names the line and the nearest known key.
+    """
+    path = find_recipe(source)
+    try:
+        tree, data = read_yaml(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PpclError(f"{path} is not YAML for a recipe: {_of_yaml(error)}") from error
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise PpclError(f"{path} holds no mapping of recipe keys")
+    for override in overrides:
+        _override(data, override)
+    merged = _merge(PRESETS.get(str(data.get("preset")), {}), data)
+    try:
+        return model.model_validate(merged)
+    except ValidationError as error:
+        given = {tuple(override.partition("=")[0].split(".")) for override in overrides}
+        raise PpclError(_explain(error, path, tree, (model, given))) from error
+
+
 def shipped_recipes() -> list[str]:
     """List the names of the recipes in the package."""
-    folder = importlib.resources.files("ppcl_toolkit.recipes")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return [name for name in _shipped() if not name.startswith(COMPARISON)]
+
+
+def shipped_comparisons() -> list[str]:
+    """List the names of the comparisons in the package."""
+    return [name for name in _shipped() if name.startswith(COMPARISON)]
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -389,9 +404,9 @@ def find_recipe(source: str | Path) -> Path:
     if Path(source).is_file():
         return Path(source)
     name = Path(source).name.removesuffix(".yaml")
-    if name in shipped_recipes() and str(source) in (name, f"{name}.yaml"):
+    if name in _shipped() and str(source) in (name, f"{name}.yaml"):
         return Path(str(importlib.resources.files("ppcl_toolkit.recipes") / f"{name}.yaml"))
-    raise PpclError(f"no recipe {str(source)!r}: give a YAML file or one of {', '.join(shipped_recipes())}")
+    raise PpclError(f"no recipe {str(source)!r}: give a YAML file or one of {', '.join(_shipped())}")
 
 
 def shipped_text(name: str) -> str:
@@ -399,6 +414,11 @@ def shipped_text(name: str) -> str:
     if name == "slurm":
         return (importlib.resources.files("ppcl_toolkit.recipes") / "slurm.sh").read_text()
     return find_recipe(name).read_text()
+
+
+def _shipped() -> list[str]:
+    folder = importlib.resources.files("ppcl_toolkit.recipes")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -426,13 +446,14 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain(error: ValidationError, path: Path, tree: yaml.Node | None, given: Collection[tuple[str, ...]]) -> str:
+def _explain(error: ValidationError, path: Path, tree: yaml.Node | None, asked: tuple[type[BaseModel], Any]) -> str:
+    model, given = asked
     messages = []
     for problem in error.errors():
         location = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            known = _keys_at(problem["loc"][:-1])
+            known = _keys_at(model, problem["loc"][:-1])
             close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
             message = "unknown key" + (f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}")
         elif problem["type"] != "missing":
@@ -454,8 +475,8 @@ def _of_yaml(error: Exception) -> str:
 _NO_KIND = FieldInfo()
 
 
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    models: list[type[BaseModel]] = [Recipe]
+def _keys_at(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    models = [root]
     for part in location:
         fields = models[0].model_fields if models else {}
         if part in fields:

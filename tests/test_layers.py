@@ -55,6 +55,7 @@ FLOORS = (
     ("ppcl_toolkit/stages/",),
     ("ppcl_toolkit/budget/",),
     ("ppcl_toolkit/algorithm.py",),
+    ("ppcl_toolkit/comparison/", "ppcl_toolkit/methods/"),
     ("ppcl_toolkit/console.py",),
     ("ppcl_toolkit/cli.py",),
 )

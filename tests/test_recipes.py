@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from ppcl_toolkit.adapter import available_adapters
-from ppcl_toolkit.recipe import PRESETS, Recipe, shipped_recipes
+from ppcl_toolkit.comparison.asked import Comparison
+from ppcl_toolkit.comparison.method import find_methods
+from ppcl_toolkit.recipe import PRESETS, Recipe, shipped_comparisons, shipped_recipes
 from ppcl_toolkit.units import parse_size
 
 
@@ -32,13 +34,23 @@ def test_a_shipped_recipe_is_valid(name):
         assert all(0 < parse_size(size, 10**15, unit) < 10**15 for unit, size in target.asked.items())
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", shipped_comparisons())
+def test_a_shipped_comparison_is_valid(name):
+    comparison = Comparison.load(name)
+    methods = [method.name for method in find_methods(comparison.methods)]
+    assert comparison.reference in methods
+    job = comparison.recipe()
+    assert True not in comparison.levers or job.modulation is not None
+    assert len(comparison.seeds) >= 3
+
+
+@pytest.mark.parametrize("name", [*shipped_recipes(), *shipped_comparisons()])
 def test_a_shipped_recipe_begins_with_what_it_is_and_how_to_run_it(name):
     head = [line for line in source(name).splitlines()[:8] if line.startswith("#")]
     assert any(f"--recipe {name}" in line for line in head), f"{name}.yaml does not say how it is run"
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", [*shipped_recipes(), *shipped_comparisons()])
 def test_every_key_of_a_section_carries_a_comment(name):
     lines = source(name).splitlines()
     said = {}

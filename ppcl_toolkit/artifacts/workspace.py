@@ -7,6 +7,7 @@ files are what they were: at every start names and sizes are compared, and SHA-2
 fine-tuning targets are hashed when they are first read, too, and `ppcl verify` hashes everything.
 """
 
+import copy
 import fcntl
 import functools
 import importlib.metadata
@@ -166,6 +167,10 @@ class Workspace:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "environment.json", _environment())
             write_text(self.path / "recipe.yaml", recipe)
+
+    def branch(self) -> "Workspace":
+        """Return this run again: stages of the branch need those made so far, and none that others branch off."""
+        return copy.copy(self)
 
     def stage(
         self,

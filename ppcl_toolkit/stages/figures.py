@@ -67,6 +67,28 @@ def tradeoff(points: Sequence[tuple[str, float, float, float]]) -> str:
         return _svg(figure)
 
 
+def methods(points: Sequence[tuple[str, float, float, float, bool]], labels: tuple[str, str]) -> str:
+    """Draw methods beside each other: (name, share in percent, figure, deviation, whether modulation is of low rank).
+
+    Open markers are those with whole modulation; every method has a colour and a marker of its own, as far as they go.
+    """
+    with matplotlib.rc_context(_STYLE):
+        names = list(dict.fromkeys(name for name, *_ in points))
+        figure, (axes,) = _panels(1, height=3.4 + 0.06 * len(names), width=8.6)
+        for name, share, value, deviation, low in points:
+            index = names.index(name)
+            color = INK if name == "teacher" else COLORS[index % len(COLORS)]
+            marker = MARKERS[(index + index // len(COLORS)) % len(MARKERS)]
+            face = color if low or name == "teacher" else "none"
+            axes.errorbar(
+                share, value, yerr=deviation or None, color=color, marker=marker, markerfacecolor=face, capsize=2, ms=5,
+                ls="none", label=None if name in axes.get_legend_handles_labels()[1] else name,
+            )  # fmt: skip
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+        return _svg(figure)
+
+
 def heatmaps(maps: Sequence[tuple[str, Array]], boxes: Mapping[str, Sequence[Span]]) -> str:
     """Draw similarity matrices [M, M] side by side on one scale; `boxes` outlines blocks `first` to `last` by title."""
     with matplotlib.rc_context({**_STYLE, "axes.grid": False}):

@@ -48,13 +48,22 @@ def record_velocities(runner: Runner, plans: Sequence[Plan], batches: Batches, s
         desk.progress(done, section.steps)
 
 
-def finetune(
-    runner: Runner, plan: Plan, bank: Bank, batches: Batches, velocities: Velocities, section: Finetune, desk: Desk
+def finetune(  # noqa: PLR0913 - the last is for comparisons
+    runner: Runner,
+    plan: Plan,
+    bank: Bank,
+    batches: Batches,
+    velocities: Velocities,
+    section: Finetune,
+    desk: Desk,
+    *,
+    frozen: int = 0,
 ) -> list[str]:
     """Assemble the student of `plan`, train it and write its weights; return why it stopped early, if it did.
 
     The loss is the mean squared velocity error, plus `features` times the depth loss at the end of every interval.
-    Targets that are not among `velocities` any more are recorded again.
+    Targets that are not among `velocities` any more are recorded again. The first `frozen` blocks of the student do not
+    learn.
     """
     rank, ranks = processes.world()
     numbers = range(steps_done(desk.folder) * ranks + rank, section.steps * ranks, ranks)
@@ -63,6 +72,9 @@ def finetune(
     # The teacher is not needed any more, and its place on the device is.
     runner.leave()
     student = student_of(runner.transformer, runner.adapter, plan, bank, batches[0])
+    student.requires_grad_(True)
+    for block, _ in student_blocks(student, runner.adapter, plan)[:frozen]:
+        block.requires_grad_(False)
     means = _means(runner, plan, student, batches, section)
     why = _said(means, section)
     desk.progress(0, section.steps, why)
@@ -118,7 +130,7 @@ def _prepared(
     # What is spread over the processes, or rests on the host, need not be whole on any device.
     place = HOST if spread or means.offload == "blocks" else device
     own = partial(_own, device=place, dtype=torch.float32 if exact else dtype)
-    student.requires_grad_(True).train()
+    student.train()
     if section.gradient_checkpointing and means.offload == "none":
         student.enable_gradient_checkpointing()  # type: ignore[operator]
     if spread:

@@ -323,3 +323,18 @@ def test_progress_is_reported_by_stage(tmp_path):
     run = run_of(tmp_path, progress=lambda *step: seen.append(step))
     run.stage("one", {}, Stage(units=2), read)
     assert [step[:3] for step in seen] == [("one", 1, 2), ("one", 2, 2)]
+
+
+def test_stages_of_branches_do_not_depend_on_each_other(tmp_path):
+    def made(run, name, value):
+        return run.stage(name, {"value": value}, lambda _: None, lambda folder: folder.name)
+
+    for first in (1, 2):
+        run = Workspace(tmp_path / "run")
+        run.open("seed: 1\n")
+        made(run, "root", 0)
+        shutil.rmtree(tmp_path / "run/one", ignore_errors=True)
+        made(run.branch(), "one", first)
+        # Made after another `one`, and the same nevertheless.
+        assert made(run.branch(), "two", 0) == "two"
+        run.close("seed: 1\n")

@@ -1,0 +1,245 @@
+"""`ppcl compare` on a tiny random pipeline: every run is made once, killed or not, alone or shared out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from ppcl_toolkit.cli import app
+from ppcl_toolkit.comparison.asked import Comparison
+from ppcl_toolkit.comparison.main import compare
+from ppcl_toolkit.comparison.method import known_methods
+from ppcl_toolkit.errors import PpclError
+
+JOB = """
+seed: 1
+device: cpu
+teacher:
+  path: {folder}/teacher
+  dtype: float32
+  call: {{height: 8, width: 8, num_inference_steps: 2, max_sequence_length: 8}}
+samples: {{prompts: {folder}/prompts.txt, count: 6, batch: 2}}
+modulation: {{rank: 3, batches: 4, batch: 4, velocity_batches: 1, guidance: [1.0, 3.5]}}
+probe: {{batches: 3, batch: 4}}
+intervals:
+  batches: 2
+  batch: 2
+  strategy: given
+  given:
+    - {{stack: transformer_blocks, first: 0, last: 1}}
+    - {{stack: transformer_blocks, first: 2, last: 3}}
+    - {{stack: single_transformer_blocks, first: 0, last: 1}}
+targets:
+  - {{name: light, modulation: true}}
+  - {{name: small, params: 60%, modulation: true, width: false}}
+select: {{batches: 1, batch: 2}}
+depth: {{steps: 4, batch: 2, checkpoint_every: 1}}
+width: {{steps: 3, batch: 2, ffn_blocks: 2, batches: 3}}
+finetune: {{steps: 6, batch: 2, checkpoint_every: 1}}
+export: {{dtype: float32}}
+evaluate: {{prompts: {folder}/prompts.txt, count: 2, seeds: [0], batch: 2, velocity_batches: 1}}
+"""
+COMPARISON = """
+job: {folder}/job.yaml
+methods: [default, uniform, velocity]
+modulation: {modulation}
+targets: [{{name: "70", params: 70%}}]
+seeds: [0, 1]
+passes: 2600
+tolerance: 0.08
+scoring: {{batches: 2, batch: 2}}
+"""
+RUN = """
+import os, signal, sys
+from ppcl_toolkit.comparison.asked import Comparison
+from ppcl_toolkit.comparison.main import compare
+recipe, out, kill = sys.argv[1:]
+def progress(stage, done, total, note=""):
+    if f"{stage}:{done}" == kill:
+        os.kill(os.getpid(), signal.SIGKILL)
+compare(Comparison.load(recipe), out, progress=progress)
+"""
+TIMES = ("latency_ms",)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tiny.flux_pipeline(5, 3).save_pretrained(folder / "teacher")
+    (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(6)))
+    (folder / "job.yaml").write_text(JOB.format(folder=folder))
+    (folder / "both.yaml").write_text(COMPARISON.format(folder=folder, modulation="both"))
+    (folder / "run.py").write_text(RUN)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(world):
+    return compare(Comparison.load(world / "both.yaml"), world / "whole"), world / "whole"
+
+
+def run(world, out, kill="never", processes=1):
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"] if processes > 1 else []
+    command = [sys.executable, *launcher, world / "run.py", world / "both.yaml", out, kill]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def figures(value):
+    if isinstance(value, dict):
+        return {key: figures(item) for key, item in value.items() if key not in TIMES}
+    return [figures(item) for item in value] if isinstance(value, list) else value
+
+
+def test_every_run_is_there_with_its_size_and_what_it_spent(whole):
+    summary, out = whole
+    assert len(summary["runs"]) == 3 * 2 * 2 and len(summary["rows"]) == 3 * 2
+    total = summary["teacher"]["params"]
+    for made in summary["runs"]:
+        assert "failed" not in made, made
+        assert made["off"] == 0 and abs(made["params"] / total / 0.7 - 1) <= 0.08
+        assert 0.5 * 2600 < sum(made["passes"].values()) <= 2600
+        assert made["steps"]["finetune"] >= 1
+        assert (made["passes"]["modulation"] > 0) == made["modulation"]
+        assert any("modulation" in operation for operation in made["plan"]) == made["modulation"]
+    searched = {made["method"]: made["passes"]["search"] for made in summary["runs"]}
+    # 8 blocks, 4 samples: the teacher, and behind each block those that come after it.
+    assert searched["uniform"] == 0 and searched["velocity"] == 4 * (8 + 28)
+    assert json.loads((out / "comparison.json").read_text()) == summary
+
+
+def test_the_table_says_all_of_it(whole):
+    summary, out = whole
+    text = (out / "comparison.md").read_text()
+    page = (out / "comparison.html").read_text()
+    assert len(text.splitlines()) == 2 + len(summary["rows"])
+    assert page.count("<tr>") == 1 + len(summary["rows"]) and page.count("<svg") == 2
+    # No scorer here: the velocity error decides.
+    assert summary["figure"] == "velocity_error"
+    tested = [row for row in summary["rows"] if row["method"] != "default"]
+    # A row is tested, or says why it is not.
+    for row in tested:
+        assert ("not tested" in row["note"]) == (row["p"] is None) == (row["error"] is None)
+    assert any(0 <= row["p"] <= 1 for row in tested if row["p"] is not None)
+
+
+def test_a_seed_changes_the_training_and_nothing_else(whole):
+    summary, _ = whole
+    by = {(m["method"], m["modulation"], m["seed"]): m for m in summary["runs"]}
+    one, other = by["velocity", False, 0], by["velocity", False, 1]
+    assert one["plan"] == other["plan"] and one["steps"] == other["steps"]
+    assert one["velocity_error"] != other["velocity_error"]
+
+
+def test_a_killed_comparison_ends_with_the_same_figures(world, whole):
+    out = world / "killed"
+    status, said = run(world, out, "runs/70/plain/velocity/0/finetune:3")
+    assert status == -signal.SIGKILL, said[-2000:]
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    assert made
+    status, said = run(world, out)
+    assert status == 0, said[-3000:]
+    assert all(path.stat().st_mtime_ns == before for path, before in made.items())
+    assert figures(json.loads((out / "comparison.json").read_text())) == figures(whole[0])
+
+
+def test_two_processes_share_out_the_runs(world, whole):
+    out = world / "together"
+    status, said = run(world, out, processes=2)
+    assert status == 0, said[-3000:]
+    one, other = whole[0]["runs"], json.loads((out / "comparison.json").read_text())["runs"]
+    assert [(m["method"], m["plan"], m["passes"]) for m in one] == [
+        (m["method"], m["plan"], m["passes"]) for m in other
+    ]
+    assert [m["velocity_error"] for m in other] == pytest.approx([m["velocity_error"] for m in one], rel=0.02)
+    assert {path.name for path in (out / "answers").iterdir()} == {"0", "1"}
+
+
+def test_methods_may_be_added_later(world, whole):
+    summary, out = whole
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    more = Comparison.load(world / "both.yaml", ["methods=[default, velocity, random_1]", "modulation=without"])
+    again = compare(more, out)
+    assert {row["method"] for row in again["rows"]} == {"default", "velocity", "random_1"}
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("methods=[default, unifrom]", "no method 'unifrom'; did you mean 'uniform'"),
+        ("methods=[velocity]", "reference: 'default' is none of the methods"),
+        ("targets=[{name: a, params: 70%, flops: 70%}]", "give params or flops"),
+        ("settings={modulation: null, 'targets': [{name: a, params: 50%}]}", "has no section modulation"),
+        ("seeds=[1, 1]", "stands there twice"),
+        ("sedes=[1]", "unknown key, did you mean 'seeds'"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(world, tmp_path, override, said):
+    with pytest.raises(PpclError, match=said):
+        compare(Comparison.load(world / "both.yaml", [override]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_that_the_search_uses_up_is_said_in_the_row(world, tmp_path):
+    few = Comparison.load(world / "both.yaml", ["passes=300", "modulation=without", "seeds=[0]"])
+    rows = {row["method"]: row for row in compare(few, tmp_path / "run")["rows"]}
+    assert "300 block passes are too few for default" in rows["default"]["note"]
+    assert rows["uniform"]["seeds"] == 1 and rows["default"]["seeds"] == 0
+
+
+def test_a_size_that_no_blocks_have_is_marked_and_not_tested(world, tmp_path):
+    given = ["tolerance=0.0001", "modulation=without", "seeds=[0]", "methods=[default, uniform]"]
+    exact = Comparison.load(world / "both.yaml", [*given, "targets=[{name: a, params: 75%}]"])
+    rows = {row["method"]: row for row in compare(exact, tmp_path / "run")["rows"]}
+    assert all("off the target: " in row["note"] for row in rows.values())
+    assert ("not tested" in rows["uniform"]["note"]) == (rows["uniform"]["size"] != rows["default"]["size"])
+    assert "not tested" in rows["uniform"]["note"] and rows["uniform"]["difference"] is None
+
+
+NARROW = ("table2_wp_text", "table2_wp_ffn", "paper")
+
+
+def few(world, out, methods, *overrides):
+    given = [f"methods=[{', '.join(methods)}]", "seeds=[0]", "passes=1200", "tolerance=0.15", *overrides]
+    summary = compare(Comparison.load(world / "both.yaml", given), out)
+    return {made["method"]: made for made in summary["runs"]}
+
+
+def test_every_method_goes_its_whole_way(world, tmp_path):
+    files = {name: own for name, own in known_methods().items() if name not in ("random", "uniform", "paper")}
+    names = [method.name for own in files.values() for method in own if method.name not in NARROW]
+    by = few(world, tmp_path / "run", names, "modulation=with", "targets=[{name: a, params: 60%}]")
+    assert [name for name, made in by.items() if "failed" in made] == ["dense2moe"]
+    assert "mixture of experts" in by.pop("dense2moe")["failed"]
+    assert all(made["velocity_error"] > 0 and made["rmse"] >= 0 for made in by.values())
+    stages = {name: set(made["steps"]) for name, made in by.items()}
+    for row in ("baseline", "lp_a", "lp", "lp_b", "dp"):
+        assert stages[f"table2_{row}"] == {"depth"}
+    assert stages["velocity"] == stages["tinyfusion"] == {"finetune"}
+    assert stages["amber_image"] == stages["default"] == {"depth", "finetune"}
+    assert "dense2moe" in (tmp_path / "run/comparison.md").read_text()
+
+
+def test_rows_with_narrow_blocks_learn_them(world, tmp_path):
+    given = ["settings={width.text_threshold: 0.0, width.text_blocks: 4, width.ffn_blocks: 5}", "reference=paper"]
+    by = few(world, tmp_path / "run", NARROW, *given, "modulation=without", "targets=[{name: a, params: 55%}]")
+    assert not [made["failed"] for made in by.values() if "failed" in made]
+    assert all("width" in made["steps"] for made in by.values())
+    assert "finetune" in by["paper"]["steps"] and "finetune" not in by["table2_wp_ffn"]["steps"]
+    assert any(" text [" in operation for operation in by["table2_wp_text"]["plan"])
+    assert not any(" ffn " in operation for operation in by["table2_wp_text"]["plan"])
+
+
+def test_the_command_prints_the_table(world, whole):
+    _, out = whole
+    words = ["compare", "--recipe", str(world / "both.yaml"), "--out", str(out), "--set", "methods=[default]"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "default" in done.output and "comparison.html" in done.output
