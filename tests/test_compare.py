@@ -237,6 +237,26 @@ def test_rows_with_narrow_blocks_learn_them(world, tmp_path):
     assert not any(" ffn " in operation for operation in by["table2_wp_text"]["plan"])
 
 
+def test_the_default_may_choose_by_a_program_and_is_charged_for_it(world, tmp_path):
+    """Among wider candidates than the others have; what it takes together is a search, too."""
+    given = ["modulation=without", "tolerance=0.05", "passes=2000"]
+    searched = {}
+    for order in ("price", "program"):
+        settings = f"settings={{select.order: {order}, intervals.strategy: trend, width.ffn_blocks: 8}}"
+        made = few(world, tmp_path / order, ["default"], settings, *given)["default"]
+        assert made["off"] == 0 and made["velocity_error"] > 0
+        searched[order] = made["passes"]["search"]
+    errors = json.loads((tmp_path / "program" / "errors" / "errors.json").read_text())
+    assert {"transformer_blocks[1,2]", "transformer_blocks[0,3]", "transformer_blocks[1] ffn image"} <= errors.keys()
+    # Two samples through eight blocks for each candidate and for the teacher, twice; as many for what goes together.
+    once = searched["program"] - searched["price"] - 16 * (len(errors) - len(_priced(tmp_path)))
+    assert once > 0 and once % 16 == 0
+
+
+def _priced(folder):
+    return json.loads((folder / "price" / "errors" / "errors.json").read_text())
+
+
 def test_the_command_prints_the_table(world, whole):
     _, out = whole
     words = ["compare", "--recipe", str(world / "both.yaml"), "--out", str(out), "--set", "methods=[default]"]

@@ -27,7 +27,7 @@ PLACES = {
         "ppcl_toolkit/shapes/",
     ),
     "torchao": ("ppcl_toolkit/training/optimizers.py", "ppcl_toolkit/training/lowbit.py"),
-    "scipy": ("ppcl_toolkit/surgery/program.py",),
+    "scipy": ("ppcl_toolkit/surgery/program.py", "ppcl_toolkit/comparison/verdict.py"),
     "matplotlib": ("ppcl_toolkit/stages/figures.py", "ppcl_toolkit/shapes/"),
     "jinja2": ("ppcl_toolkit/stages/report.py", "ppcl_toolkit/surgery/modelling.py"),
 }

@@ -31,9 +31,9 @@ from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.stages.evaluate import examine, load_measurement, measure
 from ppcl_toolkit.stages.intervals import Candidates
 from ppcl_toolkit.stages.modulation import LowRankChoice, check_modulation
-from ppcl_toolkit.stages.select import Goal, ffn_candidates
+from ppcl_toolkit.stages.select import Goal, ffn_candidates, more_candidates
 from ppcl_toolkit.surgery.costs import Costs
-from ppcl_toolkit.training.substitution import Candidate, Measured
+from ppcl_toolkit.training.substitution import Candidate, Measured, measure_together
 from ppcl_toolkit.training.substitution import measure as substitution_errors
 from ppcl_toolkit.units import Cost, parse_size
 
@@ -120,7 +120,7 @@ class _Shared:
         self._low = run.low_rank() if self._job.modulation is not None else None
         candidates = run.candidates()
         self._found = Candidates.load(root.path / "intervals")
-        self._measured = self._errors(candidates)
+        self._measured, self._wider = self._errors(candidates)
         batches = run.noised("scores", section.batch)(0, section.batches)
         make = partial(score_blocks, self._runner, batches, section.batches)
         self._scores = root.stage("scores", section, make, Scores.load)
@@ -166,30 +166,39 @@ class _Shared:
             scores=self._scores,
             found=self._found,
             measured=self._measured,
+            wider=self._wider,
+            together=self._together,
             passes=self._asked.passes,
         )
 
     def _seeded(self, seed: int, stage: str, size: int) -> Batches:
         return replace(self._run.noised(stage, size), seed=zlib.crc32(f"{stage} {seed}".encode()))
 
-    def _errors(self, candidates: Sequence[Candidate]) -> list[Measured]:
-        """Measure what each candidate costs: stage `errors`, by one process."""
+    def _together(self, operations: Sequence[Candidate]) -> tuple[float, list[float]]:
+        batches = self._run.noised("select", self._job.select.batch)
+        return measure_together(self._runner, self._teacher.plan(), operations, batches, self._job.select.batches)
+
+    def _errors(self, candidates: Sequence[Candidate]) -> tuple[list[Measured], list[Measured]]:
+        """Measure what each candidate costs: stage `errors`, by one process; those of Algorithm 1, and all."""
         plan, job = self._teacher.plan(), self._job
         intervals = [one for one in candidates if isinstance(one, Interval)]
         runs = [one for one in candidates if not isinstance(one, Interval)]
         wanted = [*intervals, *(job.width.given or [*runs, *ffn_candidates(self._runner, job.width)])]
+        more = more_candidates(self._runner, plan, wanted, job) if job.select.order == "program" else ()
+        everything = list(dict.fromkeys([*wanted, *more]))
         batches = self._run.noised("select", job.select.batch)
 
         def make(desk: Desk) -> None:
             found = {}
-            for one, error in substitution_errors(self._runner, plan, wanted, batches, job.select.batches):
+            for one, error in substitution_errors(self._runner, plan, everything, batches, job.select.batches):
                 found[str(one)] = error
-                desk.progress(len(found), len(wanted), f"{one}: {error:.3f}")
+                desk.progress(len(found), len(everything), f"{one}: {error:.3f}")
             write_json(desk.folder / "errors.json", found)
 
         known = self._workspace.stage("errors", job.select, make, _read)
-        saves = {str(one): self._total - self._costs(plan.with_operations([one])) for one in wanted}
-        return [Measured(operation=one, error=known[str(one)], saves=saves[str(one)]) for one in wanted]
+        saves = {str(one): self._total - self._costs(plan.with_operations([one])) for one in everything}
+        measured = [Measured(operation=one, error=known[str(one)], saves=saves[str(one)]) for one in everything]
+        return measured[: len(wanted)], measured
 
     def _examined(self, desk: Desk) -> None:
         with processes.apart(), self._runner.calling(self._teacher.pipeline):

@@ -19,6 +19,7 @@ from ppcl_toolkit.recipe import Lossname, Recipe
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.stages.intervals import Candidates
+from ppcl_toolkit.stages.select import Together
 from ppcl_toolkit.surgery.costs import Costs
 from ppcl_toolkit.training.substitution import Measured
 
@@ -86,6 +87,10 @@ class Ground:
     """Intervals and text runs of Algorithm 1, and the curves of CKA."""
     measured: Sequence[Measured]
     """These, and FFNs, with what each costs alone."""
+    wider: Sequence[Measured] = ()
+    """These, and what else an integer program tries, where the job chooses by one."""
+    together: Together | None = None
+    """Measures several operations together."""
     passes: int
     """All that the run may spend, in b."""
 

@@ -1,13 +1,13 @@
 """Rules that methods share: from an order of blocks, or from measured candidates, to a plan of the asked size."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ppcl_toolkit.comparison.method import Ground, Pick, Place, Unreachable
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import Interval, Plan
+from ppcl_toolkit.plan import Interval, Plan, TextRun
 from ppcl_toolkit.recipe import Target, Width
-from ppcl_toolkit.stages.select import choose
-from ppcl_toolkit.training.substitution import Measured
+from ppcl_toolkit.stages.select import choose, choose_by_program
+from ppcl_toolkit.training.substitution import Candidate, Measured
 
 _STEPS = 12
 """Sizes at which a chooser is asked, from one end of what counts as matched to the other, and as many below."""
@@ -63,6 +63,28 @@ def without(ground: Ground, dropped: Iterable[Place], *, average: bool = False, 
     return Pick(plan=ground.plan.with_operations([*operations, *ground.lever]), sources=sources, passes=passes)
 
 
+def programmed(ground: Ground, *, width: bool) -> Pick:
+    """Let an integer program pick among all that was measured, what it takes together included, as `chosen` does."""
+    job, looks = ground.job, 0
+    assert ground.together is not None
+
+    def together(operations: Sequence[Candidate]) -> tuple[float, Sequence[float]]:
+        nonlocal looks
+        assert ground.together is not None
+        looks += 2 + sum(not isinstance(each, TextRun) for each in operations)
+        return ground.together(operations)
+
+    def choice(target: Target, limits: Width) -> Plan:
+        found = choose_by_program(
+            ground.plan, ground.wider, [target], ground.costs, limits, together=together, modulation=ground.lever
+        )
+        return found.plans[target.name]
+
+    plan = _matched(ground, choice, width=width)
+    measured = looks * job.select.batches * job.select.batch * sum(ground.plan.depths.values())
+    return Pick(plan=plan, passes=search_passes(ground, len(ground.wider)) + measured)
+
+
 def chosen(
     ground: Ground, candidates: Sequence[Measured], *, order: str = "price", width: bool = False, depth: float = 1.0
 ) -> Pick:
@@ -72,28 +94,12 @@ def chosen(
     its choices is matched, the first set in the order of its prices is taken that is. `depth` is the share of what has
     to go that goes by intervals; the rest is left to width.
     """
-    window, best = ground.window, None
-    limits = ground.job.width if width else Width(text_blocks=0, ffn_blocks=0)
-    for step in range(2 * _STEPS + 1):
-        size = window.most - step * (window.most - window.least) // _STEPS
-        sizes = {window.unit: str(size)}
-        if depth < 1:
-            # Of another unit, as many parameters as its share: blocks have nearly all of both.
-            total = ground.costs(ground.plan)
-            sizes["depth"] = str(
-                total.params - int((ground.whole - size) / total.of(window.unit) * depth * total.params)
-            )
-        target = Target.model_validate({"name": "asked", "width": width, "modulation": bool(ground.lever), **sizes})
-        try:
-            plan = _choice(ground, candidates, target, limits, order)
-        except PpclError as error:
-            if best is None:
-                raise Unreachable(str(error)) from error
-            break
-        best = plan if best is None or miss(ground, plan) < miss(ground, best) else best
-        if not miss(ground, best):
-            break
-    assert best is not None
+
+    def choice(target: Target, limits: Width) -> Plan:
+        found = choose(ground.plan, candidates, [target], ground.costs, limits, order=order, modulation=ground.lever)
+        return found.plans[target.name]
+
+    best = _matched(ground, choice, width=width, depth=depth)
     if miss(ground, best):
         other = _by_price(ground, [one for one in candidates if isinstance(one.operation, Interval)])
         best = other if miss(ground, other) < miss(ground, best) else best
@@ -134,9 +140,31 @@ def search_passes(ground: Ground, candidates: int) -> int:
     return looked * blocks
 
 
-def _choice(ground: Ground, candidates: Sequence[Measured], target: Target, limits: Width, order: str) -> Plan:
-    choice = choose(ground.plan, candidates, [target], ground.costs, limits, order=order, modulation=ground.lever)
-    return choice.plans["asked"]
+def _matched(ground: Ground, choice: Callable[[Target, Width], Plan], *, width: bool, depth: float = 1.0) -> Plan:
+    """Ask for sizes from the upper end of the window downwards until one is matched; return what comes nearest."""
+    window, best = ground.window, None
+    limits = ground.job.width if width else Width(text_blocks=0, ffn_blocks=0)
+    for step in range(2 * _STEPS + 1):
+        size = window.most - step * (window.most - window.least) // _STEPS
+        sizes = {window.unit: str(size)}
+        if depth < 1:
+            # Of another unit, as many parameters as its share: blocks have nearly all of both.
+            total = ground.costs(ground.plan)
+            sizes["depth"] = str(
+                total.params - int((ground.whole - size) / total.of(window.unit) * depth * total.params)
+            )
+        target = Target.model_validate({"name": "asked", "width": width, "modulation": bool(ground.lever), **sizes})
+        try:
+            plan = choice(target, limits)
+        except PpclError as error:
+            if best is None:
+                raise Unreachable(str(error)) from error
+            break
+        best = plan if best is None or miss(ground, plan) < miss(ground, best) else best
+        if not miss(ground, best):
+            break
+    assert best is not None
+    return best
 
 
 def miss(ground: Ground, plan: Plan) -> float:

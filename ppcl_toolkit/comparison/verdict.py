@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from scipy.stats import t as student
+
 
 @dataclass(frozen=True, slots=True)
 class Paired:
@@ -34,20 +36,8 @@ def paired(scores: Mapping[str, float], reference: Mapping[str, float]) -> Paire
 
 
 def two_sided(t: float, freedom: int) -> float:
-    """Return P(|T| >= |t|) of Student's distribution, by its finite series for whole degrees of freedom.
-
-    With theta = atan(|t| / sqrt(n)), 1 - P is a sum of cosines (Abramowitz and Stegun 26.7.3 and 26.7.4).
-    """
-    theta = math.atan(abs(t) / math.sqrt(freedom))
-    sine, cosine = math.sin(theta), math.cos(theta)
-    odd = freedom % 2
-    term = cosine if odd else 1.0
-    total = term if freedom > 1 else 0.0
-    for k in range(2 + odd, freedom - 1, 2):
-        term *= cosine**2 * (k - 1) / k
-        total += term
-    within = 2 / math.pi * (theta + sine * total) if odd else sine * total
-    return min(1.0, max(0.0, 1 - within))
+    """Return P(|T| >= |t|) of Student's distribution."""
+    return float(2 * student.sf(abs(t), freedom))
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:

@@ -33,6 +33,8 @@ from ppcl_toolkit.surgery.program import Limit, Program
 from ppcl_toolkit.training.substitution import Candidate, Measured, measure, measure_together
 from ppcl_toolkit.units import UNITS, Cost, parse_size
 
+Together = Callable[[Sequence[Candidate]], tuple[float, Sequence[float]]]
+"""Returns the error of several operations in place together, and that without each of the first of them."""
 _ROUNDS = 4
 """Choices of a program that are measured together, for each target."""
 _LEAST = 0.01
@@ -61,14 +63,16 @@ def select(
         runs = [candidate for candidate in candidates if isinstance(candidate, TextRun)]
         operations += recipe.width.given or [*runs, *ffn_candidates(runner, recipe.width)]
     if recipe.select.order == "program":
-        operations = list(dict.fromkeys([*operations, *_more(runner, plan, operations, recipe)]))
+        operations = list(dict.fromkeys([*operations, *more_candidates(runner, plan, operations, recipe)]))
     costs = Costs(runner.transformer, runner.adapter, batches[0], getattr(torch, recipe.export.dtype))
     measured = _measured(runner, plan, operations, (batches, recipe.select.batches, costs), desk)
     if processes.is_main():
         order = recipe.select.order
         if order == "program":
             together = partial(_together, runner, plan, (batches, recipe.select.batches), desk)
-            choice = choose_by_program(plan, measured, recipe, costs, together, modulation)
+            choice = choose_by_program(
+                plan, measured, recipe.targets, costs, recipe.width, together=together, modulation=modulation
+            )
         else:
             choice = choose(plan, measured, recipe.targets, costs, recipe.width, order=order, modulation=modulation)
         choice.save(desk.folder, measured)
@@ -118,7 +122,7 @@ def ffn_candidates(runner: Runner, width: Width) -> list[FfnSwap]:
     return found
 
 
-def _more(runner: Runner, plan: Plan, found: Sequence[Candidate], recipe: Recipe) -> Iterator[Candidate]:
+def more_candidates(runner: Runner, plan: Plan, found: Sequence[Candidate], recipe: Recipe) -> Iterator[Candidate]:
     """Yield what a program tries beside what was found, and what of that the recipe has not given."""
     if recipe.intervals.strategy != "given":
         for stack, depth in plan.depths.items():
@@ -145,21 +149,23 @@ def _parts(operation: Candidate, most: int) -> Iterator[Candidate]:
 def choose_by_program(
     plan: Plan,
     measured: Sequence[Measured],
-    recipe: Recipe,
+    targets: Sequence[Target],
     costs: Callable[[Plan], Cost],
-    together: Callable[[Sequence[Candidate]], tuple[float, Sequence[float]]],
+    width: Width,
+    *,
+    together: Together,
     modulation: Sequence[ModulationSwap] = (),
 ) -> "Choice":
     """Choose for the largest target from all that was `measured`, and for smaller ones what goes beside that.
 
-    `together` returns the error of several operations, and those without each. A target that nothing reaches beside
+    A target that nothing reaches beside
     what larger ones lose is chosen for by itself; one that is out of reach is a `PpclError`, as `choose` says it.
     """
     total = costs(plan)
-    goals = {target.name: Goal(target, total) for target in recipe.targets}
+    goals = {target.name: Goal(target, total) for target in targets}
     plans: dict[str, Plan] = {}
     taken: list[Measured] = []
-    for target in sorted(recipe.targets, key=lambda t: goals[t.name].shares(total), reverse=True):
+    for target in sorted(targets, key=lambda t: goals[t.name].shares(total), reverse=True):
         goal, base = goals[target.name], plan.with_operations(modulation if target.modulation else [])
         allowed = [m for m in measured if isinstance(m.operation, Interval) or target.width]
         before = [m for m in taken if m in allowed]
@@ -167,7 +173,7 @@ def choose_by_program(
         for fixed, others in ways:
             start = base.with_operations([*base.operations, *(m.operation for m in fixed)])
             among = [m for m in others if m not in fixed and _valid(start, m.operation)]
-            limits = _limits(among, fixed, goal, recipe.width, total)
+            limits = _limits(among, fixed, goal, width, total)
             program = Program(start, [m.operation for m in among], costs, goal.missing, limits)
             chosen = _improved(program, among, fixed, together)
             if chosen is not None:
@@ -176,15 +182,15 @@ def choose_by_program(
                 taken += [m for m in added if m not in taken]
                 break
         else:
-            plans |= choose(plan, measured, [target], costs, recipe.width, modulation=modulation).plans
-    return Choice(plans={t.name: plans[t.name] for t in recipe.targets}, order=tuple(m.operation for m in taken))
+            plans |= choose(plan, measured, [target], costs, width, modulation=modulation).plans
+    return Choice(plans={t.name: plans[t.name] for t in targets}, order=tuple(m.operation for m in taken))
 
 
 def _improved(
     program: Program,
     measured: Sequence[Measured],
     fixed: Sequence[Measured],
-    together: Callable[[Sequence[Candidate]], tuple[float, Sequence[float]]],
+    together: Together,
 ) -> list[int] | None:
     """Solve a program for squares of errors, then for what they come to together; return the best choice of those.
 

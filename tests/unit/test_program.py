@@ -63,6 +63,12 @@ def apart(found, operations):
     return sum(squares) ** 0.5, [(sum(squares) - square) ** 0.5 for square in squares]
 
 
+def programmed(teacher, found, given, costs, together, low=()):
+    return choose_by_program(
+        plan_of(teacher), found, given.targets, costs, given.width, together=together, modulation=low
+    )
+
+
 def least(base, found, costs, goal, fits=bool):
     """The least sum of squares of all subsets that make a plan and meet a goal; None where there is none."""
     best = None
@@ -89,7 +95,7 @@ def spent(found, plan):
 def test_nothing_that_is_valid_and_small_enough_has_a_smaller_sum(teacher, costs, seed, asked):
     found = measured(teacher, costs, seed)
     given = recipe(asked)
-    choice = choose_by_program(plan_of(teacher), found, given, costs, partial(apart, found))
+    choice = programmed(teacher, found, given, costs, partial(apart, found))
     goal = Goal(given.targets[0], costs(plan_of(teacher)))
     assert not goal.missing(costs(choice.plans["t0"]))
     assert spent(found, choice.plans["t0"]) == pytest.approx(least(plan_of(teacher), found, costs, goal))
@@ -107,7 +113,7 @@ def test_limits_of_the_recipe_and_of_a_target_hold(teacher, costs, seed):
         deep = whole.params - costs(plan_of(teacher, *plan.intervals)).params
         return runs <= 2 and len(plan.ffn_swaps) <= 1 and deep <= whole.params - goal.depth + block
 
-    plan = choose_by_program(plan_of(teacher), found, given, costs, partial(apart, found)).plans["t0"]
+    plan = programmed(teacher, found, given, costs, partial(apart, found)).plans["t0"]
     assert fits(plan)
     assert spent(found, plan) == pytest.approx(least(plan_of(teacher), found, costs, goal, fits))
 
@@ -116,7 +122,7 @@ def test_limits_of_the_recipe_and_of_a_target_hold(teacher, costs, seed):
 def test_targets_nest_and_a_smaller_one_is_the_best_beside_what_the_larger_loses(teacher, costs, seed):
     found = measured(teacher, costs, seed)
     given = recipe({"params": "65%"}, {"params": "85%", "width": False})
-    choice = choose_by_program(plan_of(teacher), found, given, costs, partial(apart, found))
+    choice = programmed(teacher, found, given, costs, partial(apart, found))
     small, large = choice.plans["t0"], choice.plans["t1"]
     assert set(large.operations) <= set(small.operations) and large.is_depth_only
     assert set(choice.order) == set(small.operations)
@@ -132,7 +138,7 @@ def test_modulation_goes_first_and_saves_what_it_saves(teacher, costs):
     found = measured(teacher, costs, 3, INTERVALS)
     low = [ModulationSwap(stack=stack.path, rank=2) for stack in (DUAL, SINGLE)]
     given = recipe({"params": "60%", "modulation": True, "width": False}, {"modulation": True})
-    choice = choose_by_program(plan_of(teacher), found, given, costs, partial(apart, found), low)
+    choice = programmed(teacher, found, given, costs, partial(apart, found), low)
     base, goal = plan_of(teacher, *low), Goal(given.targets[0], costs(plan_of(teacher)))
     assert choice.plans["t1"].operations == base.operations
     assert set(low) <= set(choice.plans["t0"].operations)
@@ -155,16 +161,16 @@ def test_what_costs_more_together_is_left_for_another_choice(teacher, costs):
         return error, without
 
     asked = {"params": f"{100 - 95 * (found[0].saves.params + found[2].saves.params) / whole.params:.2f}%"}
-    alone = choose_by_program(plan_of(teacher), found, recipe(asked), costs, partial(apart, found)).plans["t0"]
+    alone = programmed(teacher, found, recipe(asked), costs, partial(apart, found)).plans["t0"]
     assert alone.operations == tuple(blocks[:2])
-    plan = choose_by_program(plan_of(teacher), found, recipe(asked), costs, together).plans["t0"]
+    plan = programmed(teacher, found, recipe(asked), costs, together).plans["t0"]
     assert set(plan.operations) in [{blocks[0], blocks[2]}, {blocks[1], blocks[2]}]
 
 
 def test_what_is_out_of_reach_names_the_nearest(teacher, costs):
     found = measured(teacher, costs, 0, INTERVALS)
     with pytest.raises(PpclError, match=r"target 't0': 5% is .* parameters, the candidates reach .* allow more"):
-        choose_by_program(plan_of(teacher), found, recipe({"params": "5%"}), costs, partial(apart, found))
+        programmed(teacher, found, recipe({"params": "5%"}), costs, partial(apart, found))
 
 
 def test_savings_in_common_are_known(teacher, costs):
@@ -235,6 +241,6 @@ def test_a_greedy_choice_is_no_better_by_what_both_go_by(teacher, costs):
     for seed in range(5):
         found = measured(teacher, costs, seed)
         given = recipe({"params": "68%"})
-        program = choose_by_program(plan_of(teacher), found, given, costs, partial(apart, found)).plans["t0"]
+        program = programmed(teacher, found, given, costs, partial(apart, found)).plans["t0"]
         greedy = choose(plan_of(teacher), found, given.targets, costs, given.width).plans["t0"]
         assert spent(found, program) <= spent(found, greedy) + 1e-12
