@@ -24,6 +24,7 @@ from ppcl_toolkit.recipe import Recipe, Target
 from ppcl_toolkit.running.noise import Batches, Calibration, Sample, share_of_negatives
 from ppcl_toolkit.running.placement import Placement, host_bytes
 from ppcl_toolkit.running.schedule import Batch, Runner
+from ppcl_toolkit.selection.choice import Choice, Goal
 from ppcl_toolkit.stages.depth import distill_depth
 from ppcl_toolkit.stages.evaluate import evaluate, examine, summarise
 from ppcl_toolkit.stages.export import Variant, export
@@ -33,7 +34,7 @@ from ppcl_toolkit.stages.modulation import LowRankChoice, bank_low_rank, check_m
 from ppcl_toolkit.stages.probe import Probes, probe
 from ppcl_toolkit.stages.report import write_report
 from ppcl_toolkit.stages.samples import EMPTY, load_samples, record_samples, sources
-from ppcl_toolkit.stages.select import Choice, Goal, check_given, select
+from ppcl_toolkit.stages.select import check_given, select
 from ppcl_toolkit.stages.width import distill_width
 from ppcl_toolkit.surgery.assemble import student_of
 from ppcl_toolkit.surgery.costs import Costs

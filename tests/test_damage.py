@@ -18,12 +18,12 @@ from ppcl_toolkit.artifacts.record import Record
 from ppcl_toolkit.artifacts.verify import verify
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
+from ppcl_toolkit.selection.choice import Choice
 from ppcl_toolkit.stages.evaluate import load_measurement
 from ppcl_toolkit.stages.export import Variant
 from ppcl_toolkit.stages.intervals import Candidates
 from ppcl_toolkit.stages.modulation import LowRankChoice
 from ppcl_toolkit.stages.report import write_report
-from ppcl_toolkit.stages.select import Choice
 from ppcl_toolkit.training.checkpoint import load_result
 
 RECIPE = """

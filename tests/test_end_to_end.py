@@ -19,8 +19,8 @@ from ppcl_toolkit.artifacts.pipeline import load_pipeline
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.selection.choice import Choice
 from ppcl_toolkit.stages.samples import load_samples
-from ppcl_toolkit.stages.select import Choice
 
 RECIPE = """
 seed: 1

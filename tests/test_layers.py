@@ -27,7 +27,7 @@ PLACES = {
         "ppcl_toolkit/shapes/",
     ),
     "torchao": ("ppcl_toolkit/training/optimizers.py", "ppcl_toolkit/training/lowbit.py"),
-    "scipy": ("ppcl_toolkit/surgery/program.py", "ppcl_toolkit/comparison/verdict.py"),
+    "scipy": ("ppcl_toolkit/selection/program.py", "ppcl_toolkit/comparison/verdict.py"),
     "matplotlib": ("ppcl_toolkit/stages/figures.py", "ppcl_toolkit/shapes/"),
     "jinja2": ("ppcl_toolkit/stages/report.py", "ppcl_toolkit/surgery/modelling.py"),
 }
@@ -52,6 +52,7 @@ FLOORS = (
     ("ppcl_toolkit/surgery/",),
     ("ppcl_toolkit/artifacts/",),
     ("ppcl_toolkit/training/",),
+    ("ppcl_toolkit/selection/",),
     ("ppcl_toolkit/stages/",),
     ("ppcl_toolkit/budget/",),
     ("ppcl_toolkit/algorithm.py",),

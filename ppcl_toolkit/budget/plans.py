@@ -12,8 +12,9 @@ from ppcl_toolkit.budget.model import Model
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Interval, ModulationSwap, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.selection.candidates import ffn_candidates
+from ppcl_toolkit.selection.greedy import choose
 from ppcl_toolkit.stages.modulation import check_modulation, swaps
-from ppcl_toolkit.stages.select import choose, ffn_candidates
 from ppcl_toolkit.training.substitution import Candidate, Measured
 from ppcl_toolkit.units import Cost
 

@@ -28,10 +28,11 @@ from ppcl_toolkit.plan import Interval
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.selection.candidates import ffn_candidates, more_candidates
+from ppcl_toolkit.selection.choice import Goal
 from ppcl_toolkit.stages.evaluate import examine, load_measurement, measure
 from ppcl_toolkit.stages.intervals import Candidates
 from ppcl_toolkit.stages.modulation import LowRankChoice, check_modulation
-from ppcl_toolkit.stages.select import Goal, ffn_candidates, more_candidates
 from ppcl_toolkit.surgery.costs import Costs
 from ppcl_toolkit.training.substitution import Candidate, Measured, measure_together
 from ppcl_toolkit.training.substitution import measure as substitution_errors

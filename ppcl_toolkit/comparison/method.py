@@ -18,8 +18,8 @@ from ppcl_toolkit.plan import Form, ModulationSwap, Plan
 from ppcl_toolkit.recipe import Lossname, Recipe
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.selection.joint import Together
 from ppcl_toolkit.stages.intervals import Candidates
-from ppcl_toolkit.stages.select import Together
 from ppcl_toolkit.surgery.costs import Costs
 from ppcl_toolkit.training.substitution import Measured
 

@@ -6,7 +6,8 @@ from ppcl_toolkit.comparison.method import Ground, Pick, Place, Unreachable
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Interval, Plan, TextRun
 from ppcl_toolkit.recipe import Target, Width
-from ppcl_toolkit.stages.select import choose, choose_by_program
+from ppcl_toolkit.selection.greedy import choose
+from ppcl_toolkit.selection.joint import choose_by_program
 from ppcl_toolkit.training.substitution import Candidate, Measured
 
 _STEPS = 12

@@ -19,9 +19,9 @@ from ppcl_toolkit.recipe import Modulation, Recipe, Target, Width
 from ppcl_toolkit.running.noise import Calibration
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.selection.greedy import choose
 from ppcl_toolkit.stages.modulation import LowRankChoice, bank_low_rank, check_modulation, find_modulation
 from ppcl_toolkit.stages.samples import EMPTY, load_samples, record_samples
-from ppcl_toolkit.stages.select import choose
 from ppcl_toolkit.surgery.assemble import reshape, student_blocks, student_of
 from ppcl_toolkit.surgery.costs import Costs
 from ppcl_toolkit.training.substitution import Measured

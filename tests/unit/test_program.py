@@ -11,10 +11,13 @@ from runs import DUAL, SINGLE, batches, desk, identity, plan_of, runner
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, ModulationSwap, TextRun
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.selection.choice import Choice, Goal
+from ppcl_toolkit.selection.greedy import choose
+from ppcl_toolkit.selection.joint import choose_by_program
+from ppcl_toolkit.selection.program import Program
 from ppcl_toolkit.stages import select as stage
-from ppcl_toolkit.stages.select import Choice, Goal, choose, choose_by_program, select
+from ppcl_toolkit.stages.select import select
 from ppcl_toolkit.surgery.costs import Costs
-from ppcl_toolkit.surgery.program import Program
 from ppcl_toolkit.training.substitution import Measured, measure, measure_together
 
 INTERVALS = [

@@ -12,8 +12,11 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, ModulationSwap, TextRun
 from ppcl_toolkit.recipe import Recipe, Target, Width
 from ppcl_toolkit.running.placement import Placement
+from ppcl_toolkit.selection.candidates import ffn_candidates
+from ppcl_toolkit.selection.choice import Choice
+from ppcl_toolkit.selection.greedy import choose
 from ppcl_toolkit.stages import select as stage
-from ppcl_toolkit.stages.select import Choice, choose, ffn_candidates, measure, select
+from ppcl_toolkit.stages.select import measure, select
 from ppcl_toolkit.surgery.assemble import count_parameters
 from ppcl_toolkit.surgery.costs import Costs
 from ppcl_toolkit.training import substitution
