@@ -48,7 +48,7 @@ class CkaReader:
         self._carried_z += text is not None and text.shape[1] != reading.text_tokens
         for stream, (chained, plain) in self._sums.items():
             if stream in outputs:
-                chained.observe(self.last, outputs[stream])
+                chained.observe(self.last, outputs[stream], number)
                 plain.observe(number, self.last, outputs[stream])
             if self.last == plain.depth - 1:
                 plain.close(number, reading.target.image.device)

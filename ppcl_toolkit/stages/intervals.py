@@ -6,6 +6,7 @@ N tokens, D features. A curve [M, M] holds cka(u, k) in row u, column k.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self, final
 
@@ -30,6 +31,8 @@ from ppcl_toolkit.statistics.trend import differences, text_runs, threshold_inte
 
 Key = tuple[str, int, str]
 """Stack path, block, stream."""
+_DRAWS = 200
+"""Bootstrap samples of the calibration set."""
 
 
 class Curves(NamedTuple):
@@ -49,6 +52,8 @@ class Found(BaseModel):
     intervals: dict[str, tuple[Interval, ...]]
     text_runs: tuple[TextRun, ...]
     compared: dict[str, dict[str, tuple[int, int]]] = {}
+    stability: dict[str, tuple[float, ...]] = {}
+    elsewhere: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {}
 
 
 @final
@@ -64,6 +69,10 @@ class Candidates:
     """Per stack, then per stream: `image`, `text` where there is one, and `mean`."""
     compared: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
     """Per stack and stream, how many samples a heatmap averages, and how many there were."""
+    stability: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Per stack, the share of resampled calibration sets in which each of its intervals is found, end for end."""
+    elsewhere: Mapping[str, Mapping[str, tuple[tuple[int, int], ...]]] = field(default_factory=dict)
+    """Per stack, first and last blocks of the intervals that parts of the calibration set, or other streams, have."""
 
     def operations(self) -> list[Interval | TextRun]:
         """Return everything found, intervals first."""
@@ -75,6 +84,8 @@ class Candidates:
             "intervals": {path: [i.model_dump() for i in intervals] for path, intervals in self.intervals.items()},
             "text_runs": [run.model_dump() for run in self.text_runs],
             "compared": self.compared,
+            "stability": self.stability,
+            "elsewhere": self.elsewhere,
         }
         write_json(folder / "candidates.json", found)
         tensors = {
@@ -95,7 +106,8 @@ class Candidates:
                 path, stream, name = key.rsplit(".", 2)
                 parts[path].setdefault(stream, {})[name] = tensor
             curves = {path: {stream: Curves(**c) for stream, c in streams.items()} for path, streams in parts.items()}
-        return cls(found.intervals, found.text_runs, curves, found.compared)
+        more = found.compared, found.stability, found.elsewhere
+        return cls(found.intervals, found.text_runs, curves, *more)
 
 
 def find_intervals(
@@ -115,7 +127,7 @@ def find_intervals(
     """
     adapter, depths = runner.adapter, runner.adapter.depths(runner.transformer)
     check_intervals(adapter, depths, settings)
-    sums = {stack.path: _sums(runner, stack, depths[stack.path], weights) for stack in adapter.stacks}
+    sums = {stack.path: _sums(runner, stack, depths[stack.path], weights, settings.batches) for stack in adapter.stacks}
     readers = [CkaReader(s, block, sums[s.path]) for s in adapter.stacks for block in range(depths[s.path])]
     calibration = Pass("similarities", desk.folder, range(settings.batches), _named(sums, readers))
     for reader in readers:
@@ -125,13 +137,18 @@ def find_intervals(
     calibration.add_up(runner.placement.device)
     curves = {path: _curves(by_stream) for path, by_stream in sums.items()}
     carrying = {(reader.stack.path, reader.last) for reader in readers if reader.hands_on_z}
-    found = {path: _intervals(path, own[settings.stream], settings) for path, own in curves.items()}
-    intervals = {path: _within_runs(own, carrying, settings) for path, own in found.items()}
+    read = {path: partial(_read, path, by_stream, settings, carrying) for path, by_stream in sums.items()}
+    intervals = {path: again(settings.stream) for path, again in read.items()}
     compared = {
         path: {stream: (plain.samples, chained.samples) for stream, (chained, plain) in by_stream.items()}
         for path, by_stream in sums.items()
     }
-    return Candidates(intervals, tuple(_text_runs(adapter, curves, text_threshold)), curves, compared)
+    runs = tuple(_text_runs(adapter, curves, text_threshold))
+    if settings.strategy == "given":
+        return Candidates(intervals, runs, curves, compared)
+    stability = {path: _stability(intervals[path], again, settings) for path, again in read.items()}
+    elsewhere = {path: _elsewhere(again, settings, sums[path]) for path, again in read.items()}
+    return Candidates(intervals, runs, curves, compared, stability, elsewhere)
 
 
 def detect(
@@ -140,14 +157,29 @@ def detect(
     weights: Mapping[Key, Tensor],
     recipe: Recipe,
     desk: Desk,
-) -> None:
-    """Run the stage: find all candidates, and write them with the curves that they were read from."""
+) -> list[str]:
+    """Run the stage: find all candidates, and write them with the curves that they were read from.
+
+    Returns what rests on noise.
+    """
     threshold = recipe.width.text_threshold
     found = find_intervals(runner, batches, recipe.intervals, weights, desk, text_threshold=threshold)
     if processes.is_main():
         found.save(desk.folder)
         for state in desk.folder.glob("state-*.tmp"):
             state.unlink()
+    return list(_doubts(found, recipe.intervals.batches))
+
+
+def _doubts(found: Candidates, batches: int) -> Iterator[str]:
+    """Say which intervals are found in less than half of resampled calibration sets."""
+    for path, shares in found.stability.items():
+        rare = [f"[{i.first},{i.last}] {s:.0%}" for i, s in zip(found.intervals[path], shares, strict=True) if s < 0.5]
+        if rare:
+            yield (
+                f"{path}: {len(rare)} of {len(shares)} intervals are found in less than half of resampled calibration "
+                f"sets ({', '.join(rare)}) and rest on noise: intervals.batches is {batches}"
+            )
 
 
 def _named(sums: Mapping[str, Mapping[str, Similarities]], readers: Sequence[CkaReader]) -> dict[str, Part]:
@@ -158,13 +190,15 @@ def _named(sums: Mapping[str, Mapping[str, Similarities]], readers: Sequence[Cka
     return parts
 
 
-def _sums(runner: Runner, stack: Stack, depth: int, weights: Mapping[Key, Tensor]) -> dict[str, Similarities]:
+def _sums(
+    runner: Runner, stack: Stack, depth: int, weights: Mapping[Key, Tensor], batches: int
+) -> dict[str, Similarities]:
     """Nothing yet of every stream; where the whole teacher is on the device, so are the probes."""
     home = runner.placement.rest
     placed = {key: weight.to(home) for key, weight in weights.items() if key[0] == stack.path}
     return {
         stream: Similarities(
-            ChainedCka([placed.get((stack.path, block, stream)) for block in range(depth)]), Heatmap(depth)
+            ChainedCka([placed.get((stack.path, block, stream)) for block in range(depth)], batches), Heatmap(depth)
         )
         for stream in stack.streams
     }
@@ -181,15 +215,53 @@ def _curves(sums: Mapping[str, Similarities]) -> dict[str, Curves]:
     return curves
 
 
-def _intervals(path: str, curves: Curves, settings: Intervals) -> tuple[Interval, ...]:
-    first_block = settings.first_block.get(path, 0)
+def _read(
+    path: str,
+    sums: Mapping[str, Similarities],
+    settings: Intervals,
+    carrying: Collection[tuple[str, int]],
+    stream: str,
+    drawn: Tensor | slice = slice(None),
+) -> tuple[Interval, ...]:
+    """Return the intervals of a stack that `drawn` batches have by the curves of one stream, or of the mean of all."""
     if settings.strategy == "given":
-        return tuple(interval for interval in settings.given if interval.stack == path)
+        found = tuple(interval for interval in settings.given if interval.stack == path)
+        return _within_runs(found, carrying, settings)
+    means = [own.chained.means(drawn) for name, own in sums.items() if stream in (name, "mean")]
+    cka, first_block = torch.stack(means).nanmean(0).nan_to_num(0.0), settings.first_block.get(path, 0)
     if settings.strategy == "threshold":
-        spans = threshold_intervals(curves.cka, settings.threshold, first_block)
+        spans = threshold_intervals(cka, settings.threshold, first_block)
     else:
-        spans = trend_intervals(curves.delta, first_block)
-    return tuple(Interval(stack=path, first=u, last=v) for u, v in spans if u < v)
+        spans = trend_intervals(differences(cka), first_block)
+    found = tuple(Interval(stack=path, first=u, last=v) for u, v in spans if u < v)
+    return _within_runs(found, carrying, settings)
+
+
+def _stability(
+    intervals: Sequence[Interval], read: Callable[..., Sequence[Interval]], settings: Intervals
+) -> tuple[float, ...]:
+    """Return the share of bootstrap samples of the batches in which each interval is found again."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(settings.batches, (_DRAWS, settings.batches), generator=generator)
+    again = [set(read(settings.stream, drawn)) for drawn in draws]
+    return tuple(sum(interval in found for found in again) / _DRAWS for interval in intervals)
+
+
+def _elsewhere(
+    read: Callable[..., Sequence[Interval]], settings: Intervals, streams: Collection[str]
+) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Return what halves and a quarter of the batches have, and all of them by other streams."""
+    count = settings.batches
+    parts = {
+        "the first half": slice(0, count // 2),
+        "the second half": slice(count // 2, count),
+        "a quarter": slice(0, count // 4),
+    }
+    asked: dict[str, tuple[str, slice]] = {
+        name: (settings.stream, part) for name, part in parts.items() if part.stop > part.start and count > 1
+    }
+    asked |= {f"{stream} stream": (stream, slice(None)) for stream in streams if stream != settings.stream}
+    return {name: tuple((interval.first, interval.last) for interval in read(*each)) for name, each in asked.items()}
 
 
 def _within_runs(

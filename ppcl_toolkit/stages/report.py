@@ -68,6 +68,7 @@ def write_report(run: Path) -> Path:
         grid=_grid(run, rows),
         figures=_figures(run, rows, plans),
         compared=_compared(run),
+        elsewhere=_elsewhere(run),
     )
     write_text(run / "report.html", page)
     return run / "report.html"
@@ -154,6 +155,7 @@ def _candidates(run: Path) -> str:
     measured = sorted(known, key=lambda one: one.error)
     if not measured:
         return ""
+    again = _found_again(run)
     others = [one for one in measured if not one.chosen][:_SHOWN_CANDIDATES]
     found = [one for one in measured if one.chosen or one in others]
     return figures.candidates(
@@ -162,12 +164,40 @@ def _candidates(run: Path) -> str:
                 one.label,
                 kinds[one.operation.kind],
                 one.error,
-                _saved(one.saves) + (f" · chosen for {', '.join(one.chosen)}" if one.chosen else ""),
+                _saved(one.saves)
+                + again.get(one.label, "")
+                + (f" · chosen for {', '.join(one.chosen)}" if one.chosen else ""),
                 bool(one.chosen),
             )
             for one in found
         ]
     )
+
+
+def _found_again(run: Path) -> dict[str, str]:
+    """Say by label in how many resampled calibration sets an interval is found."""
+    found: Found | None = _json(run / "intervals" / "candidates.json", Found)
+    if found is None:
+        return {}
+    pairs = (
+        (i, share)
+        for path, shares in found.stability.items()
+        for i, share in zip(found.intervals[path], shares, strict=True)
+    )
+    return {str(interval): f" · found again {share:.0%}" for interval, share in pairs}
+
+
+def _elsewhere(run: Path) -> list[tuple[str, str, str]]:
+    """Return stack, what was looked at, and the intervals that it has."""
+    found: Found | None = _json(run / "intervals" / "candidates.json", Found)
+    if found is None or not found.elsewhere:
+        return []
+    rows = []
+    for path, intervals in found.intervals.items():
+        own = tuple((i.first, i.last) for i in intervals)
+        for name, spans in {"all of it": own, **found.elsewhere.get(path, {})}.items():
+            rows.append((path, name, " ".join(f"[{first},{last}]" for first, last in spans)))
+    return rows
 
 
 def _saved(saves: Cost | int) -> str:

@@ -30,21 +30,27 @@ class ChainedCka:
     no more than three digits where some features are a hundred times smaller than others.)
     """
 
-    def __init__(self, weights: Sequence[Tensor | None]) -> None:
-        """`weights` are W [D, D] by block; the first needs none, and a stream may end before the stack does."""
+    def __init__(self, weights: Sequence[Tensor | None], batches: int = 1) -> None:
+        """`weights` are W [D, D] by block; the first needs none, and a stream may end before the stack does.
+
+        Sums are kept apart for each of `batches`, so that others may be drawn of them.
+        """
         self._weights = weights
-        self._sums = torch.zeros(len(weights), len(weights), dtype=torch.float64)
-        self._samples = torch.zeros(len(weights), dtype=torch.float64)
+        self._sums = torch.zeros(batches, len(weights), len(weights), dtype=torch.float64)
+        self._samples = torch.zeros(batches, len(weights), dtype=torch.float64)
         self._waiting: list[tuple[Tensor, Gram]] = []
+        self._numbers: list[int] = []
+        """Of the batches that wait."""
 
     @torch.no_grad()
-    def observe(self, block: int, output_BND: Tensor) -> None:
-        """Take a block's output; `follow` is called before another block's."""
+    def observe(self, block: int, output_BND: Tensor, batch: int = 0) -> None:
+        """Take a block's output of the batch of that number; `follow` is called before another block's."""
         assert block == 0 or self._weights[block] is not None, f"block {block} has no probe"
         with full_precision(output_BND.device):
             rows_BND = fewest_rows(centred(output_BND))
             self._waiting.append((rows_BND, Gram.of(rows_BND)))
-        self._samples[block] += len(output_BND)
+        self._numbers.append(batch)
+        self._samples[batch, block] += len(output_BND)
         if sum(len(rows_BND) for rows_BND, _ in self._waiting) >= _TOGETHER:
             self.follow(block)
 
@@ -59,6 +65,7 @@ class ChainedCka:
                         totals.append(self._step(weight_DD))
             self._waiting.clear()
             self._add(block, totals)
+            self._numbers.clear()
 
     def _step(self, weight_DD: Tensor) -> Tensor:
         """Take all chains past one probe; return their similarities to their starts, by batch, one after another."""
@@ -73,9 +80,8 @@ class ChainedCka:
     def _add(self, block: int, totals: list[Tensor]) -> None:
         present = [k for k in range(block + 1, len(self._weights)) if self._weights[k] is not None]
         if totals:
-            # Batch after batch, as if each had gone alone: the order of a sum is in its last bits.
-            for by_block in torch.stack(totals).cpu().unbind(1):
-                self._sums[block, present] += by_block
+            for number, by_block in zip(self._numbers, torch.stack(totals).cpu().unbind(1), strict=True):
+                self._sums[number, block, present] += by_block
 
     def state(self) -> dict[str, Tensor]:
         """Return all sums."""
@@ -89,13 +95,17 @@ class ChainedCka:
     @property
     def samples(self) -> int:
         """How many samples were observed."""
-        return int(self._samples.max())
+        return int(self._samples.sum(0).max())
 
-    def means(self) -> Tensor:
-        """Return cka(u, k), [M, M]: the upper triangle, 1 on the diagonal; NaN for blocks that were never observed."""
+    def means(self, drawn: Tensor | slice = slice(None)) -> Tensor:
+        """Return cka(u, k), [M, M]: the upper triangle, 1 on the diagonal; NaN for blocks that were never observed.
+
+        `drawn` are numbers of batches, with repetitions; all by default.
+        """
         assert not self._waiting, "chains wait to be followed"
-        table = self._sums / self._samples[:, None]
-        table[:, self._samples == 0] = torch.nan
+        sums, samples = self._sums[drawn].sum(0), self._samples[drawn].sum(0)
+        table = sums / samples[:, None]
+        table[:, samples == 0] = torch.nan
         return table.triu(1) + torch.eye(len(table), dtype=table.dtype)
 
 

@@ -1,3 +1,4 @@
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from ppcl_toolkit.recipe import Intervals, Recipe
 from ppcl_toolkit.running.capture import Streams
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Reading, Runner
-from ppcl_toolkit.stages.intervals import Candidates, detect, find_intervals
+from ppcl_toolkit.stages.intervals import Candidates, _doubts, detect, find_intervals
 from ppcl_toolkit.statistics import chains
 from ppcl_toolkit.statistics.cka import cka, heatmap
 from ppcl_toolkit.statistics.trend import differences, text_runs, threshold_intervals, trend_intervals
@@ -147,7 +148,7 @@ SILENT = Desk(Path("nowhere"), lambda *_: None)
 
 def found(transformer, placement=None, kind=Runner, **settings):
     runner = kind(transformer, FLUX, placement or Placement())
-    settings = Intervals(batches=3, **settings)
+    settings = Intervals(**{"batches": 3, **settings})
     return find_intervals(runner, batches, settings, probe_weights(transformer), SILENT)
 
 
@@ -304,6 +305,50 @@ def test_it_is_known_of_how_many_samples_a_heatmap_is(monkeypatch):
     monkeypatch.setattr(chains, "_HELD", 1)
     compared = found(transformer).compared
     assert compared == {stack.path: {"image": (2, 6), "text": (2, 6)} for stack in FLUX.stacks}
+
+
+def test_parts_of_the_calibration_set_and_other_streams_are_what_runs_on_them_find():
+    transformer = flux_transformer(dual=5, single=6)
+    whole, mean = (found(transformer, batches=8, stream=stream) for stream in ("image", "mean"))
+
+    def alone(start, stop, stream="image"):
+        def part(first, last):
+            return batches(start + first, start + last)
+
+        settings = Intervals(batches=stop - start, stream=stream)
+        with tempfile.TemporaryDirectory() as folder:
+            desk = Desk(Path(folder), lambda *_: None)
+            return find_intervals(Runner(transformer, FLUX), part, settings, probe_weights(transformer), desk)
+
+    halves = {"the first half": alone(0, 4), "the second half": alone(4, 8), "a quarter": alone(0, 2)}
+    for stack in FLUX.stacks:
+        expected = {name: spans(each, stack) for name, each in halves.items()}
+        expected["text stream"] = spans(found(transformer, batches=8, stream="text"), stack)
+        assert whole.elsewhere[stack.path] == expected
+        assert mean.elsewhere[stack.path]["image stream"] == spans(whole, stack)
+    # Resampled by hand, from the curve of each batch by itself.
+    single = [alone(number, number + 1) for number in range(8)]
+    draws = torch.randint(8, (200, 8), generator=torch.Generator().manual_seed(0))
+    for stack in FLUX.stacks:
+        curves = torch.stack([each.curves[stack.path]["image"].cka for each in single])
+        again = [trend_intervals(differences(curves[drawn].mean(0))) for drawn in draws]
+        shares = [sum(span in each for each in again) / 200 for span in spans(whole, stack)]
+        assert whole.stability[stack.path] == pytest.approx(shares)
+        assert len(shares) == len(whole.intervals[stack.path])
+
+
+def spans(candidates, stack):
+    return tuple((i.first, i.last) for i in candidates.intervals[stack.path])
+
+
+def test_an_interval_that_is_rarely_found_again_is_a_warning():
+    one, other = (Interval(stack="a", first=first, last=first + 1) for first in (0, 2))
+    candidates = Candidates({"a": (one, other), "b": ()}, (), {}, stability={"a": (0.9, 0.31), "b": ()})
+    (said,) = _doubts(candidates, 5)
+    assert said == (
+        "a: 1 of 2 intervals are found in less than half of resampled calibration sets ([2,3] 31%) and rest on noise: "
+        "intervals.batches is 5"
+    )
 
 
 def test_saved_is_loaded(tmp_path):

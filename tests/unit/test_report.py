@@ -97,13 +97,16 @@ def write_findings(run, rng: np.random.Generator) -> None:
     spans = {stack: [s for s in trend_intervals(c["image"].delta, 1) if s[0] < s[1]] for stack, c in found.items()}
     intervals = {stack: tuple(Interval(stack=stack, first=u, last=v) for u, v in s) for stack, s in spans.items()}
     compared = {stack: {"image": (16, 160), "text": (160, 160)} for stack in DEPTHS}
-    Candidates(intervals, (WIDTH[0],), found, compared).save(run / "intervals")
+    stability = {stack: tuple(0.25 for _ in own) for stack, own in intervals.items()}
+    elsewhere = {stack: {"the first half": ((0, 7),)} for stack in DEPTHS}
+    Candidates(intervals, (WIDTH[0],), found, compared, stability, elsewhere).save(run / "intervals")
     keys = [(stack, b, stream) for stack, depth in DEPTHS.items() for b in range(depth) for stream in ("image", "text")]
     shares = {key: float(rng.lognormal(-2 if key[2] == "image" else -3.5, 0.6)) for key in keys}
     Probes({key: torch.zeros(2, 2) for key in keys}, shares).save(run / "probe")
     measured = [candidate(o, 0.02 * (n + 1), 900_000, ["70", "50"]) for n, o in enumerate(INTERVALS)]
     measured += [candidate(o, 0.03 * (n + 1), 150_000, ["50"]) for n, o in enumerate(WIDTH)]
     measured.append(candidate(Interval(stack="transformer_blocks", first=5, last=7), 0.31, 1_100_000, []))
+    measured.append(candidate(intervals["transformer_blocks"][0], 0.4, 1_100_000, []))
     (run / "select" / "measured.json").write_text(json.dumps(measured))
 
 
@@ -214,6 +217,12 @@ def test_a_heatmap_says_of_how_many_samples_it_is(page):
     )
     assert f"{whole} the first 16 of 160.</figcaption>" in page
     assert "text: the first" not in page
+
+
+def test_it_says_what_else_the_calibration_set_finds(page):
+    assert "found again 25%" in page
+    row = "<td><code>transformer_blocks</code></td><td>the first half</td><td><small>[0,7]</small></td>"
+    assert row in page and page.count("<td>all of it</td>") == len(DEPTHS)
 
 
 def test_strips_show_each_block_once(page):
