@@ -242,10 +242,15 @@ def test_the_default_may_choose_by_a_program_and_is_charged_for_it(world, tmp_pa
     given = ["modulation=without", "tolerance=0.05", "passes=2000"]
     searched = {}
     for order in ("price", "program"):
-        settings = f"settings={{select.order: {order}, intervals.strategy: trend, width.ffn_blocks: 8}}"
-        made = few(world, tmp_path / order, ["default"], settings, *given)["default"]
+        wide = "intervals.strategy: trend, width.ffn_blocks: 8, width.steps: 0"
+        wide += ", targets: [{name: small, params: 60%, modulation: true}]"
+        made = few(world, tmp_path / order, ["default"], f"settings={{select.order: {order}, {wide}}}", *given)[
+            "default"
+        ]
         assert made["off"] == 0 and made["velocity_error"] > 0
         searched[order] = made["passes"]["search"]
+    # FFNs begin and stay, but for fine-tuning, as their closed form has them.
+    assert any(" ffn " in operation for operation in made["plan"]) and made["steps"]["width"] == 0
     errors = json.loads((tmp_path / "program" / "errors" / "errors.json").read_text())
     assert {"transformer_blocks[1,2]", "transformer_blocks[0,3]", "transformer_blocks[1] ffn image"} <= errors.keys()
     # Two samples through eight blocks for each candidate and for the teacher, twice; as many for what goes together.

@@ -18,7 +18,8 @@ Sections = dict[str, tuple[Any, float]]
 def planned(ground: Ground, method: Method, pick: Pick, *, before: int) -> tuple[Sections, dict[str, int]]:
     """Return the sections of a run's stages with the steps that its budget buys, and what each takes.
 
-    `before` is what went into the search and the lever. Raises `Unreachable` where nothing is left for a stage.
+    `before` is what went into the search and the lever. A stage of no steps stays one, the closed form alone. Raises
+    `Unreachable` where nothing is left for another.
     """
     sections = _sections(ground, method, pick)
     left = ground.passes - before
@@ -27,12 +28,12 @@ def planned(ground: Ground, method: Method, pick: Pick, *, before: int) -> tuple
     taken: dict[str, int] = {}
     for stage, (section, cost) in sections.items():
         steps = int(left * shares[stage] / cost)
-        if steps < 1:
+        if steps < 1 and shares[stage] > 0:
             raise Unreachable(
                 f"passes: {ground.passes:,} block passes are too few for {method.name}: its search takes {before:,}, "
                 f"and a step of {stage} {cost:,.0f}"
             )
-        every = min(section.checkpoint_every, steps)
+        every = max(1, min(section.checkpoint_every, steps))
         found[stage] = (section.model_copy(update={"steps": steps, "checkpoint_every": every}), cost)
         taken[stage] = int(steps * cost)
     return found, taken
