@@ -73,8 +73,8 @@ def compare(asked: Comparison, out: str | Path, *, progress: Progress = silent) 
                 told("runs", number, len(runs), one.where)
                 found[number] = whole.made(one, own)
     made = processes.joined(found)
-    if processes.is_main():
-        shutil.rmtree(workspace.path / "answers", ignore_errors=True)
+    for folder in workspace.path.glob("answers/*/*") if processes.is_main() else ():
+        shutil.rmtree(folder)
     summary = results(asked, whole.reference(), [made[number] for number in range(len(runs))])
     summary["sources"] = {method.name: method.source for method in methods}
     workspace.close(asked.dump())
