@@ -285,7 +285,7 @@ def _run_elsewhere(
     folder: Path, how: tuple[Opens, str], kwargs: Mapping[str, Any], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     # Beside the variant, where a run that is killed finds what is left of it.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", suffix=".partial") as place:
+    with tempfile.TemporaryDirectory(dir=folder.parent.resolve(), prefix=".", suffix=".partial") as place:
         tensors: dict[str, Tensor] = {}
 
         def keep(tensor: Tensor) -> dict[str, Any]:

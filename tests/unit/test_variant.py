@@ -157,6 +157,13 @@ def test_fresh_process_computes_the_same(kind, request):
     assert verify_variant(saved.folder, saved.opens, saved.kwargs, saved.output(), 1e-5) < 1e-5
 
 
+def test_a_variant_in_a_relative_folder_opens_elsewhere(custom, monkeypatch):
+    """As in `--out runs/tiny`: the fresh process works in a folder of its own."""
+    monkeypatch.chdir(custom.folder.parents[1])
+    relative = custom.folder.relative_to(custom.folder.parents[1])
+    assert verify_variant(relative, "custom", custom.kwargs, custom.output(), 1e-5) < 1e-5
+
+
 def test_fresh_process_that_computes_something_else_or_nothing(broken, custom):
     (file,) = broken.rglob("modeling*.py")
     file.write_text(file.read_text().replace("class NarrowFlux", "import ppcl_toolkit\n\n\nclass NarrowFlux"))
