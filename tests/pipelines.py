@@ -18,7 +18,7 @@ from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.artifacts import passes
 from ppcl_toolkit.artifacts.storage import Bank, save_tree
 from ppcl_toolkit.plan import FfnSwap, Interval, TextRun
-from ppcl_toolkit.recipe import Depth, Probe, Width
+from ppcl_toolkit.recipe import Depth, Probe, Recipe, Width
 from ppcl_toolkit.running.capture import Streams
 from ppcl_toolkit.running.passage import Place
 from ppcl_toolkit.running.pipelined import UNDER_WAY
@@ -26,6 +26,7 @@ from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.stages.depth import distill_depth
 from ppcl_toolkit.stages.probe import probe
+from ppcl_toolkit.stages.select import select
 from ppcl_toolkit.stages.width import distill_width
 
 QWEN, SD3 = load_adapter("qwen_image"), load_adapter("sd3")
@@ -130,6 +131,19 @@ def probed(name, out, wrap=lambda noised: noised):
         probe(run, lambda start, stop: (noised[number] for number in range(start, stop)), section, desk(out))
 
 
+def chosen(folder):
+    """Choose by an integer program: processes share the candidates, and the first one measures what goes together."""
+    run = runner()
+    given = {
+        "teacher": {"path": "x"},
+        "targets": [{"name": "large", "params": "80%", "width": False}, {"name": "small", "params": "60%"}],
+        "select": {"order": "program", "batches": 1},
+        "width": {"ffn_blocks": 3},
+    }
+    select(run, plan_of(run), (INTERVALS, ()), batches(), Recipe.model_validate(given), desk(folder))
+    processes.wait()
+
+
 def fed(run, inputs, readers):
     """Feed readers to the end."""
     for _ in run.feed(inputs, readers):
@@ -179,6 +193,7 @@ def everything(out):
     for how in DEPTHS:
         deep(out / "depth" / how, how)
     wide(out / "wide")
+    chosen(out / "select")
 
 
 class Deadly:

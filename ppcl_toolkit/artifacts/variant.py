@@ -296,7 +296,7 @@ def _run_elsewhere(
         save_file(tensors, f"{place}/given.safetensors")
         weights = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
         offload = "" if has_room(weights, device) else "blocks"
-        options = [*how, str(Path(place).resolve()), str(dtype).split(".")[-1], str(device), offload]
+        options = [*how, place, str(dtype).split(".")[-1], str(device), offload]
         command = [sys.executable, "-c", _ELSEWHERE, str(folder.resolve()), *options]
         # diffusers copies modelling files there before it runs them.
         environment = {**os.environ, "HF_MODULES_CACHE": f"{place}/modules"}

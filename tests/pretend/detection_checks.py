@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from runs import FLUX, batches, desk, runner
+from runs import FLUX, batches, desk, plan_of, runner
 
 from ppcl_toolkit.artifacts import passes
+from ppcl_toolkit.plan import FfnSwap, Interval
 from ppcl_toolkit.recipe import Intervals, Probe
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.stages import probe as stage
@@ -12,6 +13,7 @@ from ppcl_toolkit.stages.intervals import find_intervals
 from ppcl_toolkit.stages.probe import fit_probes
 from ppcl_toolkit.statistics.chains import ChainedCka
 from ppcl_toolkit.statistics.moments import Moments
+from ppcl_toolkit.training.substitution import measure_together
 
 CARD = torch.device("cuda", 0)
 WAYS = {"resident": Placement(device=CARD), "streamed": Placement(device=CARD, streamed=True, chunk=2)}
@@ -71,6 +73,19 @@ def test_sums_of_the_stage_wait_on_the_host(tmp_path, monkeypatch, placement):
     fitted(tmp_path, placement, steps=0)
     sums = [total for parts in places for part in parts.values() for total in part.values()]
     assert sums and {total.device.type for total in sums} == {"cpu"}
+
+
+@pytest.mark.parametrize("placement", WAYS.values(), ids=WAYS)
+def test_errors_of_several_operations_together_are_the_hosts(placement):
+    """An interval whose first block has linear FFNs, and another interval."""
+    interval, other = (Interval(stack=stack.path, first=0, last=1) for stack in FLUX.stacks)
+    operations = [interval, FfnSwap(stack=interval.stack, block=0, streams=("image", "text")), other]
+    (error, without), (expected, expected_without) = (
+        measure_together(run, plan_of(run), operations, batches(size=4), 2)
+        for run in (runner(3, 2, placement), runner(3, 2))
+    )
+    assert error == pytest.approx(expected, rel=1e-3) and without == pytest.approx(expected_without, rel=1e-3)
+    assert len({error, *without}) == 4
 
 
 @pytest.mark.parametrize("placement", WAYS.values(), ids=WAYS)
