@@ -26,8 +26,8 @@ check: $(VENV)/installed ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check ## style, types and every test
-	$(BIN)/python -m pytest
+test: check ## style, types and every test, one process a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 bench: $(VENV)/installed ## speed of the hot paths, as ratios of medians
 	$(BIN)/python tests/bench.py

@@ -43,7 +43,6 @@ def example(config: Mapping[str, Any], call: Mapping[str, Any], references: int)
 ADAPTER = Adapter(
     family="sd3",
     transformer="SD3Transformer2DModel",
-    timestep_scale=1000.0,
     shared=("skip_layers",),
     guidance="guidance_scale",
     remap=remap,

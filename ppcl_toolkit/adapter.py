@@ -86,8 +86,7 @@ class Adapter:
     latents: str = "hidden_states"
     """Argument that holds the noised latents, tokens or pixels second; reference tokens may follow the noised ones."""
     timestep: str = "timestep"
-    timestep_scale: float = 1.0
-    """What the pipeline passes for sigma = 1."""
+    """Argument that tells the level of noise; how, is seen from the pipeline's own steps."""
     packs: bool = False
     """Whether the pipeline packs latents into tokens, by its `_pack_latents`."""
     shared: tuple[str, ...] = ()

@@ -22,9 +22,11 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import ModulationSwap, Plan, low_rank_forms, trained_forms
 from ppcl_toolkit.recipe import Recipe, Target
 from ppcl_toolkit.running.noise import Batches, Calibration, Sample, share_of_negatives
+from ppcl_toolkit.running.noising import Noising
 from ppcl_toolkit.running.placement import Placement, host_bytes
 from ppcl_toolkit.running.schedule import Batch, Runner
 from ppcl_toolkit.selection.choice import Choice, Goal
+from ppcl_toolkit.stages.check import check, load_noising
 from ppcl_toolkit.stages.depth import distill_depth
 from ppcl_toolkit.stages.evaluate import evaluate, examine, summarise
 from ppcl_toolkit.stages.export import Variant, export
@@ -33,7 +35,7 @@ from ppcl_toolkit.stages.intervals import Candidates, check_intervals, detect
 from ppcl_toolkit.stages.modulation import LowRankChoice, bank_low_rank, check_modulation, find_modulation
 from ppcl_toolkit.stages.probe import Probes, probe
 from ppcl_toolkit.stages.report import write_report
-from ppcl_toolkit.stages.samples import EMPTY, load_samples, record_samples, sources
+from ppcl_toolkit.stages.samples import EMPTY, load_samples, record_samples, rehearse, sources
 from ppcl_toolkit.stages.select import check_given, select
 from ppcl_toolkit.stages.width import distill_width
 from ppcl_toolkit.surgery.assemble import student_of
@@ -108,10 +110,11 @@ class Run:
         self._stage = partial(workspace.stage, together=True)
         # Several stages draw other batches from the same samples.
         asked = {"source": teacher.source, **_part(recipe, _RECORDING)}
+        noising = _checked(workspace, self._runner("check"), teacher, recipe)
         asked |= {"empty_prompt": True} if recipe.modulation else {}
         record = partial(record_samples, self._runner("samples"), teacher, recipe)
         samples = self._stage("samples", asked, record, load_samples, pieces=True)
-        self.noised = partial(_noised, recipe, teacher, samples)
+        self.noised = partial(_noised, recipe, (teacher, noising), samples)
 
     def low_rank(self) -> LowRankChoice:
         """Find the rank of modulation: stage `modulation`."""
@@ -178,7 +181,7 @@ class Run:
                 runner = self._runner("finetune", plans)
                 tune = partial(finetune, runner, plan, bank, batches, velocities, recipe.finetune)
                 tuned = self._stage(f"finetune/{name}", recipe.finetune, tune, Path)
-            variant = _variant(recipe, self._workspace.path, name, self._teacher.whole(plan), low)
+            variant = _variant(recipe, self._workspace.path, name, self._teacher, plan, low)
             runner = self._runner("export", plans)
             make = partial(_export, self._teacher, runner, variant, plan, (bank, tuned), batches[0])
             job = self._workspace.job(f"export/{name}", recipe.export, make, variant.read)
@@ -228,13 +231,15 @@ def export_target(
     run.check("samples", "select", *_BANKS)
     bank = Bank(*(path / name for name in _BANKS))
     low = LowRankChoice.load(path / "modulation") if recipe.modulation else None
-    example = _noised(recipe, teacher, load_samples(path / "samples"), "finetune", recipe.finetune.batch)[0]
+    run.lock()
+    noising = _checked(run, runner, teacher, recipe)
+    samples = load_samples(path / "samples")
+    example = _noised(recipe, (teacher, noising), samples, "finetune", recipe.finetune.batch)[0]
     choice = Choice.load(path / "select")
     plan, cost = _first_that_fits(runner, (choice, low.swaps if low else ()), bank, (recipe, target), example)
-    variant = _variant(recipe, path, target.name, teacher.whole(plan), low)
+    variant = _variant(recipe, path, target.name, teacher, plan, low)
     if (path / "export" / target.name).exists():
         raise PpclError(f"{variant.folder} exists already; choose another --name")
-    run.lock()
     make = partial(_export, teacher, runner, variant, plan, (bank, None), example)
     made = run.stage(f"export/{target.name}", {**asked, "dtype": variant.dtype}, make, variant.read)
     run.unlock()
@@ -266,13 +271,24 @@ def opened(recipe: Recipe, device: torch.device) -> tuple[Teacher, Runner]:
     return teacher, Runner(teacher.transformer, teacher.adapter, placement)
 
 
-def _noised(recipe: Recipe, teacher: Teacher, samples: Sequence[Sample], stage: str, size: int) -> Batches:
+def _checked(workspace: Workspace, runner: Runner, teacher: Teacher, recipe: Recipe) -> Noising:
+    """Check the adapter, and return how the pipeline noises: a stage that no other has to wait to be made again for."""
+    asked = {"source": teacher.source, "teacher": _part(recipe, _RECORDING)["teacher"]}
+    make = partial(check, runner, teacher.pipeline, partial(rehearse, teacher, recipe))
+    return workspace.branch().stage("check", asked, make, load_noising)
+
+
+def _noised(
+    recipe: Recipe, taught: tuple[Teacher, Noising], samples: Sequence[Sample], stage: str, size: int
+) -> Batches:
     """Noised batches of one stage: stages draw their own, so none is measured on what another was fitted to."""
+    teacher, noising = taught
     return Batches(
         samples=samples,
         adapter=teacher.adapter,
         size=size,
         seed=zlib.crc32(f"{stage} {recipe.seed}".encode()),
+        noising=noising,
         sigma_mean=recipe.samples.sigma_mean,
         sigma_std=recipe.samples.sigma_std,
         dtype=getattr(torch, recipe.teacher.dtype),
@@ -292,11 +308,12 @@ def _calibration(recipe: Recipe, run: Workspace, noised: Callable[[str, int], Ba
     return Calibration(batches=batches, empty=replace(batches, samples=empty) if empty else None, facts=facts)
 
 
-def _variant(recipe: Recipe, run: Path, name: str, plan: Plan, low: LowRankChoice | None) -> Variant:
+def _variant(recipe: Recipe, run: Path, name: str, teacher: Teacher, plan: Plan, low: LowRankChoice | None) -> Variant:
     return Variant(
         name=name,
         folder=run / "variants" / name,
-        plan=plan,
+        plan=teacher.whole(plan),
+        step=plan,
         dtype=recipe.export.dtype,
         call=recipe.teacher.call,
         adapter=recipe.adapter,
@@ -318,7 +335,7 @@ def _export(
     student: nn.Module = student_of(runner.transformer, runner.adapter, plan, bank, example)
     if tuned is not None:
         student.load_state_dict(load_weights(tuned), assign=True)
-    export(teacher.pipeline, student, variant, example, desk, device=runner.placement.device)
+    export((teacher.pipeline, runner.adapter), student, variant, example, desk, device=runner.placement.device)
 
 
 def _first_that_fits(

@@ -309,7 +309,9 @@ def unproved(run):
 def exported(run):
     variant = run / "variants" / "small"
     plan = Plan.load(variant / "plan.json")
-    return Variant(name="small", folder=variant, plan=plan, dtype="float32", call={}).read(run / "export" / "small")
+    return Variant(name="small", folder=variant, plan=plan, step=plan, dtype="float32", call={}).read(
+        run / "export" / "small"
+    )
 
 
 READERS = {

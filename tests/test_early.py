@@ -1,5 +1,8 @@
 """What can be known from the recipe, its files and the teacher's config is said before the first sample is made."""
 
+import importlib
+import sys
+
 import pytest
 
 from ppcl_toolkit import compress, export_target
@@ -39,6 +42,37 @@ def test_it_is_known_before_the_first_sample(sections, message, tmp_path):
     with pytest.raises(PpclError, match=message):
         compress(asked(**sections), tmp_path / "run")
     assert not list((tmp_path / "run").glob("samples*"))
+
+
+def test_a_wrong_adapter_is_known_before_the_first_sample(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import dataclasses\n"
+        "from ppcl_toolkit.adapter import load_adapter\n"
+        "own = load_adapter('flux')\n"
+        "dual = dataclasses.replace(own.stacks[0], text_query=('attn.add_k_proj',))\n"
+        "ADAPTER = dataclasses.replace(own, stacks=(dual, own.stacks[1]))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PpclError, match="text_query of transformer_blocks names 'attn.add_k_proj', without which"):
+        compress(asked(adapter="mine:ADAPTER"), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("samples*"))
+    # Mended, the same command goes on.
+    text = (tmp_path / "mine.py").read_text().replace("add_k_proj", "add_q_proj")
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.delitem(sys.modules, "mine")
+    importlib.invalidate_caches()
+    with pytest.raises(_SampledError):
+        compress(asked(adapter="mine:ADAPTER"), tmp_path / "run", progress=_until_samples)
+    assert (tmp_path / "run" / "check" / "noising.json").is_file()
+
+
+class _SampledError(Exception):
+    pass
+
+
+def _until_samples(stage, *_):
+    if stage == "samples":
+        raise _SampledError
 
 
 @pytest.mark.parametrize("name", ["/tmp/evil", "../../evil", "teacher", "a.partial", ".hidden", "con"])

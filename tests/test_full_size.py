@@ -47,7 +47,7 @@ def test_modulation_alone(name):
     # The same work for every picture, but for what layers do once for each.
     assert variant.teraflops == pytest.approx(found.teacher.teraflops, rel=0.002)
     for needs in found.memory.values():
-        assert list(needs) == ["samples", "modulation", "export", "evaluate"]
+        assert list(needs) == ["check", "samples", "modulation", "export", "evaluate"]
     # Beside what is read from files, factors of rank 256 of all layers, and of what is chosen, in fp32.
     layers = (found.teacher.params - variant.params) / (1 - 32 / 2633)
     resident, streamed, _ = (needs["modulation"] for needs in found.memory.values())

@@ -51,6 +51,7 @@ FLOORS = (
     ("ppcl_toolkit/running/",),
     ("ppcl_toolkit/surgery/",),
     ("ppcl_toolkit/artifacts/",),
+    ("ppcl_toolkit/checking/",),
     ("ppcl_toolkit/training/",),
     ("ppcl_toolkit/selection/",),
     ("ppcl_toolkit/stages/",),

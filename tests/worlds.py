@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from ppcl_toolkit.adapter import Adapter, adapter_for
 from ppcl_toolkit.artifacts.pipeline import Teacher
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.running.noise import Batches, Sample
+from ppcl_toolkit.running.noising import Noising
 from ppcl_toolkit.running.schedule import Runner
-from ppcl_toolkit.stages.samples import load_samples, record_samples
+from ppcl_toolkit.stages.check import check, load_noising
+from ppcl_toolkit.stages.samples import load_samples, record_samples, rehearse
 
 SMALL = {"height": 8, "width": 8, "num_inference_steps": 2, "max_sequence_length": 8}
 QWEN = {"height": 128, "width": 128, "num_inference_steps": 2}
@@ -44,6 +47,7 @@ class World:
     edits: bool
     folder: Path
     samples: list[Sample]
+    noising: Noising = Noising()
 
     @property
     def adapter(self) -> Adapter:
@@ -73,7 +77,7 @@ class World:
         }
 
     def batches(self, size: int = 2, **options) -> Batches:
-        return Batches(samples=self.samples, adapter=self.adapter, size=size, seed=5, **options)
+        return Batches(samples=self.samples, adapter=self.adapter, size=size, seed=5, noising=self.noising, **options)
 
     def recipe(self, **sections) -> Recipe:
         texts = {"edits": str(self.folder / "edits")} if self.edits else {"prompts": str(self.folder / "prompts.txt")}
@@ -101,4 +105,6 @@ def made(name: str, folder: Path) -> World:
     world = World(name, Teacher(pipeline, adapter, adapter.family, "tiny"), call, edits, folder, [])
     record_samples(world.runner, world.teacher, world.recipe(), desk(folder / "samples"))
     world.samples = load_samples(folder / "samples")
+    check(world.runner, pipeline, partial(rehearse, world.teacher, world.recipe()), desk(folder / "check"))
+    world.noising = load_noising(folder / "check")
     return world

@@ -24,6 +24,7 @@ from ppcl_toolkit.recipe import Recipe
 DEVICES = 8
 """Of a node: what several devices need is told for so many (paper: 8)."""
 STAGES = (
+    "check",
     "samples",
     "modulation",
     "probe",

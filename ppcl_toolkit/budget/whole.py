@@ -24,6 +24,18 @@ class Whole:
     card: int
     host: int
 
+    def check(self) -> Need:
+        """The pipeline for one prompt, and the teacher's forward of it; what went through its blocks is on the host.
+
+        One process does it.
+        """
+        blocks = self.memory.blocks
+        flow, beside = blocks.flow(1), blocks.beside(1)
+        forward = self.memory.resting().device + blocks.forward(1) + 3 * flow + beside
+        depth = sum(map(len, blocks.params.values()))
+        device = max(self._called(self._teacher, 1), forward)
+        return self._teachers.beside(device, -(-depth * (2 * flow + beside) // self.memory.devices))
+
     def samples(self) -> Need:
         """Recording: the pipeline of the teacher, with as many of its parts on the device as it has room for."""
         return self._teachers.beside(self._called(self._teacher, self.memory.recipe.samples.batch), 0)

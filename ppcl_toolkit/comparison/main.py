@@ -122,7 +122,7 @@ class _Shared:
         candidates = run.candidates()
         self._found = Candidates.load(root.path / "intervals")
         self._measured, self._wider = self._errors(candidates)
-        batches = run.noised("scores", section.batch)(0, section.batches)
+        batches = run.noised("scores", section.batch)
         make = partial(score_blocks, self._runner, batches, section.batches)
         self._scores = root.stage("scores", section, make, Scores.load)
         root.stage("teacher", self._job.evaluate, self._examined, lambda folder: folder)

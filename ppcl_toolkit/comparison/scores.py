@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, D features.
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.running.capture import Streams, bind, passing, rerouted, unpack
+from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Batch, Runner
 from ppcl_toolkit.statistics.cka import cka
 
@@ -56,12 +57,12 @@ class Scores:
 
 
 @torch.no_grad()
-def score_blocks(runner: Runner, batches: Iterable[Batch], total: int, desk: Desk) -> None:
-    """Measure all blocks over batches, and write `scores.json`."""
+def score_blocks(runner: Runner, batches: Batches, total: int, desk: Desk) -> None:
+    """Measure all blocks over `total` batches, and write `scores.json`."""
     sums: dict[str, list[float]] = {}
     samples, levels = 0, 0.0
-    for number, batch in enumerate(batches, start=1):
-        noise = batch[runner.adapter.timestep] / runner.adapter.timestep_scale
+    for number, batch in enumerate(batches(0, total), start=1):
+        noise = batches.noising.level(batch[runner.adapter.timestep])
         samples, levels = samples + len(noise), levels + float(noise.sum())
         for name, values in _of_batch(runner, batch, noise).items():
             before = sums.setdefault(name, [0.0] * len(values))

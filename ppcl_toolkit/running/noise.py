@@ -1,7 +1,7 @@
 """Recorded samples, and the noised batches that are made of them.
 
-Noise is added in the space in which the transformer sees latents: x_t = (1 - sigma) x_0 + sigma noise, on the noised
-tokens only; reference tokens of edit models follow them unchanged.
+Noise is added in the space in which the transformer sees latents, as `Noising` says, on the noised tokens only;
+reference tokens of edit models follow them unchanged.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ from torch import Tensor
 from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.capture import map_tensors
+from ppcl_toolkit.running.noising import Noising
 from ppcl_toolkit.running.schedule import Batch
 
 Shape = tuple[tuple[str, Any], ...]
@@ -90,6 +91,7 @@ class Batches:
     adapter: Adapter
     size: int
     seed: int
+    noising: Noising = Noising()
     sigma_mean: float = 0.0
     sigma_std: float = 1.0
     dtype: torch.dtype = torch.float32
@@ -111,8 +113,7 @@ class Batches:
         sigma = self._levels(len(chosen), generator)
         clean = torch.cat([sample.latents for sample in chosen]).float()
         noise = torch.randn(clean.shape, generator=generator)
-        level = sigma.view(-1, *[1] * (clean.ndim - 1))
-        noised = (1 - level) * clean + level * noise
+        noised = self.noising.noised(clean, noise, sigma)
         if chosen[0].reference is not None:
             noised = torch.cat([noised, torch.cat([s.reference for s in chosen if s.reference is not None])], dim=1)
         calls = [sample.arguments for sample in chosen]
@@ -120,7 +121,7 @@ class Batches:
             calls if self.adapter.padded is None else padded(calls, *self.adapter.padded), self.adapter.shared
         )
         batch[self.adapter.latents] = noised.to(self.dtype)
-        batch[self.adapter.timestep] = sigma * self.adapter.timestep_scale
+        batch[self.adapter.timestep] = self.noising.told(sigma)
         batch["return_dict"] = False
         if self.guidance:
             self._guide(batch, generator)

@@ -6,6 +6,7 @@ A row is one entry of a batch as the transformer sees it; shapes: B rows, N toke
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.capture import map_tensors
 from ppcl_toolkit.running.images import run_pipeline
 from ppcl_toolkit.running.noise import Sample
+from ppcl_toolkit.running.noising import stepping
 
 
 class _Recorded(BaseException):
@@ -26,8 +28,12 @@ class _Recorded(BaseException):
 def denoised(pipeline: Any, adapter: Adapter, texts: Sequence[str], call: Mapping[str, Any], seed: int) -> list[Sample]:
     """Make the images of `texts`; return the calls of the first step, each with the latents that the run ends with."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
-    with _recording(pipeline.transformer, adapter) as calls:
-        latents = run_pipeline(pipeline, texts, generators, call, "latent")
+    ends: list[Tensor] = []
+    end = partial(_keep, ends)
+    with _recording(pipeline.transformer, adapter) as calls, stepping(pipeline.scheduler, end):
+        run_pipeline(pipeline, texts, generators, call, "latent")
+    # As the transformer has them: what a pipeline returns may be in another shape or scale.
+    (latents,) = ends
     # A second call belongs to the negative prompt, if the first has no more rows than there are images.
     apart = len(calls[0][adapter.latents]) == len(latents)
     return [
@@ -35,6 +41,10 @@ def denoised(pipeline: Any, adapter: Adapter, texts: Sequence[str], call: Mappin
         for number, arguments in enumerate(calls)
         for sample in _split(adapter, arguments, latents.cpu(), negative=apart and number == 1)
     ]
+
+
+def _keep(ends: list[Tensor], _timestep: Any, _sample: Tensor, latents: Tensor) -> None:
+    ends[:] = [latents]
 
 
 def encoded(pipeline: Any, adapter: Adapter, text: str, picture: Image.Image, call: Mapping[str, Any]) -> Sample:

@@ -1,5 +1,7 @@
 """Stage `export`: a variant from teacher and bank, as a folder that opens in diffusers, proved by opening it.
 
+What it computes there is compared with the teacher in which the trained blocks stand at their places: not with itself.
+
 export: {dtype: bfloat16}
 """
 
@@ -14,16 +16,18 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.artifacts.card import write_card
 from ppcl_toolkit.artifacts.files import CARD, MANIFEST, damage, digest, read_manifest, write_json
 from ppcl_toolkit.artifacts.pipeline import CALL, quiet
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.artifacts.variant import Opens, save_variant, verify_variant
+from ppcl_toolkit.checking.in_place import called_in_place
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.records import read_record
 from ppcl_toolkit.running.capture import map_tensors
-from ppcl_toolkit.running.placement import HOST, computing_on, moved
+from ppcl_toolkit.running.placement import HOST
 from ppcl_toolkit.running.schedule import Batch
 from ppcl_toolkit.surgery.graph import sharing_copy
 
@@ -47,6 +51,9 @@ class Variant:
     name: str
     folder: Path
     plan: Plan
+    """In the block numbers of the first teacher, with all that was done before."""
+    step: Plan
+    """What this run adds, in the block numbers of its teacher."""
     dtype: str
     """Of the transformer on disk; the other parts stay as the teacher's are."""
     call: Mapping[str, Any]
@@ -77,19 +84,27 @@ class Variant:
 
 
 def export(
-    pipeline: Any, student: nn.Module, variant: Variant, example: Batch, desk: Desk, *, device: torch.device = HOST
+    taught: tuple[Any, Adapter],
+    student: nn.Module,
+    variant: Variant,
+    example: Batch,
+    desk: Desk,
+    *,
+    device: torch.device = HOST,
 ) -> None:
     """Write a variant's pipeline folder, and open it again in fresh processes to compare what it computes on `device`.
 
-    The student is left as it is.
+    `taught` are the teacher's pipeline and its adapter. The student is left as it is. Raises `PpclError` where the
+    folder computes something else than the teacher with the student's blocks in place.
     """
     with quiet():
-        _export(pipeline, student, variant, example, desk, device)
+        _export(taught, student, variant, example, desk, device)
 
 
 def _export(
-    pipeline: Any, student: nn.Module, variant: Variant, example: Batch, desk: Desk, device: torch.device
+    taught: tuple[Any, Adapter], student: nn.Module, variant: Variant, example: Batch, desk: Desk, device: torch.device
 ) -> None:
+    pipeline, adapter = taught
     shutil.rmtree(variant.folder, ignore_errors=True)
     variant.folder.parent.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, variant.dtype)
@@ -98,8 +113,7 @@ def _export(
         name: map_tensors(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
         for name, value in example.items()
     }
-    with torch.no_grad(), computing_on(student, device):
-        expected = student(**moved(example, device))[0].cpu()
+    expected = called_in_place(pipeline.transformer, adapter, variant.step, student, example, device)
     texts = {
         CALL: json.dumps(dict(variant.call), indent=2) + "\n",
         CARD: write_card(variant.name, variant.plan, variant.covered),

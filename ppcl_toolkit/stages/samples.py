@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.pipeline import Teacher
@@ -20,7 +21,7 @@ from ppcl_toolkit.artifacts.record import checked
 from ppcl_toolkit.artifacts.storage import Desk, load_tree, save_tree
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Recipe, Samples
-from ppcl_toolkit.running.images import check_call, check_edits, read_image, read_pairs
+from ppcl_toolkit.running.images import check_call, check_edits, read_image, read_pairs, run_pipeline
 from ppcl_toolkit.running.noise import Recorded, Sample
 from ppcl_toolkit.running.record import denoised, encoded
 from ppcl_toolkit.running.schedule import Runner
@@ -51,6 +52,14 @@ def record_samples(runner: Runner, teacher: Teacher, recipe: Recipe, desk: Desk)
         if alone and processes.is_main() and not path.exists():
             samples = _record(teacher, recipe, [("", None)], seed + len(items))
             save_tree(path, [{name: getattr(s, name) for name in Sample.__slots__} for s in samples])
+
+
+def rehearse(teacher: Teacher, recipe: Recipe) -> None:
+    """Run the pipeline for the first source, and keep nothing of it."""
+    (text, path), *_ = sources(recipe.samples, recipe.seed)
+    image = {"image": read_image(path, "samples.edits")} if recipe.samples.edits and path is not None else {}
+    generators = [torch.Generator().manual_seed(recipe.seed)]
+    run_pipeline(teacher.pipeline, [text], generators, {**recipe.teacher.call, **image}, "latent")
 
 
 def load_samples(folder: Path, name: str = "*") -> Recorded:

@@ -6,6 +6,7 @@ import copy
 import torch
 
 from ppcl_toolkit.running.capture import passing, predict, rerouted, run_block, stack_calls
+from ppcl_toolkit.running.noising import Noising
 
 
 def first_calls(world, chunk):
@@ -19,13 +20,18 @@ def first_calls(world, chunk):
     return seen[: len(seen) // world.call["num_inference_steps"]], latents
 
 
+def test_how_a_family_is_told_its_noise_is_seen(world):
+    """What its pipeline does, read in its source: SD3 passes the scheduler's thousandths, the others a share."""
+    assert world.noising == Noising(scale=1000.0 if world.name == "sd3" else 1.0)
+
+
 def test_samples_are_what_the_pipeline_passes_and_makes(world):
     adapter, samples = world.adapter, iter(world.samples)
     for chunk in world.chunks:
         calls, latents = first_calls(world, chunk)
         for call in calls:
             tokens = call.pop(adapter.latents)
-            assert call.pop(adapter.timestep).eq(adapter.timestep_scale).all()
+            assert call.pop(adapter.timestep).eq(world.noising.scale).all()
             call.pop("return_dict")
             for row in range(len(tokens)):
                 sample = next(samples)
@@ -64,8 +70,8 @@ def test_noise_covers_the_latents_alone(world):
         quiet, loud = clean[number], noise[number]
         count = world.samples[0].latents.shape[1]
         assert adapter.noised is None or adapter.noised(quiet) == count
-        assert quiet[adapter.timestep].max() < 1e-6 * adapter.timestep_scale
-        assert loud[adapter.timestep].eq(adapter.timestep_scale).all()
+        assert quiet[adapter.timestep].max() < 1e-6 * world.noising.scale
+        assert loud[adapter.timestep].eq(world.noising.scale).all()
         tokens, lost = quiet[adapter.latents], loud[adapter.latents]
         for row in range(2):
             assert any(is_row(sample, quiet, tokens, row) for sample in world.samples)

@@ -1,6 +1,7 @@
 """Every stage that takes memory, as a run calls it."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import disk
 import torch
@@ -97,12 +98,18 @@ def _export(subject: Subject) -> None:
     student.load_state_dict({name: torch.empty(v.shape, dtype=v.dtype) for name, v in state.items()}, assign=True)
     del state
     variant = export.Variant(
-        name="it", folder=subject.desk.folder / "it", plan=plan, dtype=subject.recipe.export.dtype, call={}
+        name="it",
+        folder=subject.desk.folder / "it",
+        plan=plan,
+        step=plan,
+        dtype=subject.recipe.export.dtype,
+        call={},
     )
     # What follows writes files, and other processes read them.
     export.save_variant = lambda *_, **__: variant.folder.mkdir() or write_manifest(variant.folder) or "stock"
     export.verify_variant = lambda *_, **__: 0.0
-    export.export(None, student, variant, example, subject.desk, device=subject.runner.placement.device)
+    taught = SimpleNamespace(transformer=subject.runner.transformer), subject.adapter
+    export.export(taught, student, variant, example, subject.desk, device=subject.runner.placement.device)
 
 
 STAGES: dict[str, Callable[[Subject], None]] = {

@@ -33,9 +33,9 @@ def exported(pipeline, folder, operations, dtype="float32"):
     student = tiny.flux_transformer(3, 2)
     reshape(student, FLUX, plan, batches()[0])
     tiny.randomize(student, seed=3)
-    variant = Variant(name="small", folder=folder / "variants" / "small", plan=plan, dtype=dtype, call=CALL)
+    variant = Variant(name="small", folder=folder / "variants" / "small", plan=plan, step=plan, dtype=dtype, call=CALL)
     seen = []
-    export(pipeline, student, variant, batches()[0], desk(folder / "record", seen))
+    export((pipeline, FLUX), student, variant, batches()[0], desk(folder / "record", seen))
     assert [step[:2] for step in seen] == [(1, 2), (2, 2)]
     return student, variant, variant.read(folder / "record")
 
@@ -104,6 +104,6 @@ def test_a_variant_that_computes_something_else_is_refused(pipeline, tmp_path, m
 
 def test_a_variant_that_is_gone_is_one_sentence(tmp_path):
     plan = Plan(family="flux", depths={DUAL.path: 3, SINGLE.path: 2})
-    variant = Variant(name="small", folder=tmp_path / "small", plan=plan, dtype="float32", call=CALL)
+    variant = Variant(name="small", folder=tmp_path / "small", plan=plan, step=plan, dtype="float32", call=CALL)
     with pytest.raises(PpclError, match=r"small is gone; delete .*record to export it again"):
         variant.read(tmp_path / "record")

@@ -156,8 +156,9 @@ def test_a_mean_is_the_mean_of_the_weights(teacher):
 def test_scores_are_those_of_removal_by_hand(tmp_path):
     run = runner()
     identity(run.blocks(DUAL.path)[2])
-    found = list(batches()(0, 2))
-    score_blocks(run, found, 2, desk(tmp_path))
+    noised = batches()
+    found = list(noised(0, 2))
+    score_blocks(run, noised, 2, desk(tmp_path))
     scores = Scores.load(tmp_path)
     assert scores.samples == 4 and len(scores.change) == 7
     assert scores.looked == 4 * 7 and scores.removed == 4 * (7 + 6 + 5 + 4 + 3 + 2 + 1)

@@ -9,6 +9,7 @@ from runs import FLUX, batches, runner, sample
 
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.noise import Batches, Recorded, collate
+from ppcl_toolkit.running.noising import Noising
 
 
 def same(one, other):
@@ -59,8 +60,8 @@ def test_noise_is_standard_normal_and_levels_follow_the_recipe():
 
 def test_the_timestep_is_scaled_as_the_pipeline_scales_it():
     plain, scaled = (
-        Batches(samples=[sample()], adapter=adapter, size=2, seed=1)[0]["timestep"]
-        for adapter in (FLUX, dataclasses.replace(FLUX, timestep_scale=1000.0))
+        Batches(samples=[sample()], adapter=FLUX, size=2, seed=1, noising=noising)[0]["timestep"]
+        for noising in (Noising(), Noising(scale=1000.0))
     )
     assert torch.equal(scaled, plain * 1000)
 

@@ -1,0 +1,52 @@
+"""Stage `check`: the adapter against the teacher's own pipeline, before anything is recorded.
+
+A few steps of a real run show how latents are noised and how the transformer is told; one of its calls shows whether
+blocks may be run one by one, and whether a transformer without some of them is the same around those that are left.
+What would end in a wrong model without a word ends here, in seconds.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppcl_toolkit.artifacts.files import write_json
+from ppcl_toolkit.artifacts.storage import Desk
+from ppcl_toolkit.checking.dead import check_dead
+from ppcl_toolkit.checking.dropped import check_dropped
+from ppcl_toolkit.checking.witness import check_blocks, witnessed
+from ppcl_toolkit.records import read_record
+from ppcl_toolkit.running.noising import Noising, noising_of, observed
+from ppcl_toolkit.running.schedule import Runner
+
+_FILE = "noising.json"
+_PARTS = 4
+
+
+def check(runner: Runner, pipeline: Any, run: Callable[[], None], desk: Desk) -> None:
+    """Check the runner's adapter on the first steps of `run()`, which calls `pipeline`; write how it noises.
+
+    Raises `PpclError` with what would go wrong.
+    """
+    with runner.calling(pipeline):
+        steps = observed(pipeline, runner.adapter, run)
+    noising = noising_of(pipeline.scheduler, runner.adapter, steps)
+    desk.progress(1, _PARTS, "noise")
+    call = {**steps[-1].call, "return_dict": False}
+    del steps
+    with torch.no_grad():
+        witness = witnessed(runner, call)
+        check_blocks(runner, witness)
+        desk.progress(2, _PARTS, "block by block")
+        check_dead(runner, witness)
+        desk.progress(3, _PARTS, "text")
+        check_dropped(runner, witness)
+    write_json(desk.folder / _FILE, noising.model_dump())
+    desk.progress(4, _PARTS, "depth")
+
+
+def load_noising(folder: Path) -> Noising:
+    """Read how the pipeline of a run noises."""
+    found: Noising = read_record(folder / _FILE, Noising)
+    return found

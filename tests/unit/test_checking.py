@@ -1,0 +1,160 @@
+"""An adapter that would make another model than its user believes is found before anything is recorded."""
+
+import dataclasses
+import re
+
+import odd
+import pytest
+import tiny
+import torch
+from families import FLUX, QWEN_IMAGE, SD3
+from runs import DUAL
+
+from ppcl_toolkit.checking.dead import check_dead
+from ppcl_toolkit.checking.dropped import check_dropped, intervals
+from ppcl_toolkit.checking.in_place import called_in_place
+from ppcl_toolkit.checking.witness import check_blocks, difference, witnessed
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
+from ppcl_toolkit.running.placement import HOST, Placement
+from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.surgery.assemble import drop_blocks, reshape
+from ppcl_toolkit.surgery.graph import sharing_copy
+
+SAID = {
+    "skip": r"blocks\[3\].* is called with another skip.*between the blocks",
+    "changed": r"blocks\[1\].*is called with another hidden_states",
+    "gain": r"blocks\[2\].*is called with another hidden_states",
+    "tap": r"with blocks\[0,1\] one block that answers as all of them did, the transformer makes another velocity",
+    "table": r"table is \[5\] and \[4\] in Odd: it depends on the numbers of blocks",
+    "buffer": r"table is \[5\] and \[4\] in Odd",
+    "numbered": r"blocks\.1\.number is 2 and 1 in Odd",
+    "captions": r"captions\.4\.bias",
+    "sides": r"calls right\[0\] where the adapter has left\[1\]",
+    "refiners": r"blocks\[0\].*is called with another hidden_states.*side by side",
+    "twice": r"calls blocks\[2\] where the adapter has blocks\[3\]: every block of every stack is to be called once",
+}
+
+
+def checked(runner, call):
+    with torch.no_grad():
+        witness = witnessed(runner, call)
+        check_blocks(runner, witness)
+        check_dead(runner, witness)
+        check_dropped(runner, witness)
+
+
+def test_nothing_is_said_of_a_plain_transformer():
+    checked(odd.runner("plain"), odd.call())
+
+
+@pytest.mark.parametrize("streamed", (False, True))
+@pytest.mark.parametrize("family", ("flux", "sd3", "qwen_image"))
+def test_nothing_is_said_of_the_shipped_families(family, streamed):
+    makes = {
+        "flux": (tiny.flux_transformer, FLUX, tiny.flux_inputs()),
+        "sd3": (tiny.sd3_transformer, SD3, tiny.sd3_inputs()),
+        "qwen_image": (tiny.qwen_image_transformer, QWEN_IMAGE, tiny.qwen_image_inputs(2)),
+    }
+    make, adapter, call = makes[family]
+    checked(Runner(make().requires_grad_(False), adapter, Placement(streamed=streamed)), call)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in odd.KINDS if kind != "plain"])
+def test_what_an_adapter_cannot_tell_is_found(kind):
+    with pytest.raises(PpclError, match=SAID[kind]):
+        checked(odd.runner(kind), odd.call())
+
+
+def test_every_kind_is_wrong_without_a_check():
+    """What the check is for: one block after another, each of these ends in another velocity than its own."""
+    for kind in ("skip", "changed", "gain", "refiners"):
+        run = odd.runner(kind)
+        with torch.no_grad():
+            whole, x = run.velocity(odd.call()), odd.call()["hidden_states"]
+            temb = run.transformer.time(odd.call()["timestep"][:, None])
+            for block in run.transformer.blocks:
+                x = block(x, temb)
+            assert not torch.allclose(run.transformer.out(x), whole, atol=1e-2), kind
+
+
+@pytest.mark.parametrize("path", ("attn.add_k_proj", "attn.to_q", "norm1_context"))
+@pytest.mark.parametrize("field", ("text_query", "text_out"))
+def test_what_is_alive_is_not_taken_for_dead(field, path):
+    wrong = dataclasses.replace(FLUX, stacks=(dataclasses.replace(DUAL, **{field: (path,)}), *FLUX.stacks[1:]))
+    run = Runner(tiny.flux_transformer().requires_grad_(False), wrong)
+    with pytest.raises(PpclError, match=rf"{field} of transformer_blocks names '{path}'"):
+        check_dead(run, witnessed(run, tiny.flux_inputs()))
+
+
+def test_intervals_reach_every_part_of_a_stack():
+    found = [(i.first, i.last) for i in intervals({"a": 7})]
+    assert found == [(0, 1), (2, 4), (5, 6)]
+    assert [(i.first, i.last) for i in intervals({"a": 2})] == [(0, 1)]
+    assert not list(intervals({"a": 1}))
+
+
+@pytest.mark.parametrize("operations", ("depth", "narrow"))
+@pytest.mark.parametrize("family", ("flux", "sd3"))
+def test_in_place_is_the_student_where_numbers_do_not_matter(family, operations):
+    """Of a sound family the blocks at their old places, and the shorter model, are the same."""
+    make, adapter, call = {
+        "flux": (lambda: tiny.flux_transformer(6, 3), FLUX, tiny.flux_inputs()),
+        "sd3": (lambda: tiny.sd3_transformer(6), SD3, tiny.sd3_inputs()),
+    }[family]
+    teacher, student = make(), make()
+    path = adapter.stacks[0].path
+    wanted = [Interval(stack=path, first=1, last=2)]
+    if operations == "narrow":
+        wanted = [Interval(stack=path, first=0, last=1), FfnSwap(stack=path, block=2, streams=("image", "text"))]
+        wanted.append(TextRun(stack=path, reference=2, last=4))
+    plan = Plan(family=family, depths=adapter.depths(teacher)).with_operations(wanted)
+    reshape(student, adapter, plan, call)
+    tiny.randomize(student, seed=9)
+    with torch.no_grad():
+        assert torch.equal(called_in_place(teacher, adapter, plan, student, call, HOST), student(**call)[0])
+
+
+def test_in_place_is_what_was_trained_where_numbers_matter():
+    """The shorter model is another one; at their places, the blocks are as they learned: by hand, in a loop."""
+    run = odd.runner("gain")
+    plan = Plan(family="odd_gain", depths={"blocks": 5}, operations=(Interval(stack="blocks", first=1, last=3),))
+    student = sharing_copy(run.transformer)
+    drop_blocks(student, run.adapter, plan)
+    found = called_in_place(run.transformer, run.adapter, plan, student, odd.call(), HOST)
+    blocks, x = run.transformer.blocks, odd.call()["hidden_states"]
+    temb = run.transformer.time(odd.call()["timestep"][:, None])
+    with torch.no_grad():
+        for i in range(5):
+            x = (x if i in (2, 3) else blocks[i](x, temb)) * (1 + i)
+        assert torch.allclose(found, run.transformer.out(x), atol=1e-5)
+        assert not torch.allclose(found, student(**odd.call())[0], atol=1e-1)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "said"),
+    (
+        ({"a": 1}, {"a": 1, "b": 2}, r"arguments \['a'\] for \['a', 'b'\]"),
+        ({"a": torch.zeros(2)}, {"a": torch.zeros(3)}, r"a a tensor \[2\] for a tensor \[3\]"),
+        ({"a": [1, (torch.ones(2),)]}, {"a": [1, (torch.zeros(2),)]}, r"another a \[1\] \[0\]"),
+        ({"a": torch.tensor([1])}, {"a": torch.tensor([2])}, "other a"),
+        (None, torch.zeros(1), "None for a tensor"),
+    ),
+)
+def test_differences_are_named(found, expected, said):
+    assert re.match(said, difference(found, expected)), difference(found, expected)
+    assert not difference(expected, expected)
+
+
+def test_rounding_is_no_difference():
+    x = torch.randn(100)
+    assert not difference(x * (1 + 1e-7), x, "x")
+    assert difference(x * 1.001, x, "x")
+
+
+def test_a_check_leaves_the_teacher_as_it_was():
+    run = odd.runner("plain")
+    before = {name: value.clone() for name, value in run.transformer.state_dict().items()}
+    checked(run, odd.call())
+    assert len(run.transformer.blocks) == 5 and all("forward" not in vars(b) for b in run.transformer.blocks)
+    assert all(torch.equal(value, before[name]) for name, value in run.transformer.state_dict().items())
