@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Adapter, Stack, Stream
+from ppcl_toolkit.errors import PpclError
 
 Arguments = dict[str, Any]
 """Forward arguments of one block by name, without its streams."""
@@ -73,6 +74,9 @@ def pack(stack: Stack, streams: Streams) -> Any:
 def unpack(stack: Stack, output: Any) -> Streams:
     """Read the streams from what a block of `stack` returned."""
     values = output if isinstance(output, tuple) else (output,)
+    if len(values) != len(stack.returns) or not all(isinstance(value, Tensor | None) for value in values):
+        kinds = ", ".join(type(value).__name__ for value in values)
+        raise PpclError(f"the adapter's returns of {stack.path}: {stack.returns!r}, and its blocks return {kinds}")
     return Streams(**dict(zip(stack.returns, values, strict=True)))
 
 

@@ -88,7 +88,10 @@ def _split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor, *, nega
     rows, count = len(tokens), len(latents)
     for name, value in arguments.items():
         if name not in adapter.shared and isinstance(value, Tensor | list) and len(value) != rows:
-            raise PpclError(f"the pipeline passes {len(value)} of {name} for {rows} prompts; use samples.batch: 1")
+            raise PpclError(
+                f"the pipeline passes {len(value)} of {name} for {rows} rows of {adapter.latents}: name it in the "
+                "adapter's `shared` where it has no batch dimension, or use samples.batch: 1"
+            )
     reference = tokens[:, latents.shape[1] :] if tokens.shape[1] > latents.shape[1] else None
     return [
         Sample(
