@@ -268,7 +268,8 @@ def run(pipeline):
         pipeline.transformer.enable_group_offload(onload_device=torch.device(device), **options)
     else:
         pipeline.transformer.to(device)
-    return pipeline.transformer(**kwargs)[0].cpu().contiguous()
+    made = pipeline.transformer(**kwargs)[0]
+    return (torch.stack(made) if isinstance(made, list) else made).cpu().contiguous()
 options = {"dtype": getattr(torch, dtype)}
 outputs = {opens: run(DiffusionPipeline.from_pretrained(folder, trust_remote_code=opens == "custom", **options))}
 if opens == "custom":

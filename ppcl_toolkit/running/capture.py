@@ -88,9 +88,15 @@ def run_block(block: nn.Module, stack: Stack, arguments: Arguments, streams: Str
     return output if "text" in stack.returns else Streams(output.image, streams.text)
 
 
+def answer(transformer: nn.Module, call: Mapping[str, Any]) -> Tensor:
+    """Return what a transformer makes of a call, of a list of samples, too: [B, ...]."""
+    made: Tensor | list[Tensor] = transformer(**call)[0]
+    return torch.stack(made) if isinstance(made, list) else made
+
+
 def predict(transformer: nn.Module, adapter: Adapter, call: Mapping[str, Any]) -> Tensor:
     """Return the velocity of the noised latents of a call: pipelines throw away that of reference tokens."""
-    velocity: Tensor = transformer(**call)[0]
+    velocity = answer(transformer, call)
     return velocity if adapter.noised is None else velocity[:, : adapter.noised(call)]
 
 

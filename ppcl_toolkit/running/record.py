@@ -4,6 +4,7 @@ A row is one entry of a batch as the transformer sees it; shapes: B rows, N toke
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.capture import map_tensors
 from ppcl_toolkit.running.images import run_pipeline
 from ppcl_toolkit.running.noise import Sample
+from ppcl_toolkit.running.rows import Uneven, row
 
 
 class _Recorded(BaseException):
@@ -26,8 +28,9 @@ class _Recorded(BaseException):
 def denoised(pipeline: Any, adapter: Adapter, texts: Sequence[str], call: Mapping[str, Any], seed: int) -> list[Sample]:
     """Make the images of `texts`; return the calls of the first step, each with the latents that the run ends with."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
-    with _recording(pipeline.transformer, adapter) as calls:
-        latents = run_pipeline(pipeline, texts, generators, call, "latent")
+    with _recording(pipeline.transformer, adapter) as calls, _stepping(pipeline) as steps:
+        made = run_pipeline(pipeline, texts, generators, call, "latent")
+    latents = steps[-1] if steps else made
     # A second call belongs to the negative prompt, if the first has no more rows than there are images.
     apart = len(calls[0][adapter.latents]) == len(latents)
     return [
@@ -83,29 +86,69 @@ def _split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor, *, nega
     """
     arguments = dict(arguments)
     tokens = arguments.pop(adapter.latents)
+    if listed := isinstance(tokens, list):
+        tokens = torch.stack(tokens)
     arguments.pop(adapter.timestep)
     arguments.pop("return_dict", None)
+    latents = _as_given(latents, tokens, adapter)
     rows, count = len(tokens), len(latents)
-    for name, value in arguments.items():
-        if name not in adapter.shared and isinstance(value, Tensor | list) and len(value) != rows:
-            raise PpclError(
-                f"the pipeline passes {len(value)} of {name} for {rows} rows of {adapter.latents}: name it in the "
-                "adapter's `shared` where it has no batch dimension, or use samples.batch: 1"
-            )
     reference = tokens[:, latents.shape[1] :] if tokens.shape[1] > latents.shape[1] else None
     return [
         Sample(
             latents=latents[i % count : i % count + 1],
-            arguments={name: _one(value, i, name in adapter.shared) for name, value in arguments.items()},
+            arguments={n: v if n in adapter.shared else _one(v, n, i, tokens, listed) for n, v in arguments.items()},
             reference=None if reference is None else reference[i : i + 1],
+            listed=listed,
             negative=negative or i < rows - count,
         )
         for i in range(rows)
     ]
 
 
-def _one(value: Any, index: int, shared: bool) -> Any:
-    return value[index : index + 1] if isinstance(value, Tensor | list) and not shared else value
+def _as_given(latents: Tensor, tokens: Tensor, adapter: Adapter) -> Tensor:
+    """Return the pipeline's latents in the shape in which the transformer is given them: frames of one may be added."""
+    if [size for size in latents.shape[1:] if size > 1] == [size for size in tokens.shape[1:] if size > 1]:
+        return latents.reshape(len(latents), *tokens.shape[1:])
+    whole, given = list(latents.shape), list(tokens.shape)
+    if len(whole) != len(given) or whole[2:] != given[2:] or whole[1] > given[1]:
+        raise PpclError(
+            f"clean latents are {whole}, and the pipeline passes {adapter.latents} of {given}: as the transformer sees "
+            "them, they cannot be noised; finished images need an adapter that `packs`, prompts do not"
+        )
+    return latents
+
+
+def _one(value: Any, name: str, index: int, tokens: Tensor, listed: bool) -> Any:
+    try:
+        return row(value, index, len(tokens), listed=listed)
+    except Uneven as found:
+        raise PpclError(
+            f"the pipeline passes {found} of {name} for {len(tokens)} samples: name it in the adapter's `shared` where "
+            "it has no batch dimension, or use samples.batch: 1"
+        ) from found
+
+
+@contextlib.contextmanager
+def _stepping(pipeline: Any) -> Iterator[list[Tensor]]:
+    """Keep what the scheduler's latest step returns: latents as they go round, before the pipeline unpacks them."""
+    latest: list[Tensor] = []
+    scheduler = getattr(pipeline, "scheduler", None)
+    if scheduler is None:
+        yield latest
+        return
+    own = scheduler.step
+
+    @functools.wraps(own)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        made = own(*args, **kwargs)
+        latest[:] = [made[0]]
+        return made
+
+    scheduler.step = step
+    try:
+        yield latest
+    finally:
+        del scheduler.step
 
 
 @contextlib.contextmanager

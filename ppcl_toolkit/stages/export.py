@@ -22,7 +22,7 @@ from ppcl_toolkit.artifacts.variant import Opens, save_variant, verify_variant
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.records import read_record
-from ppcl_toolkit.running.capture import map_tensors
+from ppcl_toolkit.running.capture import answer, map_tensors
 from ppcl_toolkit.running.placement import HOST, computing_on, moved
 from ppcl_toolkit.running.schedule import Batch
 from ppcl_toolkit.surgery.graph import sharing_copy
@@ -99,7 +99,7 @@ def _export(
         for name, value in example.items()
     }
     with torch.no_grad(), computing_on(student, device):
-        expected = student(**moved(example, device))[0].cpu()
+        expected = answer(student, moved(example, device)).cpu()
     texts = {
         CALL: json.dumps(dict(variant.call), indent=2) + "\n",
         CARD: write_card(variant.name, variant.plan, variant.covered),

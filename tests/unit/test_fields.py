@@ -144,6 +144,6 @@ def test_what_cannot_be_read_is_found_when_a_block_runs():
 def test_a_missing_shared_is_named_when_the_pipeline_is_recorded():
     pipeline = tiny.flux_pipeline(1, 1)
     call = {"height": 8, "width": 8, "num_inference_steps": 1, "max_sequence_length": 8}
-    said = "the pipeline passes 8 of txt_ids for 1 rows of hidden_states: name it in the adapter's `shared` where"
+    said = "the pipeline passes 8 of txt_ids for 1 samples: name it in the adapter's `shared` where"
     with pytest.raises(PpclError, match=said):
         denoised(pipeline, replace(FLUX, shared=("img_ids",)), ["a"], call, 0)
