@@ -4,16 +4,21 @@ A family is one file `adapters/<family>.py` that exports `ADAPTER`. `package.mod
 `ppcl_toolkit.adapters` name adapters that live elsewhere.
 """
 
+import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.resources
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.errors import PpclError, PpclWarning
 
 Stream = Literal["image", "text"]
 Remap = Callable[[dict[str, Any], dict[str, Tensor], Mapping[str, Sequence[int]]], None]
@@ -138,15 +143,27 @@ def available_adapters() -> list[str]:
     return sorted(shipped) + sorted(set(_entry_points()) - set(shipped))
 
 
+def installed_adapters() -> dict[str, Adapter]:
+    """Return the adapters of all available names; one that cannot be loaded is left out, with a `PpclWarning`."""
+    found = {}
+    for name in available_adapters():
+        try:
+            found[name] = load_adapter(name)
+        except PpclError as error:
+            _warn_once(f"{error}; it is left out")
+    return found
+
+
 def load_adapter(name: str) -> Adapter:
     """Load an adapter by family name, entry-point name or `package.module:NAME`.
 
-    Raises `PpclError` with the choices when there is none of that name.
+    The module is looked for where Python looks; `import_beside` finds one in another folder first. Raises `PpclError`
+    with the choices when there is none of that name, and with the reason for one that cannot be imported.
     """
     if ":" in name:
         found = _import(name)
-    elif name in _entry_points():
-        found = _entry_points()[name].load()
+    elif point := _entry_points().get(name):
+        found = _imported(point.load, f"adapter {name!r} (an entry point, {point.value})")
     elif name in available_adapters():
         found = _import(f"ppcl_toolkit.adapters.{name}:ADAPTER")
     else:
@@ -157,6 +174,37 @@ def load_adapter(name: str) -> Adapter:
     if not isinstance(found, Adapter):
         raise PpclError(f"adapter {name!r} is a {type(found).__name__}, not a ppcl_toolkit.Adapter")
     return found
+
+
+def import_beside(name: str, folder: str | Path) -> None:
+    """Import the module of `package.module:NAME` where it lies in `folder`, as a recipe has it beside itself.
+
+    Later look-ups find it by its name. Nothing else is imported from there afterwards. Raises what `load_adapter` does.
+    """
+    if ":" in name:
+        with looking_in(folder):
+            load_adapter(name)
+
+
+@contextlib.contextmanager
+def looking_in(*folders: str | Path) -> Iterator[None]:
+    """Let Python look for modules in `folders` first, by their absolute paths, and as before afterwards."""
+    before = list(sys.path)
+    sys.path[:0] = [str(Path(folder).resolve()) for folder in folders]
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def home_of(name: str) -> str:
+    """Return the folder where another process finds the module of `package.module:NAME`; nothing for other names."""
+    if ":" not in name:
+        return ""
+    top = importlib.import_module(name.partition(":")[0].partition(".")[0])
+    places = list(getattr(top, "__path__", [])) or [top.__file__ or ""]
+    return str(Path(places[0]).resolve().parent)
 
 
 def adapter_of(family: str, wanted: str = "auto") -> Adapter:
@@ -180,7 +228,7 @@ def adapter_for(transformer_class: str, wanted: str = "auto") -> Adapter:
 
     Raises `PpclError` where it is for another class, or where there is none.
     """
-    adapters = [load_adapter(name) for name in (available_adapters() if wanted == "auto" else [wanted])]
+    adapters = list(installed_adapters().values()) if wanted == "auto" else [load_adapter(wanted)]
     for adapter in adapters:
         if adapter.transformer == transformer_class:
             return adapter
@@ -196,7 +244,23 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 
 def _import(reference: str) -> object:
     module, _, name = reference.partition(":")
+    return _imported(lambda: getattr(importlib.import_module(module), name), f"adapter {reference!r}")
+
+
+def _imported(load: Callable[[], object], what: str) -> object:
+    """Return what `load` does; whatever somebody else's module raises while it is imported is a `PpclError`."""
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: no module, or a relative one
-        raise PpclError(f"adapter {reference!r} cannot be imported: {error}") from error
+        return load()
+    except (Exception, SystemExit) as error:
+        said = " ".join(str(error).split()) or "no message"
+        told = said if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {said}"
+        # Not beside the recipe that a run keeps: files that were made name no code.
+        advice = "; put its folder on PYTHONPATH, or the module beside your recipe"
+        missing = isinstance(error, ModuleNotFoundError)
+        raise PpclError(f"{what} cannot be imported: {told}{advice if missing else ''}") from error
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Warn of what is asked for again and again in one process."""
+    warnings.warn(message, PpclWarning, stacklevel=3)

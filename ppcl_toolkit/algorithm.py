@@ -20,7 +20,7 @@ from ppcl_toolkit.budget import Schedules, check_machine
 from ppcl_toolkit.budget.model import Model
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import ModulationSwap, Plan, low_rank_forms, trained_forms
-from ppcl_toolkit.recipe import Recipe, Target
+from ppcl_toolkit.recipe import Recipe, Target, read_recipe
 from ppcl_toolkit.running.noise import Batches, Calibration, Sample, share_of_negatives
 from ppcl_toolkit.running.noising import Noising
 from ppcl_toolkit.running.placement import Placement, host_bytes
@@ -222,7 +222,8 @@ def export_target(
         where = ".".join(map(str, problem["loc"]))
         raise PpclError(f"{where or 'target'}: {problem['msg'].removeprefix('Value error, ')}") from error
     path = Path(out)
-    recipe = Recipe.load(path / "recipe.yaml") if (path / "select").is_dir() else None
+    # Not `Recipe.load`: no code is taken from the folder of a run.
+    recipe = read_recipe(Recipe, path / "recipe.yaml") if (path / "select").is_dir() else None
     last = "width" if recipe is None or recipe.searches else "modulation"
     if recipe is None or not (path / last).is_dir():
         raise PpclError(f"{path} has no bank: run `ppcl compress --out {path}` until its {last} stage is done")

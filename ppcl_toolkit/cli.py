@@ -274,10 +274,10 @@ def generate(
 @app.command()
 def adapters() -> None:
     """List the families that can be compressed."""
-    from ppcl_toolkit.adapter import available_adapters, load_adapter
+    from ppcl_toolkit.adapter import installed_adapters
 
-    known = {name: load_adapter(name) for name in available_adapters()}
-    rows = [[name, a.transformer, ", ".join(stack.path for stack in a.stacks)] for name, a in known.items()]
+    known = installed_adapters().items()
+    rows = [[name, a.transformer, ", ".join(stack.path for stack in a.stacks)] for name, a in known]
     console.print_rows(["adapter", "transformer", "stacks"], *rows)
 
 

@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from ppcl_toolkit.adapter import import_beside
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, TextRun
 from ppcl_toolkit.units import UNITS, check_size
@@ -349,9 +350,12 @@ class Recipe(Section):
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
         """Read a YAML file or a shipped recipe by name; `overrides` are `section.key=value`.
 
-        Raises `PpclError` that names the line and the nearest known key.
+        An adapter of one's own, `package.module:NAME`, is imported, also where its module lies beside the file. Raises
+        `PpclError` that names the line and the nearest known key.
         """
-        return read_recipe(cls, source, overrides)
+        recipe = read_recipe(cls, source, overrides)
+        import_beside(recipe.adapter, find_recipe(source).parent)
+        return recipe
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {

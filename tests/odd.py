@@ -36,6 +36,7 @@ class Block(nn.Module):
         super().__init__()
         if number is not None:
             self.number = number
+        self.name = f"block {number}"
         self.linear, self.up, self.down = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
 
     def forward(self, hidden_states, temb, skip=None, captions=None):

@@ -22,6 +22,7 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.records import check_configs, read_record
+from ppcl_toolkit.running.fields import check_fields
 from ppcl_toolkit.values import check_call
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -74,8 +75,8 @@ class Teacher:
 def load_teacher(recipe: Recipe) -> Teacher:
     """Open the recipe's teacher on the host, with its adapter.
 
-    Raises `PpclError` for a pipeline that cannot be opened, has no transformer, does not fit the adapter, or whose
-    weights are quantised or not fused with their LoRA adapters.
+    Raises `PpclError` for a pipeline that cannot be opened, has no transformer, does not fit the adapter, whichever
+    field of it is wrong, or whose weights are quantised or not fused with their LoRA adapters.
     """
     section = recipe.teacher
     folder = resolve(section.path)
@@ -83,9 +84,10 @@ def load_teacher(recipe: Recipe) -> Teacher:
     pipeline = load_pipeline(folder, getattr(torch, section.dtype), section.revision, adapter=recipe.adapter)
     transformer = pipeline.transformer
     adapter = adapter_for(type(transformer).__name__, recipe.adapter)
+    earlier = Plan.load(Path(folder) / "plan.json") if (Path(folder) / "plan.json").is_file() else None
+    check_fields(adapter, transformer, narrow=earlier is not None and not earlier.is_depth_only)
     _check_weights(section.path, transformer)
     transformer.requires_grad_(False).eval()
-    earlier = Plan.load(Path(folder) / "plan.json") if (Path(folder) / "plan.json").is_file() else None
     if earlier:
         # Known now rather than when the first variant is written.
         adapter_of(earlier.family, recipe.adapter)

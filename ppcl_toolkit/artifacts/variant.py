@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ppcl_toolkit import processes
-from ppcl_toolkit.adapter import Adapter, adapter_of
+from ppcl_toolkit.adapter import Adapter, adapter_of, home_of
 from ppcl_toolkit.artifacts.files import MANIFEST, damage, put, read_manifest, sync, told, write_manifest
 from ppcl_toolkit.errors import PpclError, PpclWarning
 from ppcl_toolkit.plan import Plan
@@ -250,7 +250,7 @@ def _check_weights(folder: Path) -> None:
 
 _ELSEWHERE = """
 import json, sys
-folder, opens, adapter, place, dtype, device, offload = sys.argv[1:]
+folder, opens, adapter, home, place, dtype, device, offload = sys.argv[1:]
 sys.modules["ppcl_toolkit"] = None  # importing it fails from here on
 import torch
 from diffusers import DiffusionPipeline
@@ -268,13 +268,15 @@ def run(pipeline):
         pipeline.transformer.enable_group_offload(onload_device=torch.device(device), **options)
     else:
         pipeline.transformer.to(device)
-    return pipeline.transformer(**kwargs)[0].cpu().contiguous()
+    made = pipeline.transformer(**kwargs)[0]
+    return (torch.stack(made) if isinstance(made, list) else made).cpu().contiguous()
 options = {"dtype": getattr(torch, dtype)}
 outputs = {opens: run(DiffusionPipeline.from_pretrained(folder, trust_remote_code=opens == "custom", **options))}
 if opens == "custom":
     del sys.modules["ppcl_toolkit"]
     from ppcl_toolkit.artifacts.variant import load_compressed
-    from ppcl_toolkit.adapter import load_adapter
+    from ppcl_toolkit.adapter import import_beside, load_adapter
+    import_beside(adapter, home)
     known = None if adapter == "auto" else load_adapter(adapter)
     outputs["rebuilt"] = run(load_compressed(folder, adapter=known, **options))
 save_file(outputs, f"{place}/outputs.safetensors")
@@ -296,15 +298,21 @@ def _run_elsewhere(
         save_file(tensors, f"{place}/given.safetensors")
         weights = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
         offload = "" if has_room(weights, device) else "blocks"
-        options = [*how, place, str(dtype).split(".")[-1], str(device), offload]
+        options = [*how, home_of(how[1]), place, str(dtype).split(".")[-1], str(device), offload]
         command = [sys.executable, "-c", _ELSEWHERE, str(folder.resolve()), *options]
         # diffusers copies modelling files there before it runs them.
-        environment = {**os.environ, "HF_MODULES_CACHE": f"{place}/modules"}
+        environment = {**os.environ, "HF_MODULES_CACHE": f"{place}/modules", "PYTHONPATH": _absolute_path()}
         done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = (done.stderr.strip() or "no message").splitlines()[-1]
             raise PpclError(f"{folder} does not open as {how[0]} in a fresh process: {reason}")
         return load_file(f"{place}/outputs.safetensors")
+
+
+def _absolute_path() -> str:
+    """Return PYTHONPATH as it was meant where this process began: another folder is another meaning."""
+    given = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join(str(Path(entry).absolute()) for entry in given.split(os.pathsep) if entry)
 
 
 def _edit_json(path: Path, changes: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from diffusers import AutoModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ppcl_toolkit.adapter import Adapter, adapter_for, available_adapters, load_adapter
+from ppcl_toolkit.adapter import Adapter, adapter_for, installed_adapters, load_adapter
 from ppcl_toolkit.artifacts.pipeline import default_call, resolve
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
@@ -130,12 +130,18 @@ def count(module: nn.Module) -> int:
 
 def is_known(recipe: Recipe) -> bool:
     """Tell whether the teacher is a published model that an adapter lists."""
-    return any(recipe.teacher.path in load_adapter(name).models for name in available_adapters())
+    return bool(_listed(recipe.teacher.path, recipe.adapter))
+
+
+def _listed(path: str, wanted: str) -> list[Adapter]:
+    """Return the adapters that list a published model, that of the recipe before the installed ones."""
+    own = [] if wanted == "auto" else [load_adapter(wanted)]
+    return [adapter for adapter in (*own, *installed_adapters().values()) if path in adapter.models]
 
 
 def _config(recipe: Recipe) -> tuple[str, Adapter, Mapping[str, Any]]:
     path = resolve(recipe.teacher.path)
-    known = [adapter for adapter in map(load_adapter, available_adapters()) if path in adapter.models]
+    known = _listed(path, recipe.adapter)
     config = (
         {**known[0].models[path], "_class_name": known[0].transformer}
         if known

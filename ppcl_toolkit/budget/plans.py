@@ -12,7 +12,7 @@ from ppcl_toolkit.budget.model import Model
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Interval, ModulationSwap, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe
-from ppcl_toolkit.selection.candidates import ffn_candidates
+from ppcl_toolkit.selection.candidates import allowed, ffn_candidates
 from ppcl_toolkit.selection.greedy import choose
 from ppcl_toolkit.stages.modulation import check_modulation, swaps
 from ppcl_toolkit.training.substitution import Candidate, Measured
@@ -77,7 +77,8 @@ def _width(recipe: Recipe, model: Model) -> list[Candidate]:
     found: list[Candidate] = []
     for stack in model.adapter.stacks if recipe.width.text_blocks else ():
         found += _text_runs(stack, model.plan.depths[stack.path])
-    return found + list(reversed(ffn_candidates(model.runner, recipe.width)))
+    found += reversed(ffn_candidates(model.runner, recipe.width))
+    return allowed(found, model.plan, model.costs)[0]
 
 
 def _text_runs(stack: Stack, depth: int) -> list[TextRun]:

@@ -10,13 +10,17 @@ from torch import nn
 from ppcl_toolkit.checking.witness import BlockCall, Witness, difference
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form, Interval, Plan
-from ppcl_toolkit.running.capture import bind, predict, rerouted
+from ppcl_toolkit.running.capture import bind, predict, rerouted, run_block, unpack
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import drop_blocks, student_blocks
 from ppcl_toolkit.surgery.graph import sharing_copy
 from ppcl_toolkit.surgery.narrow import NarrowBlock
 
 _PLAIN = (bool, int, float, str)
+_NUMBERED = (
+    "it depends on the numbers of blocks, so a shorter model is another one. Without a `remap` that brings it along, "
+    "blocks of this family cannot be taken out"
+)
 
 
 def intervals(depths: dict[str, int]) -> Iterator[Interval]:
@@ -32,8 +36,9 @@ def intervals(depths: dict[str, int]) -> Iterator[Interval]:
 def check_dropped(runner: Runner, witness: Witness) -> None:
     """Drop intervals, one at a time, and let what replaces them answer as the teacher's blocks did.
 
-    No block is run. Whatever is left must be called with what it was called with in the teacher, end in the teacher's
-    velocity, and be what the stock class makes of the new config. Raises `PpclError` with what is not.
+    No block is run, but those that know their number. Whatever is left must be called with what it was called with in
+    the teacher, end in the teacher's velocity, and be what the stock class makes of the new config. Raises `PpclError`
+    with what is not.
     """
     runner.settle()
     adapter = runner.adapter
@@ -43,11 +48,14 @@ def check_dropped(runner: Runner, witness: Witness) -> None:
         student = sharing_copy(runner.transformer)
         what = f"adapter {adapter.family}: with {interval} one block"
         drop_blocks(student, adapter, plan)
-        if wrong := _unlike_stock(student):
-            raise PpclError(
-                f"{what}, {wrong}: it depends on the numbers of blocks, so a shorter model is another one. Without "
-                "a `remap` that brings it along, blocks of this family cannot be taken out"
-            )
+        if wrong := _other_weights(student):
+            raise PpclError(f"{what}, {wrong}: {_NUMBERED}")
+        # As it is when it is opened again.
+        changed = _made_anew(student)
+        for block, form in student_blocks(student, adapter, plan):
+            if told := ", ".join(said for module, said in changed if module in {*block.modules()}):
+                own = witness.calls[form.stack][form.first]
+                _check_alone(runner, block, form, own, f"{what}, {form.stack}[{form.first}], {told}")
         with contextlib.ExitStack() as patches:
             for block, form in student_blocks(student, adapter, plan):
                 calls = witness.calls[form.stack]
@@ -77,25 +85,47 @@ def _answering(runner: Runner, block: nn.Module, form: Form, calls: list[BlockCa
     return forward
 
 
-def _unlike_stock(student: nn.Module) -> str:
-    """Say what of a student is not as its stock class makes it of its config; weights are compared by shape."""
+def _check_alone(runner: Runner, block: nn.Module, form: Form, call: BlockCall, what: str) -> None:
+    """Run a block whose attributes are another position's: where it does not read them, they are no matter."""
+    stack = runner.adapter.stack(form.stack)
+    arguments, streams = runner.placement.bring((call.arguments, call.streams))
+    with runner.placement.visit(block):
+        output = run_block(block, stack, arguments, streams)
+    if difference(output.of(stack.returns), unpack(stack, call.output).of(stack.returns)):
+        raise PpclError(f"{what}, computes something else: {_NUMBERED}")
+
+
+def _stock(student: nn.Module) -> nn.Module:
     with torch.device("meta"):
-        stock = type(student).from_config(student.config)  # type: ignore[attr-defined]
+        made: nn.Module = type(student).from_config(student.config)  # type: ignore[attr-defined]
+    return made
+
+
+def _other_weights(student: nn.Module) -> str:
+    """Say which weight or buffer of a student has another shape in its stock class of the same config."""
+    stock = _stock(student)
     narrow = tuple(f"{name}." for name, module in student.named_modules() if isinstance(module, NarrowBlock))
     for tensors in (nn.Module.named_parameters, nn.Module.named_buffers):
         own, others = ({n: tuple(t.shape) for n, t in tensors(m) if not n.startswith(narrow)} for m in (student, stock))
-        others = {name: shape for name, shape in others.items() if not name.startswith(narrow)}
         for name in sorted(own.keys() | others.keys()):
             if own.get(name) != others.get(name):
                 return f"{name} is {_shape(own.get(name))} and {_shape(others.get(name))} in {type(stock).__name__}"
-    for name, module in student.named_modules():
-        if name.startswith(narrow) or isinstance(module, NarrowBlock):
-            continue
-        given, made = (_settings(each) for each in (module, stock.get_submodule(name)))
-        for key in given.keys() & made.keys():
-            if given[key] != made[key]:
-                return f"{name}.{key} is {given[key]!r} and {made[key]!r} in {type(stock).__name__}"
     return ""
+
+
+def _made_anew(student: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Give the modules of a student the plain attributes that its stock class gives them; say what has changed."""
+    stock, changed = _stock(student), []
+    known = dict(stock.named_modules())
+    for name, module in student.named_modules():
+        if isinstance(module, NarrowBlock) or name not in known:
+            continue
+        own, others = _settings(module), _settings(known[name])
+        for key in sorted(own.keys() & others.keys()):
+            if own[key] != others[key]:
+                setattr(module, key, others[key])
+                changed.append((module, f"whose {key} was {own[key]!r} and is {others[key]!r}"))
+    return changed
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

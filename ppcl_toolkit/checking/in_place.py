@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Adapter, Stack
 from ppcl_toolkit.plan import Plan
-from ppcl_toolkit.running.capture import passing
+from ppcl_toolkit.running.capture import answer, passing
 from ppcl_toolkit.running.passage import Batch
 from ppcl_toolkit.running.placement import computing_on, moved
 from ppcl_toolkit.surgery.assemble import student_blocks
@@ -36,8 +36,7 @@ def called_in_place(
         if not name.startswith(inside) and name in own and own[name].shape == tensor.shape:
             tensor.data = own[name].data
     with computing_on(whole, device):
-        velocity: Tensor = whole(**moved(dict(call), device))[0]
-        return velocity.cpu()
+        return answer(whole, moved(dict(call), device)).cpu()
 
 
 @final

@@ -28,7 +28,7 @@ from ppcl_toolkit.plan import Interval
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
-from ppcl_toolkit.selection.candidates import ffn_candidates, more_candidates
+from ppcl_toolkit.selection.candidates import allowed, ffn_candidates, more_candidates
 from ppcl_toolkit.selection.choice import Goal
 from ppcl_toolkit.stages.evaluate import examine, load_measurement, measure
 from ppcl_toolkit.stages.intervals import Candidates
@@ -186,7 +186,9 @@ class _Shared:
         runs = [one for one in candidates if not isinstance(one, Interval)]
         wanted = [*intervals, *(job.width.given or [*runs, *ffn_candidates(self._runner, job.width)])]
         more = more_candidates(self._runner, plan, wanted, job) if job.select.order == "program" else ()
-        everything = list(dict.fromkeys([*wanted, *more]))
+        given = (*job.intervals.given, *job.width.given)
+        wanted, _ = allowed(wanted, plan, self._costs, given)
+        everything, _ = allowed(dict.fromkeys([*wanted, *more]), plan, self._costs, given)
         batches = self._run.noised("select", job.select.batch)
 
         def make(desk: Desk) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Adapter, Stack, Stream
+from ppcl_toolkit.errors import PpclError
 
 Arguments = dict[str, Any]
 """Forward arguments of one block by name, without its streams."""
@@ -73,6 +74,9 @@ def pack(stack: Stack, streams: Streams) -> Any:
 def unpack(stack: Stack, output: Any) -> Streams:
     """Read the streams from what a block of `stack` returned."""
     values = output if isinstance(output, tuple) else (output,)
+    if len(values) != len(stack.returns) or not all(isinstance(value, Tensor | None) for value in values):
+        kinds = ", ".join(type(value).__name__ for value in values)
+        raise PpclError(f"the adapter's returns of {stack.path}: {stack.returns!r}, and its blocks return {kinds}")
     return Streams(**dict(zip(stack.returns, values, strict=True)))
 
 
@@ -84,9 +88,15 @@ def run_block(block: nn.Module, stack: Stack, arguments: Arguments, streams: Str
     return output if "text" in stack.returns else Streams(output.image, streams.text)
 
 
+def answer(transformer: nn.Module, call: Mapping[str, Any]) -> Tensor:
+    """Return what a transformer makes of a call, of a list of samples, too: [B, ...]."""
+    made: Tensor | list[Tensor] = transformer(**call)[0]
+    return torch.stack(made) if isinstance(made, list) else made
+
+
 def predict(transformer: nn.Module, adapter: Adapter, call: Mapping[str, Any]) -> Tensor:
     """Return the velocity of the noised latents of a call: pipelines throw away that of reference tokens."""
-    velocity: Tensor = transformer(**call)[0]
+    velocity = answer(transformer, call)
     return velocity if adapter.noised is None else velocity[:, : adapter.noised(call)]
 
 

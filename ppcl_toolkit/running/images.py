@@ -91,7 +91,7 @@ def generate_images(pipeline: Any, exam: Exam, folder: Path, progress: Callable[
 def run_pipeline(
     pipeline: Any, texts: Sequence[str], generators: list[torch.Generator] | None, call: Mapping[str, Any], kind: str
 ) -> Any:
-    """Return the images (`kind` pil) or final latents (`kind` latent) of a batch of prompts.
+    """Return the images (`kind` pil) or final latents (`kind` latent) of a batch of prompts; a video is a strip.
 
     Raises `PpclError` where an editing pipeline is given no image and cannot do without, and for arguments that the
     pipeline refuses.
@@ -100,7 +100,9 @@ def run_pipeline(
     each = {n: [v] * len(texts) for n, v in call.items() if n.startswith("negative_prompt") and isinstance(v, str)}
     asked = {**call, **each, "prompt": list(texts), "generator": generators, "output_type": kind}
     try:
-        return pipeline(**asked).images
+        # Images or frames: whatever a pipeline makes comes first.
+        made = pipeline(**asked)[0]
+        return [_still(each) for each in made] if kind == "pil" else made
     except Exception as error:
         if call.get("image") is None and _takes_image(pipeline):
             raise PpclError(
@@ -117,11 +119,17 @@ def draw(pipeline: Any, prompts: Sequence[str], seed: int, call: Mapping[str, An
     """Return the images of some prompts side by side, each with a seed of its own: `seed`, the next, ..."""
     check_call(pipeline, call)
     generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
-    images = run_pipeline(pipeline, prompts, generators, call, "pil")
-    row = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
-    for i, image in enumerate(images):
-        row.paste(image, (sum(other.width for other in images[:i]), 0))
-    return row
+    return _still(run_pipeline(pipeline, prompts, generators, call, "pil"))
+
+
+def _still(made: Image.Image | Sequence[Image.Image]) -> Image.Image:
+    """Return several images, as the frames of a video are, side by side as one; an image as it is."""
+    if isinstance(made, Image.Image):
+        return made
+    strip = Image.new("RGB", (sum(image.width for image in made), max(image.height for image in made)))
+    for i, image in enumerate(made):
+        strip.paste(image, (sum(other.width for other in made[:i]), 0))
+    return strip
 
 
 def check_place(path: Path) -> None:
@@ -230,7 +238,8 @@ def step_flops(transformer: torch.nn.Module, call: Mapping[str, Any]) -> int:
     """Count the floating-point operations of a call of a diffusers transformer, which is made, for each picture."""
     with counting() as counter:
         transformer(**call)
-    return counter.get_total_flops() // len(call["hidden_states"])
+    # The latents are what every one of them takes first.
+    return counter.get_total_flops() // len(next(iter(call.values())))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ reference tokens of edit models follow them unchanged.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, final, overload
 
@@ -17,6 +17,7 @@ from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.capture import map_tensors
 from ppcl_toolkit.running.noising import Noising
+from ppcl_toolkit.running.rows import common, joined
 from ppcl_toolkit.running.schedule import Batch
 
 Shape = tuple[tuple[str, Any], ...]
@@ -33,6 +34,8 @@ class Sample:
     """Every other argument of the recorded call but the timestep."""
     reference: Tensor | None = None
     """Tokens behind the noised ones, [1, M, C]."""
+    listed: bool = False
+    """Whether the transformer takes latents as a list of samples without a batch dimension, [C, ...] each."""
     negative: bool = False
     """Whether it is what classifier-free guidance leads away from: there is a sample of the prompt itself, too."""
 
@@ -117,10 +120,10 @@ class Batches:
         if chosen[0].reference is not None:
             noised = torch.cat([noised, torch.cat([s.reference for s in chosen if s.reference is not None])], dim=1)
         calls = [sample.arguments for sample in chosen]
-        batch = collate(
-            calls if self.adapter.padded is None else padded(calls, *self.adapter.padded), self.adapter.shared
-        )
-        batch[self.adapter.latents] = noised.to(self.dtype)
+        calls = calls if self.adapter.padded is None else padded(calls, *self.adapter.padded)
+        listed = chosen[0].listed
+        batch = collate(calls, self.adapter.shared, listed=listed)
+        batch[self.adapter.latents] = [*noised.to(self.dtype)] if listed else noised.to(self.dtype)
         batch[self.adapter.timestep] = self.noising.told(sigma)
         batch["return_dict"] = False
         if self.guidance:
@@ -231,19 +234,12 @@ class Calibration:
         }
 
 
-def collate(calls: Sequence[dict[str, Any]], shared: Sequence[str]) -> dict[str, Any]:
-    """Join recorded arguments along the batch; `shared` ones have no batch dimension."""
-    joined = {}
-    for name, value in calls[0].items():
-        values = [call[name] for call in calls]
-        if name not in shared and isinstance(value, Tensor):
-            value = torch.cat(values)
-        elif name not in shared and isinstance(value, list):
-            value = [item for items in values for item in items]
-        elif not isinstance(value, Tensor) and any(other != value for other in values):
-            raise PpclError(f"samples of one batch differ in {name}: {values[0]!r} and others; use batch: 1")
-        joined[name] = value
-    return joined
+def collate(calls: Sequence[dict[str, Any]], shared: Sequence[str], *, listed: bool = False) -> dict[str, Any]:
+    """Join recorded arguments along the batch; `shared` ones have no batch dimension. For `listed` see `Sample`."""
+    return {
+        name: (common if name in shared else partial(joined, listed=listed))([call[name] for call in calls], name)
+        for name in calls[0]
+    }
 
 
 def shape(sample: Sample) -> Shape:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.capture import map_tensors
+from ppcl_toolkit.running.rows import as_given, stacked
 
 _TOLD = ((0.0, 1.0), (0.0, 1000.0), (1.0, -1.0), (1000.0, -1000.0))
 """Offset and scale of the maps that pipelines are known to use."""
@@ -104,6 +105,9 @@ def observed(pipeline: Any, adapter: Adapter, run: Any, count: int = 3) -> list[
     Raises `PpclError` where the pipeline does not step its scheduler, or its transformer is called without one of the
     adapter's arguments.
     """
+    name = type(pipeline).__name__
+    if getattr(pipeline, "scheduler", None) is None:
+        raise PpclError(f"{name} has no scheduler: how its latents are noised cannot be known")
     signature = inspect.signature(type(pipeline.transformer).forward)
     calls: list[dict[str, Any]] = []
     steps: list[Step] = []
@@ -126,7 +130,6 @@ def observed(pipeline: Any, adapter: Adapter, run: Any, count: int = 3) -> list[
             run()
     finally:
         handle.remove()
-    name = type(pipeline).__name__
     if not steps:
         raise PpclError(f"{name} takes no step of its scheduler with its transformer: such a run cannot be recorded")
     for argument in (adapter.latents, adapter.timestep):
@@ -207,17 +210,11 @@ def _told(value: Any, adapter: Adapter) -> float:
 
 def _check_latents(step: Step, adapter: Adapter) -> None:
     """Refuse pipelines that give the transformer other latents than their scheduler steps."""
-    given, own = step.call[adapter.latents], step.sample
-    if not isinstance(given, Tensor) or given.ndim != own.ndim:
-        shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
-        raise PpclError(
-            f"the transformer's {adapter.latents!r} is {shape} where the scheduler's latents are {list(own.shape)}: "
-            "they must be one tensor, with reference tokens behind"
-        )
+    given = stacked(step.call[adapter.latents])
+    own = as_given(step.sample, given, adapter)
     # Rows are repeated for guidance; references follow the noised tokens.
-    rows = given[: len(own)]
-    seen = rows[:, : own.shape[1]]
-    if seen.shape != own.shape or not torch.allclose(seen.float(), own.to(seen.dtype).float(), rtol=1e-2, atol=1e-2):
+    seen = given[: len(own), : own.shape[1]]
+    if not torch.allclose(seen.float(), own.to(seen.dtype).float(), rtol=1e-2, atol=1e-2):
         raise PpclError(
             f"the transformer's {adapter.latents!r} {list(given.shape)} are not the latents that the scheduler steps "
             f"{list(own.shape)}: they are scaled or changed on the way, and samples of them cannot be noised"

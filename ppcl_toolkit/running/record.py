@@ -19,6 +19,7 @@ from ppcl_toolkit.running.capture import map_tensors
 from ppcl_toolkit.running.images import run_pipeline
 from ppcl_toolkit.running.noise import Sample
 from ppcl_toolkit.running.noising import stepping
+from ppcl_toolkit.running.rows import Uneven, as_given, row, stacked
 
 
 class _Recorded(BaseException):
@@ -93,26 +94,32 @@ def _split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor, *, nega
     """
     arguments = dict(arguments)
     tokens = arguments.pop(adapter.latents)
+    listed, tokens = isinstance(tokens, list), stacked(tokens)
     arguments.pop(adapter.timestep)
     arguments.pop("return_dict", None)
+    latents = as_given(latents, tokens, adapter)
     rows, count = len(tokens), len(latents)
-    for name, value in arguments.items():
-        if name not in adapter.shared and isinstance(value, Tensor | list) and len(value) != rows:
-            raise PpclError(f"the pipeline passes {len(value)} of {name} for {rows} prompts; use samples.batch: 1")
     reference = tokens[:, latents.shape[1] :] if tokens.shape[1] > latents.shape[1] else None
     return [
         Sample(
             latents=latents[i % count : i % count + 1],
-            arguments={name: _one(value, i, name in adapter.shared) for name, value in arguments.items()},
+            arguments={n: v if n in adapter.shared else _one(v, n, i, tokens, listed) for n, v in arguments.items()},
             reference=None if reference is None else reference[i : i + 1],
+            listed=listed,
             negative=negative or i < rows - count,
         )
         for i in range(rows)
     ]
 
 
-def _one(value: Any, index: int, shared: bool) -> Any:
-    return value[index : index + 1] if isinstance(value, Tensor | list) and not shared else value
+def _one(value: Any, name: str, index: int, tokens: Tensor, listed: bool) -> Any:
+    try:
+        return row(value, index, len(tokens), listed=listed)
+    except Uneven as found:
+        raise PpclError(
+            f"the pipeline passes {found} of {name} for {len(tokens)} samples: name it in the adapter's `shared` where "
+            "it has no batch dimension, or use samples.batch: 1"
+        ) from found
 
 
 @contextlib.contextmanager

@@ -1,11 +1,16 @@
 """What may go beside the intervals and text runs that are detected."""
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe, Width
 from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.surgery.costs import Costs
 from ppcl_toolkit.training.substitution import Candidate
+
+_KINDS = {"interval": "intervals", "text_run": "text streams", "ffn_swap": "blocks' FFNs"}
 
 
 def ffn_candidates(runner: Runner, width: Width) -> list[FfnSwap]:
@@ -21,6 +26,28 @@ def ffn_candidates(runner: Runner, width: Width) -> list[FfnSwap]:
             if streams:
                 found.append(FfnSwap(stack=stack.path, block=index, streams=streams))
     return found
+
+
+def allowed(
+    candidates: Iterable[Candidate], plan: Plan, costs: Costs, given: Collection[Candidate] = ()
+) -> tuple[list[Candidate], list[str]]:
+    """Return the candidates that the architecture allows, and for every stack and kind why others are left out.
+
+    Those that are `given` stay: where they cannot be, that is an error, which comes when they are measured.
+    """
+    found, refused = [], defaultdict(list)
+    for candidate in candidates:
+        try:
+            if candidate not in given:
+                costs(plan.with_operations([candidate]))
+            found.append(candidate)
+        except PpclError as error:
+            refused[candidate.stack, candidate.kind].append(str(error))
+    said = [
+        f"{len(reasons)} {_KINDS[kind]} of {stack} cannot go and are left out: {reasons[0]}"
+        for (stack, kind), reasons in refused.items()
+    ]
+    return found, said
 
 
 def more_candidates(runner: Runner, plan: Plan, found: Sequence[Candidate], recipe: Recipe) -> Iterator[Candidate]:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ppcl_toolkit import processes
-from ppcl_toolkit.adapter import Adapter
+from ppcl_toolkit.adapter import Adapter, home_of, import_beside
 from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.pipeline import Teacher, default_call, load_pipeline, resolve
 from ppcl_toolkit.artifacts.storage import Desk
@@ -344,6 +344,7 @@ def _resident_growth(source: Source, exam: Exam, dtype: torch.dtype) -> int | No
         return None
     first = dataclasses.replace(exam, prompts=exam.prompts[: exam.batch], edits=exam.edits[: exam.batch])
     request = {"source": [*source], "dtype": str(dtype).removeprefix("torch."), "exam": dataclasses.asdict(first)}
+    request["home"] = home_of(source.adapter)
     command = [sys.executable, "-m", "ppcl_toolkit.stages.evaluate"]
     done = subprocess.run(command, input=json.dumps(request), text=True, capture_output=True, check=False)
     if done.returncode:
@@ -356,6 +357,7 @@ def _measure_own_growth() -> None:
     request = json.load(sys.stdin)
     exam = Exam(**request["exam"])
     path, adapter = request["source"]
+    import_beside(adapter, request["home"])
     index = json.loads((Path(resolve(path)) / "model_index.json").read_text())
     # Code is no part of the model: import it before the growth is counted.
     parts = [part for part in index.values() if isinstance(part, list)]

@@ -27,7 +27,7 @@ from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.records import read_record
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
-from ppcl_toolkit.selection.candidates import ffn_candidates, more_candidates
+from ppcl_toolkit.selection.candidates import allowed, ffn_candidates, more_candidates
 from ppcl_toolkit.selection.greedy import choose
 from ppcl_toolkit.selection.joint import choose_by_program
 from ppcl_toolkit.surgery.costs import Costs
@@ -45,11 +45,12 @@ def select(
     batches: Batches,
     recipe: Recipe,
     desk: Desk,
-) -> None:
+) -> list[str]:
     """Measure all candidates and all FFNs that may become linear, and write the choice for every target of the recipe.
 
     `found` are the candidates, and the modulation of low rank for targets that ask for it. Several processes share the
-    candidates. What a killed run has measured is kept.
+    candidates. What a killed run has measured is kept. Returns warnings: what the architecture does not allow is left
+    out, unless the recipe gives it.
     """
     candidates, modulation = found
     operations: list[Candidate] = [candidate for candidate in candidates if isinstance(candidate, Interval)]
@@ -59,6 +60,7 @@ def select(
     if recipe.select.order == "program":
         operations = list(dict.fromkeys([*operations, *more_candidates(runner, plan, operations, recipe)]))
     costs = Costs(runner.transformer, runner.adapter, batches[0], getattr(torch, recipe.export.dtype))
+    operations, said = allowed(operations, plan, costs, (*recipe.intervals.given, *recipe.width.given))
     measured = _measured(runner, plan, operations, (batches, recipe.select.batches, costs), desk)
     if processes.is_main():
         order = recipe.select.order
@@ -72,6 +74,7 @@ def select(
         choice.save(desk.folder, measured)
         for path in desk.folder.glob(_NOTES):
             path.unlink()
+    return said
 
 
 def _measured(

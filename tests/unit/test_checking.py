@@ -9,6 +9,7 @@ import tiny
 import torch
 from families import FLUX, QWEN_IMAGE, SD3
 from runs import DUAL
+from strangers import STRANGERS
 
 from ppcl_toolkit.checking.dead import check_dead
 from ppcl_toolkit.checking.dropped import check_dropped, intervals
@@ -16,6 +17,8 @@ from ppcl_toolkit.checking.in_place import called_in_place
 from ppcl_toolkit.checking.witness import check_blocks, difference, witnessed
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
+from ppcl_toolkit.running.images import run_pipeline
+from ppcl_toolkit.running.noising import noising_of, observed
 from ppcl_toolkit.running.placement import HOST, Placement
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import drop_blocks, reshape
@@ -28,7 +31,7 @@ SAID = {
     "tap": r"with blocks\[0,1\] one block that answers as all of them did, the transformer makes another velocity",
     "table": r"table is \[5\] and \[4\] in Odd: it depends on the numbers of blocks",
     "buffer": r"table is \[5\] and \[4\] in Odd",
-    "numbered": r"blocks\.1\.number is 2 and 1 in Odd",
+    "numbered": r"blocks\[2\],.* whose number was 2 and is 1, computes something else",
     "captions": r"captions\.4\.bias",
     "sides": r"calls right\[0\] where the adapter has left\[1\]",
     "refiners": r"blocks\[0\].*is called with another hidden_states.*side by side",
@@ -158,3 +161,15 @@ def test_a_check_leaves_the_teacher_as_it_was():
     checked(run, odd.call())
     assert len(run.transformer.blocks) == 5 and all("forward" not in vars(b) for b in run.transformer.blocks)
     assert all(torch.equal(value, before[name]) for name, value in run.transformer.state_dict().items())
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_nothing_is_said_of_what_others_wrote(name):
+    """Z-Image's blocks know their number, and make no use of it; it is told how much there is of the picture."""
+    build, adapter, asked = STRANGERS[name]
+    pipeline, call = build(), {**asked, "num_inference_steps": 3, "max_sequence_length": 16}
+    steps = observed(pipeline, adapter, lambda: run_pipeline(pipeline, ["a"], None, call, "latent"))
+    told = {"z_image": (1.0, -1.0), "wan": (0.0, 1000.0)}.get(name, (0.0, 1.0))
+    found = noising_of(pipeline.scheduler, adapter, steps)
+    assert (found.offset, found.scale) == told
+    checked(Runner(pipeline.transformer, adapter), {**steps[-1].call, "return_dict": False})

@@ -6,12 +6,15 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 from runs import DUAL, SINGLE, batches, desk, equal, identity, plan_of, runner
+from strangers import AURA_FLOW, aura_flow_transformer
 
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import FfnSwap, Interval, ModulationSwap, TextRun
+from ppcl_toolkit.plan import FfnSwap, Interval, ModulationSwap, Plan, TextRun
 from ppcl_toolkit.recipe import Recipe, Target, Width
+from ppcl_toolkit.running.noise import Batches, Sample
 from ppcl_toolkit.running.placement import Placement
+from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.selection.candidates import ffn_candidates
 from ppcl_toolkit.selection.choice import Choice
 from ppcl_toolkit.selection.greedy import choose
@@ -508,3 +511,45 @@ def test_candidates_of_several_groups_are_measured_as_those_of_one(teacher, meas
     found = [each.operation for each in measured]
     again = list(measure(teacher, plan_of(teacher), found, batches(size=4), 3))
     assert again == [(each.operation, each.error) for each in measured]
+
+
+@pytest.fixture(scope="module")
+def aura_flow():
+    """AuraFlow adds its FFN to what enters the block: in place of the FFN, a linear map would delete the attention."""
+    transformer = aura_flow_transformer().requires_grad_(False)
+    noise = torch.Generator().manual_seed(0)
+    samples = [
+        Sample(
+            latents=torch.randn(1, 4, 8, 8, generator=noise),
+            arguments={"encoder_hidden_states": torch.randn(1, 5, 32, generator=noise)},
+        )
+        for _ in range(4)
+    ]
+    return Runner(transformer, AURA_FLOW), Batches(samples=samples, adapter=AURA_FLOW, size=2, seed=0)
+
+
+JOINT = AURA_FLOW.stacks[0].path
+
+
+def test_what_an_architecture_refuses_is_left_out_and_said(aura_flow, tmp_path):
+    run, noised = aura_flow
+    plan = Plan(family="aura_flow", depths=AURA_FLOW.depths(run.transformer))
+    pair, text = Interval(stack=JOINT, first=0, last=1), TextRun(stack=JOINT, reference=0, last=2)
+    said = select(run, plan, ([pair, text], ()), noised, recipe({"params": "80%"}, width={}), desk(tmp_path))
+    assert said == [
+        "3 blocks' FFNs of joint_transformer_blocks cannot go and are left out: AuraFlowJointTransformerBlock cannot "
+        "become joint_transformer_blocks.0-0.ffn_image_text: ff runs in parallel to the attention: a linear map would "
+        "delete the attention"
+    ]
+    rows = json.loads((tmp_path / "measured.json").read_text())
+    assert [row["label"] for row in rows] == [str(pair), str(text)]
+    assert Choice.load(tmp_path).plans["t0"].operations
+
+
+def test_what_is_given_and_refused_ends_the_run(aura_flow, tmp_path):
+    run, noised = aura_flow
+    plan = Plan(family="aura_flow", depths=AURA_FLOW.depths(run.transformer))
+    swap = FfnSwap(stack=JOINT, block=0, streams=("image",))
+    asked = recipe({"params": "50%"}, width={"given": [swap.model_dump()]})
+    with pytest.raises(PpclError, match="AuraFlowJointTransformerBlock cannot become .*ff runs in parallel"):
+        select(run, plan, ((), ()), noised, asked, desk(tmp_path))
