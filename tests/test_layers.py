@@ -16,6 +16,7 @@ PLACES = {
     "diffusers": (
         "ppcl_toolkit/artifacts/pipeline.py",
         "ppcl_toolkit/artifacts/variant.py",
+        "ppcl_toolkit/artifacts/classes.py",
         "ppcl_toolkit/surgery/modelling.py",
         "ppcl_toolkit/artifacts/published.py",
         "ppcl_toolkit/budget/model.py",
