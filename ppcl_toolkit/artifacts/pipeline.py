@@ -183,9 +183,9 @@ def _from_pretrained(path: str, revision: str | None, settings: dict[str, Any], 
     index, kind = Path(path) / "model_index.json", pipeline_class(adapter)
     if Path(path).exists() and not index.is_file():
         raise PpclError(f"{path} is no diffusers pipeline: it has no model_index.json")
+    check_configs(Path(path))
     if index.is_file():
         check_source(index, read_record(index, dict[str, Any]).get("transformer"), adapter)
-    check_configs(Path(path))
     try:
         return kind.from_pretrained(path, revision=revision, **settings)
     except Exception as error:  # diffusers raises whatever its parts raise
