@@ -55,7 +55,7 @@ FLOORS = (
     ("ppcl_toolkit/training/",),
     ("ppcl_toolkit/selection/",),
     ("ppcl_toolkit/stages/",),
-    ("ppcl_toolkit/budget/",),
+    ("ppcl_toolkit/budget/", "ppcl_toolkit/kit/"),
     ("ppcl_toolkit/algorithm.py",),
     ("ppcl_toolkit/comparison/", "ppcl_toolkit/methods/"),
     ("ppcl_toolkit/console.py",),
