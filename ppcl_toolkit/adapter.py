@@ -86,7 +86,10 @@ class Adapter:
 
     family: str
     transformer: str
-    """Class name in diffusers."""
+    """Class name in diffusers, or `package.module:Class`: a `diffusers.ModelMixin` of one's own. Variants open where
+    that module can be imported; it must not import this package."""
+    pipeline: str | None = None
+    """`package.module:Class` of a `diffusers.DiffusionPipeline` of one's own, where diffusers has none of it."""
     stacks: tuple[Stack, ...]
     latents: str = "hidden_states"
     """Argument that holds the noised latents, tokens or pixels second; reference tokens may follow the noised ones."""
@@ -113,6 +116,11 @@ class Adapter:
     example: Example | None = None
     """`example(config, call, references)`: the arguments of one call of the transformer for a recipe's `teacher.call`
     and so many reference images, shapes in place of tensors; for `ppcl plan`."""
+
+    @property
+    def class_name(self) -> str:
+        """Name of the transformer's class, without the module that it comes from."""
+        return self.transformer.rpartition(":")[2]
 
     def stack(self, path: str) -> Stack:
         """Return the stack at `path`; unknown paths are a `PpclError` that lists the known ones."""
@@ -161,11 +169,11 @@ def load_adapter(name: str) -> Adapter:
     with the choices when there is none of that name, and with the reason for one that cannot be imported.
     """
     if ":" in name:
-        found = _import(name)
+        found = import_name(name, f"adapter {name!r}")
     elif point := _entry_points().get(name):
         found = _imported(point.load, f"adapter {name!r} (an entry point, {point.value})")
     elif name in available_adapters():
-        found = _import(f"ppcl_toolkit.adapters.{name}:ADAPTER")
+        found = import_name(f"ppcl_toolkit.adapters.{name}:ADAPTER", f"adapter {name!r}")
     else:
         raise PpclError(
             f"unknown adapter {name!r}; available: {', '.join(available_adapters())}, "
@@ -177,13 +185,17 @@ def load_adapter(name: str) -> Adapter:
 
 
 def import_beside(name: str, folder: str | Path) -> None:
-    """Import the module of `package.module:NAME` where it lies in `folder`, as a recipe has it beside itself.
+    """Import the adapter `package.module:NAME` where its module lies in `folder`, as a recipe has it beside itself.
 
-    Later look-ups find it by its name. Nothing else is imported from there afterwards. Raises what `load_adapter` does.
+    So are the classes that it names. Later look-ups find modules by their names; nothing else is imported from there
+    afterwards. Raises what `load_adapter` does.
     """
     if ":" in name:
         with looking_in(folder):
-            load_adapter(name)
+            adapter = load_adapter(name)
+            for named in (adapter.transformer, adapter.pipeline or ""):
+                if ":" in named:
+                    import_name(named, f"{named!r}, which adapter {name!r} names,")
 
 
 @contextlib.contextmanager
@@ -230,7 +242,7 @@ def adapter_for(transformer_class: str, wanted: str = "auto") -> Adapter:
     """
     adapters = list(installed_adapters().values()) if wanted == "auto" else [load_adapter(wanted)]
     for adapter in adapters:
-        if adapter.transformer == transformer_class:
+        if adapter.class_name == transformer_class:
             return adapter
     if wanted != "auto":
         raise PpclError(f"adapter {wanted!r} is for {adapters[0].transformer}, the teacher has a {transformer_class}")
@@ -242,9 +254,10 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
     return {point.name: point for point in importlib.metadata.entry_points(group="ppcl_toolkit.adapters")}
 
 
-def _import(reference: str) -> object:
+def import_name(reference: str, what: str) -> object:
+    """Return what `package.module:NAME` names; `PpclError` that begins with `what` where it cannot be imported."""
     module, _, name = reference.partition(":")
-    return _imported(lambda: getattr(importlib.import_module(module), name), f"adapter {reference!r}")
+    return _imported(lambda: getattr(importlib.import_module(module), name), what)
 
 
 def _imported(load: Callable[[], object], what: str) -> object:

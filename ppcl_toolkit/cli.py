@@ -25,6 +25,10 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="Recipes in the package, and what a recipe may hold.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+adapters_app = typer.Typer(
+    help="Families that can be compressed, and adapters for others.", invoke_without_command=True
+)
+app.add_typer(adapters_app, name="adapters")
 
 
 @app.callback()
@@ -271,14 +275,38 @@ def generate(
     typer.echo(out)
 
 
-@app.command()
-def adapters() -> None:
-    """List the families that can be compressed."""
+@adapters_app.callback()
+def adapters(context: typer.Context) -> None:
+    """List the families that can be compressed, or write an adapter for another one."""
+    if context.invoked_subcommand is not None:
+        return
     from ppcl_toolkit.adapter import installed_adapters
 
     known = installed_adapters().items()
     rows = [[name, a.transformer, ", ".join(stack.path for stack in a.stacks)] for name, a in known]
     console.print_rows(["adapter", "transformer", "stacks"], *rows)
+
+
+@adapters_app.command("new")
+def new_adapter(
+    source: Annotated[str, typer.Argument(help="Class of a transformer in diffusers, or folder of a pipeline.")],
+    out: Annotated[Path | None, typer.Option(help="File to write; <family>.py by default.")] = None,
+    call: Annotated[list[str] | None, typer.Option(help="Argument of the pipeline, name=value.")] = None,
+) -> None:
+    """Write an adapter by running a model: what is found, and marked DECIDE what is not."""
+    from ppcl_toolkit.artifacts.files import write_text
+    from ppcl_toolkit.kit.finding import OPEN
+    from ppcl_toolkit.kit.new import new
+
+    family, text = new(source, _arguments(call or []))
+    path = out or Path(f"{family}.py")
+    if path.exists():
+        raise PpclError(f"{path} exists already; name another file with --out")
+    write_text(path, text)
+    for line in text.splitlines():
+        if OPEN in line or "left out" in line:
+            typer.echo(line.strip(" #"))
+    typer.echo(f"{path}: adapter: {path.stem}:ADAPTER in a recipe beside it")
 
 
 @recipes_app.command("list")

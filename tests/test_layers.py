@@ -16,6 +16,7 @@ PLACES = {
     "diffusers": (
         "ppcl_toolkit/artifacts/pipeline.py",
         "ppcl_toolkit/artifacts/variant.py",
+        "ppcl_toolkit/artifacts/classes.py",
         "ppcl_toolkit/surgery/modelling.py",
         "ppcl_toolkit/artifacts/published.py",
         "ppcl_toolkit/budget/model.py",
@@ -55,7 +56,7 @@ FLOORS = (
     ("ppcl_toolkit/training/",),
     ("ppcl_toolkit/selection/",),
     ("ppcl_toolkit/stages/",),
-    ("ppcl_toolkit/budget/",),
+    ("ppcl_toolkit/budget/", "ppcl_toolkit/kit/"),
     ("ppcl_toolkit/algorithm.py",),
     ("ppcl_toolkit/comparison/", "ppcl_toolkit/methods/"),
     ("ppcl_toolkit/console.py",),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,11 @@ from pathlib import Path
 import pytest
 import tiny
 
+from ppcl_toolkit.adapter import load_adapter
+from ppcl_toolkit.artifacts.pipeline import load_pipeline
 from ppcl_toolkit.artifacts.variant import load_compressed
 from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.running.images import generator, image_path, pixels
 
 STACK = "transformer_blocks"
 RECIPE = """
@@ -112,3 +116,73 @@ def test_a_module_that_fails_is_one_sentence(world):
         "error: adapter 'own_family:ADAPTER' cannot be imported: NameError: name 'whatever' is not defined"
     ]
     assert not (world / "run").exists()
+
+
+OPENED = """
+import sys, torch
+sys.modules["ppcl_toolkit"] = None
+from own_net import OwnPipeline
+options = {"trust_remote_code": True} if sys.argv[2] == "custom" else {}
+pipeline = OwnPipeline.from_pretrained(sys.argv[1], **options)
+generator = torch.Generator().manual_seed(int(sys.argv[4]))
+pipeline(["a"], [generator], num_inference_steps=2)[0][0].save(sys.argv[3])
+print(type(pipeline.transformer).__name__, len(pipeline.transformer.trunk))
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A whole run of a transformer and a pipeline that diffusers does not have, its modules beside the recipe."""
+    world = tmp_path_factory.mktemp("own")
+    shutil.copytree(Path(__file__).parent / "own_dit", world / "job", ignore=shutil.ignore_patterns("__pycache__"))
+    (world / "prompts.txt").write_text("a\nb\nc\nd\n")
+    making = (
+        "import torch; from diffusers import FlowMatchEulerDiscreteScheduler; from own_net import OwnDit, OwnPipeline; "
+        "torch.manual_seed(0); OwnPipeline(OwnDit(), FlowMatchEulerDiscreteScheduler()).save_pretrained('teacher')"
+    )
+    subprocess.run([sys.executable, "-c", making], cwd=world, env={**os.environ, "PYTHONPATH": "job"}, check=True)
+    done = ppcl(world, "compress", "--recipe", "job/recipe.yaml", "--out", "run")
+    assert done.returncode == 0, done.stderr
+    return world
+
+
+@pytest.mark.parametrize(
+    ("name", "opens", "found"), [("depth", "stock", "OwnDit 3"), ("both", "custom", "NarrowOwnDit 3")]
+)
+def test_a_dit_that_diffusers_does_not_have_is_compressed(own, name, opens, found):
+    """The variants open by the user's own module, without this package, and make the pictures of the run."""
+    variants = {variant["name"]: variant for variant in json.loads((own / "run/summary.json").read_text())["variants"]}
+    assert variants[name]["opens"] == opens
+    index = json.loads((own / "run/variants" / name / "model_index.json").read_text())
+    assert index["transformer"] == ["own_net", "OwnDit"] or opens == "custom"
+    seed = str(generator(0, 0).initial_seed())
+    done = subprocess.run(
+        [sys.executable, "-c", OPENED, f"run/variants/{name}", opens, f"{name}.png", seed],
+        cwd=own,
+        env={**os.environ, "PYTHONPATH": "job"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1] == found, done.stderr
+    made, expected = pixels(own / f"{name}.png"), pixels(image_path(own / "run/evaluate" / name, 0, 0))
+    assert abs(made.astype(int) - expected).max() <= 1
+    assert expected.std() > 10
+
+
+def test_a_class_that_a_folder_names_is_not_imported(own, monkeypatch):
+    monkeypatch.syspath_prepend(own / "job")
+    folder = own / "run/variants/depth"
+    said = (
+        "takes its transformer from 'own_net', which is code: name it in an adapter of yours, transformer='own_net:Own"
+    )
+    with pytest.raises(PpclError, match=said):
+        load_compressed(folder)
+    with pytest.raises(PpclError, match=said):
+        load_pipeline(str(own / "teacher"))
+    assert "own_net" not in sys.modules
+    adapter = load_adapter("own_adapter:ADAPTER")
+    for name in ("depth", "both"):
+        opened = load_compressed(own / "run/variants" / name, adapter=adapter)
+        assert len(opened.transformer.trunk) == 3
+        assert type(opened).__name__ == "OwnPipeline"

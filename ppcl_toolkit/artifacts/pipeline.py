@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
@@ -17,6 +16,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ppcl_toolkit.adapter import Adapter, adapter_for, adapter_of, load_adapter
+from ppcl_toolkit.artifacts.classes import check_source, pipeline_class
 from ppcl_toolkit.artifacts.variant import first_line, load_compressed
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
@@ -114,12 +114,12 @@ def load_pipeline(
     path = resolve(path)
     settings: dict[str, Any] = {"dtype": dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)}
     pipeline: Any
+    known = None if adapter == "auto" else load_adapter(adapter)
     with quiet():
         if (Path(path) / "plan.json").is_file():
-            known = None if adapter == "auto" else load_adapter(adapter)
             pipeline = load_compressed(Path(path), adapter=known, **settings)
         else:
-            pipeline = _from_pretrained(path, revision, settings)
+            pipeline = _from_pretrained(path, revision, settings, known)
     if getattr(pipeline, "transformer", None) is None:
         raise PpclError(f"{path} is a {type(pipeline).__name__} without a transformer: nothing here to compress")
     if missing := [name for name, value in pipeline.transformer.named_parameters() if value.is_meta]:
@@ -179,12 +179,15 @@ def _check_weights(path: str, transformer: nn.Module) -> None:
             raise PpclError(f"{path}: {_QUANTISED} ({name} is a {kind.__name__} of {parameter.dtype})")
 
 
-def _from_pretrained(path: str, revision: str | None, settings: dict[str, Any]) -> Any:
-    if Path(path).exists() and not (Path(path) / "model_index.json").is_file():
+def _from_pretrained(path: str, revision: str | None, settings: dict[str, Any], adapter: Adapter | None) -> Any:
+    index, kind = Path(path) / "model_index.json", pipeline_class(adapter)
+    if Path(path).exists() and not index.is_file():
         raise PpclError(f"{path} is no diffusers pipeline: it has no model_index.json")
     check_configs(Path(path))
+    if index.is_file():
+        check_source(index, read_record(index, dict[str, Any]).get("transformer"), adapter)
     try:
-        return DiffusionPipeline.from_pretrained(path, revision=revision, **settings)
+        return kind.from_pretrained(path, revision=revision, **settings)
     except Exception as error:  # diffusers raises whatever its parts raise
         raise PpclError(f"{path} cannot be opened as a pipeline: {first_line(error)}{_advice(path)}") from error
 

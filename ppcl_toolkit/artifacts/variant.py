@@ -20,7 +20,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from pydantic import BaseModel
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Adapter, adapter_of, home_of
+from ppcl_toolkit.artifacts.classes import check_source, homes, library_of, pipeline_class, stock_class
 from ppcl_toolkit.artifacts.files import MANIFEST, damage, put, read_manifest, sync, told, write_manifest
 from ppcl_toolkit.errors import PpclError, PpclWarning
 from ppcl_toolkit.plan import Plan
@@ -68,7 +68,7 @@ def save_variant(
         raise PpclError(f"{folder} exists already; a variant is written to a new folder")
     known = adapter_of(plan.family, adapter)
     blocks = student_blocks(transformer, known, plan)
-    stock = getattr(diffusers, known.transformer)
+    stock = stock_class(known)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     student = copy.copy(transformer)
@@ -121,9 +121,12 @@ def load_compressed(
     _check_libraries(folder, index)
     try:
         if plan.is_depth_only:
-            return DiffusionPipeline.from_pretrained(folder, **options)
-        transformer = _rebuild(folder, plan, adapter or adapter_of(plan.family), options)
-        return open_with(folder, index, transformer, options)
+            check_source(folder / "model_index.json", index.get("transformer"), adapter)
+            opened: DiffusionPipeline = pipeline_class(adapter).from_pretrained(folder, **options)
+            return opened
+        known = adapter or adapter_of(plan.family)
+        transformer = _rebuild(folder, plan, known, options)
+        return open_with(folder, index, transformer, options, pipeline_class(known))
     except PpclError as error:
         raise error if str(folder) in str(error) else PpclError(f"{folder}: {error}") from error
     except Exception as error:  # diffusers raises whatever its parts raise
@@ -162,7 +165,8 @@ def verify_variant(
     imported, and then by `load_compressed`.
     """
     worst = 0.0
-    for way, found in _run_elsewhere(folder, (opens, adapter), kwargs, expected.dtype, device).items():
+    how = {"opens": opens, "adapter": adapter, "dtype": str(expected.dtype).split(".")[-1], "device": str(device)}
+    for way, found in _run_elsewhere(folder, how, kwargs).items():
         if found.shape != expected.shape:
             raise PpclError(f"{folder}, opened as {way}, returns {list(found.shape)} for {list(expected.shape)}")
         difference = (found.double() - expected.detach().cpu().double()).abs().max().item()
@@ -174,7 +178,7 @@ def verify_variant(
 
 def _rebuild(folder: Path, plan: Plan, adapter: Adapter, options: Mapping[str, Any]) -> nn.Module:
     """Let diffusers load the weights into a class that narrows its blocks when it is made."""
-    stock = getattr(diffusers, adapter.transformer)
+    stock = stock_class(adapter)
     stored = folder / "block_calls.json"
     with reading(stored):
         found = _from_json(read_record(stored, dict[str, list[Any]]))
@@ -204,18 +208,24 @@ def _rebuild(folder: Path, plan: Plan, adapter: Adapter, options: Mapping[str, A
 
 
 def open_with(
-    folder: Path, index: dict[str, Any], transformer: nn.Module, options: Mapping[str, Any]
+    folder: Path,
+    index: dict[str, Any],
+    transformer: nn.Module,
+    options: Mapping[str, Any],
+    kind: type[DiffusionPipeline] = DiffusionPipeline,
 ) -> DiffusionPipeline:
     """Open the folder with `transformer` in place of its own, whose class diffusers would have to run code for."""
     with tempfile.TemporaryDirectory() as place:
         for entry in folder.iterdir():
             if entry.name not in ("model_index.json", "transformer"):
                 Path(place, entry.name).symlink_to(entry.resolve())
-        index = {**index, "transformer": ["diffusers", type(transformer).__name__]}
+        stock = type(transformer)
+        index = {**index, "transformer": [library_of(stock), stock.__name__]}
         Path(place, "model_index.json").write_text(json.dumps(index))
-        pipeline = DiffusionPipeline.from_pretrained(place, transformer=transformer, **options)
+        pipeline: Any = kind.from_pretrained(place, transformer=transformer, **options)
     pipeline.register_to_config(_name_or_path=str(folder))
-    return pipeline
+    opened: DiffusionPipeline = pipeline
+    return opened
 
 
 def first_line(error: BaseException) -> str:
@@ -249,13 +259,15 @@ def _check_weights(folder: Path) -> None:
 
 
 _ELSEWHERE = """
-import json, sys
-folder, opens, adapter, home, place, dtype, device, offload = sys.argv[1:]
+import importlib, json, sys
+place = sys.argv[1]
+how = json.load(open(f"{place}/how.json"))
 sys.modules["ppcl_toolkit"] = None  # importing it fails from here on
+sys.path[:0] = how["homes"]
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-tensors = load_file(f"{place}/given.safetensors")
+tensors, device = load_file(f"{place}/given.safetensors"), torch.device(how["device"])
 def restore(value):
     if isinstance(value, dict):
         return tensors[value["tensor"]].to(device) if "tensor" in value else {k: restore(v) for k, v in value.items()}
@@ -263,29 +275,30 @@ def restore(value):
 kwargs = {**restore(json.load(open(f"{place}/given.json"))), "return_dict": False}
 @torch.no_grad()
 def run(pipeline):
-    if offload:
+    if how["offload"]:
         options = {"offload_type": "block_level", "num_blocks_per_group": 1}
-        pipeline.transformer.enable_group_offload(onload_device=torch.device(device), **options)
+        pipeline.transformer.enable_group_offload(onload_device=device, **options)
     else:
         pipeline.transformer.to(device)
     made = pipeline.transformer(**kwargs)[0]
     return (torch.stack(made) if isinstance(made, list) else made).cpu().contiguous()
-options = {"dtype": getattr(torch, dtype)}
-outputs = {opens: run(DiffusionPipeline.from_pretrained(folder, trust_remote_code=opens == "custom", **options))}
+folder, opens, options = how["folder"], how["opens"], {"dtype": getattr(torch, how["dtype"])}
+module, _, name = how["pipeline"].partition(":")
+kind = getattr(importlib.import_module(module), name) if name else DiffusionPipeline
+outputs = {opens: run(kind.from_pretrained(folder, trust_remote_code=opens == "custom", **options))}
 if opens == "custom":
     del sys.modules["ppcl_toolkit"]
     from ppcl_toolkit.artifacts.variant import load_compressed
     from ppcl_toolkit.adapter import import_beside, load_adapter
-    import_beside(adapter, home)
-    known = None if adapter == "auto" else load_adapter(adapter)
+    import_beside(how["adapter"], how["home"])
+    known = None if how["adapter"] == "auto" else load_adapter(how["adapter"])
     outputs["rebuilt"] = run(load_compressed(folder, adapter=known, **options))
 save_file(outputs, f"{place}/outputs.safetensors")
 """
 
 
-def _run_elsewhere(
-    folder: Path, how: tuple[Opens, str], kwargs: Mapping[str, Any], dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
+def _run_elsewhere(folder: Path, how: dict[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    known = adapter_of(Plan.load(folder / "plan.json").family, how["adapter"])
     # Beside the variant, where a run that is killed finds what is left of it.
     with tempfile.TemporaryDirectory(dir=folder.parent.resolve(), prefix=".", suffix=".partial") as place:
         tensors: dict[str, Tensor] = {}
@@ -297,15 +310,16 @@ def _run_elsewhere(
         Path(place, "given.json").write_text(json.dumps(map_tensors(dict(kwargs), keep)))
         save_file(tensors, f"{place}/given.safetensors")
         weights = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
-        offload = "" if has_room(weights, device) else "blocks"
-        options = [*how, home_of(how[1]), place, str(dtype).split(".")[-1], str(device), offload]
-        command = [sys.executable, "-c", _ELSEWHERE, str(folder.resolve()), *options]
+        how |= {"folder": str(folder.resolve()), "offload": not has_room(weights, torch.device(how["device"]))}
+        how |= {"home": home_of(how["adapter"]), "homes": homes(known), "pipeline": known.pipeline or ""}
+        Path(place, "how.json").write_text(json.dumps(how))
         # diffusers copies modelling files there before it runs them.
         environment = {**os.environ, "HF_MODULES_CACHE": f"{place}/modules", "PYTHONPATH": _absolute_path()}
+        command = [sys.executable, "-c", _ELSEWHERE, place]
         done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise PpclError(f"{folder} does not open as {how[0]} in a fresh process: {reason}")
+            raise PpclError(f"{folder} does not open as {how['opens']} in a fresh process: {reason}")
         return load_file(f"{place}/outputs.safetensors")
 
 

@@ -6,13 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Adapter, adapter_for, installed_adapters, load_adapter
+from ppcl_toolkit.artifacts.classes import stock_class
 from ppcl_toolkit.artifacts.pipeline import default_call, resolve
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
@@ -66,7 +66,7 @@ class Model:
         if adapter.example is None:
             raise PpclError(f"adapter {family!r} has no `example`: a dry run needs the shapes of one call")
         with torch.device("meta"):
-            transformer: Any = getattr(diffusers, adapter.transformer).from_config(dict(config))
+            transformer: Any = stock_class(adapter).from_config(dict(config))
         nn.Module.to(transformer, getattr(torch, recipe.teacher.dtype)).requires_grad_(False).eval()
         call = _call(recipe, known=recipe.teacher.path in adapter.models)
         shapes = adapter.example(transformer.config, call, int(recipe.samples.edits is not None))
@@ -143,7 +143,7 @@ def _config(recipe: Recipe) -> tuple[str, Adapter, Mapping[str, Any]]:
     path = resolve(recipe.teacher.path)
     known = _listed(path, recipe.adapter)
     config = (
-        {**known[0].models[path], "_class_name": known[0].transformer}
+        {**known[0].models[path], "_class_name": known[0].class_name}
         if known
         else _read_config(path, "transformer", recipe.teacher.revision)
     )

@@ -54,7 +54,7 @@ def _blocks(stack: Stack, transformer: nn.Module) -> nn.ModuleList:
     found = _module(transformer, stack.path)
     kind = type(transformer).__name__
     if found is None:
-        raise PpclError(f"path: {kind} has no module {_near(stack.path, _lists_of(transformer), 'lists of modules')}")
+        raise PpclError(f"path: {kind} has no module {_near(stack.path, lists_of(transformer), 'lists of modules')}")
     if not isinstance(found, nn.ModuleList):
         raise PpclError(f"path: {stack.path} is a {type(found).__name__}, not an nn.ModuleList; {_lists(transformer)}")
     if not len(found):
@@ -177,7 +177,7 @@ def _fits(stack: Stack, values: Sequence[str]) -> bool:
     return len(values) == len(stack.returns) and all(own.get(value, stream) == stream for value, stream in pairs)
 
 
-def _lists_of(transformer: nn.Module) -> dict[str, nn.ModuleList]:
+def lists_of(transformer: nn.Module) -> dict[str, nn.ModuleList]:
     """Return the lists of modules that lie in no other."""
     found: dict[str, nn.ModuleList] = {}
     for path, module in transformer.named_modules():
@@ -189,7 +189,7 @@ def _lists_of(transformer: nn.Module) -> dict[str, nn.ModuleList]:
 def _lists(transformer: nn.Module) -> str:
     kinds = [
         f"{path} ({len(blocks)} of {type(blocks[0]).__name__})"
-        for path, blocks in _lists_of(transformer).items()
+        for path, blocks in lists_of(transformer).items()
         if len(blocks)
     ]
     return f"lists of modules of {type(transformer).__name__}: {_listed(kinds)}"

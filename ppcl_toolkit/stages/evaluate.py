@@ -363,7 +363,7 @@ def _measure_own_growth() -> None:
     parts = [part for part in index.values() if isinstance(part, list)]
     for library, name in [*parts, ("diffusers", index["_class_name"])]:
         if library in ("diffusers", "transformers"):
-            getattr(importlib.import_module(library), name)
+            getattr(importlib.import_module(library), name, None)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     pipeline = load_pipeline(path, getattr(torch, request["dtype"]), adapter=adapter)

@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from diffusers import $stock
+from $library import $stock
 $imports
 from torch import Tensor, nn
 
@@ -100,6 +100,7 @@ def write_modelling(stock: type, blocks: Sequence[tuple[object, Form]]) -> tuple
     source = _FILE.substitute(
         name=f"Narrow{stock.__name__}",
         stock=stock.__name__,
+        library="diffusers" if stock.__module__.startswith("diffusers.") else stock.__module__,
         what=_summarise([form for _, form in blocks]),
         imports="\n".join(f"from {module} import {name}" for module, name in bases),
         helpers="\n\n".join(inspect.getsource(function) for function in (bypass, reshape_block)).rstrip(),

@@ -1,0 +1,1 @@
+"""What helps to write an adapter: a transformer looked at while it runs."""

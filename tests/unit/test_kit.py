@@ -1,0 +1,158 @@
+"""Adapters found by running models: those that are shipped are what is found of their own pipelines, field by field."""
+
+import runpy
+import sys
+from dataclasses import fields, replace
+
+import diffusers
+import pytest
+import strangers
+import tiny
+from families import FLUX, QWEN_IMAGE, SD3
+
+from ppcl_toolkit.adapter import Adapter, load_adapter
+from ppcl_toolkit.cli import main
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.kit.building import small
+from ppcl_toolkit.kit.depths import depth_keys, index_keys
+from ppcl_toolkit.kit.finding import find
+from ppcl_toolkit.kit.new import new, of_pipeline
+from ppcl_toolkit.kit.writing import adapter_of, write
+
+CALL = {"height": 8, "width": 8, "max_sequence_length": 9}
+PIPELINES = {
+    "flux": (tiny.flux_pipeline, FLUX, CALL),
+    "qwen_image": (tiny.qwen_image_pipeline, QWEN_IMAGE, {"height": 128, "width": 192}),
+    "sd3": (tiny.sd3_pipeline, SD3, {**CALL, "guidance_scale": 1.0}),
+}
+DECIDED = ("transformer", "latents", "timestep", "timestep_scale", "packs", "guidance", "stacks")
+"""Fields of an adapter that a pipeline shows."""
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_a_shipped_adapter_is_what_is_found_of_its_pipeline(family):
+    build, shipped, call = PIPELINES[family]
+    found, convention = of_pipeline(build(), call)
+    made = adapter_of(found, family, convention)
+    for name in DECIDED:
+        assert getattr(made, name) == getattr(shipped, name), name
+    # SD3's pipeline passes no `skip_layers`, and what is not passed is not seen.
+    assert set(made.shared) == set(shipped.shared) - {"skip_layers"}
+
+
+@pytest.mark.parametrize("shipped", [FLUX, QWEN_IMAGE, SD3], ids=lambda adapter: adapter.family)
+def test_a_shipped_adapter_is_what_is_found_of_its_class(shipped):
+    found = find(*small(getattr(diffusers, shipped.transformer)))
+    expected = shipped.stacks
+    if shipped is SD3:  # by its defaults SD3 has no norm of queries
+        expected = (replace(expected[0], text_query=("attn.add_q_proj",)),)
+    assert tuple(found.stacks) == expected
+    assert (found.latents, found.timestep) == (shipped.latents, shipped.timestep)
+
+
+@pytest.mark.parametrize("family", strangers.STRANGERS)
+def test_families_that_are_not_shipped_are_found_as_written_by_hand(family):
+    build, by_hand, call = strangers.STRANGERS[family]
+    found, _ = of_pipeline(build(), {**call, "max_sequence_length": 19})
+    assert (found.latents, found.timestep) == (by_hand.latents, by_hand.timestep)
+    for mine, own in zip(found.stacks, by_hand.stacks, strict=True):
+        for name in ("path", "depth_key", "index_keys", "image", "text", "returns"):
+            assert getattr(mine, name) == getattr(own, name), name
+
+
+def test_what_surgery_refuses_is_left_out_and_said():
+    found = find(*small(diffusers.AuraFlowTransformer2DModel))
+    assert [stack.ffn for stack in found.stacks] == [{}, {}]
+    said = found.notes["joint_transformer_blocks"]
+    assert said[0].startswith("ffn: ff stays as it is: AuraFlowJointTransformerBlock cannot become")
+    assert "a linear map would delete the attention" in said[0]
+    assert found.stacks[0].joint_attention == "attn"
+
+
+def test_stacks_that_share_a_depth_are_left_out_and_said():
+    found = find(*small(diffusers.Lumina2Transformer2DModel))
+    assert [stack.path for stack in found.stacks] == ["layers"]
+    assert found.notes["noise_refiner"] == ["left out: num_refiner_layers is the depth of context_refiner, too"]
+
+
+def test_depths_are_found_by_changing_them():
+    transformer = tiny.flux_transformer(3, 3)
+    assert depth_keys(transformer) == {
+        "num_layers": ["transformer_blocks"],
+        "num_single_layers": ["single_transformer_blocks"],
+    }
+    assert index_keys(tiny.sd3_transformer(), "transformer_blocks") == ("dual_attention_layers",)
+    assert index_keys(transformer, "transformer_blocks") == ()
+
+
+def test_weights_that_depend_on_the_depth_ask_for_a_remap():
+    """SD3's last block has no text output; with a block more, it has."""
+    found = find(tiny.sd3_transformer(), tiny.sd3_inputs())
+    (said,) = found.notes["transformer_blocks"]
+    assert said.startswith(
+        "DECIDE: `remap`: where this stack has another depth, so are transformer_blocks.3.attn.to_add_out"
+    )
+    assert find(tiny.flux_transformer(), tiny.flux_inputs()).notes == {}
+
+
+def test_what_is_written_is_an_adapter(tmp_path, monkeypatch):
+    found, convention = of_pipeline(tiny.flux_pipeline(), CALL)
+    (tmp_path / "written_flux.py").write_text(write(found, "flux", "a pipeline", convention))
+    monkeypatch.syspath_prepend(tmp_path)
+    made = load_adapter("written_flux:ADAPTER")
+    assert made == adapter_of(found, "flux", convention)
+    optional = {"models", "others", "example", "noised", "dtype"}
+    assert all(getattr(made, f.name) == getattr(FLUX, f.name) for f in fields(Adapter) if f.name not in optional)
+    undecided = write(found, "flux", "a class", None)
+    assert undecided.count("# DECIDE:") == 3
+
+
+def test_as_many_tokens_of_text_as_of_image_cannot_be_told_apart():
+    transformer, inputs = tiny.flux_transformer(), tiny.flux_inputs(image_tokens=9, text_tokens=9)
+    with pytest.raises(PpclError, match="image and text have 9 tokens each in transformer_blocks: take another size"):
+        find(transformer, inputs)
+
+
+def run(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["ppcl", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code, *capsys.readouterr()
+
+
+def test_the_command_writes_a_file_for_a_folder_and_for_a_class(tmp_path, monkeypatch, capsys):
+    tiny.flux_pipeline(2, 2).save_pretrained(tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    calls = [word for name, value in CALL.items() for word in ("--call", f"{name}={value}")]
+    code, out, _ = run(monkeypatch, capsys, "adapters", "new", "teacher", "--out", "mine.py", *calls)
+    assert code == 0
+    assert out.splitlines()[-1] == "mine.py: adapter: mine:ADAPTER in a recipe beside it"
+    assert runpy.run_path("mine.py")["ADAPTER"].stacks == FLUX.stacks
+    code, out, _ = run(monkeypatch, capsys, "adapters", "new", "QwenImageTransformer2DModel")
+    assert code == 0
+    assert "DECIDE: what the pipeline passes for pure noise" in out
+    assert runpy.run_path("qwen_image.py")["ADAPTER"].stacks == QWEN_IMAGE.stacks
+    code, _, err = run(monkeypatch, capsys, "adapters", "new", "QwenImageTransformer2DModel")
+    assert (code, err) == (1, "error: qwen_image.py exists already; name another file with --out\n")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("NoSuchModel", "transformer 'NoSuchModel': diffusers has no such class"),
+        (
+            "AutoencoderKL",
+            "AutoencoderKL: no stack of blocks was found: encoder.mid_block.resnets: left out: other blo",
+        ),
+        ("SanaTransformer2DModel", "no small SanaTransformer2DModel and call of it were found .* give the folder of a"),
+    ],
+)
+def test_what_is_no_transformer_is_one_sentence(source, said):
+    with pytest.raises(PpclError, match=said):
+        new(source, {})
+
+
+def test_only_what_is_not_the_default_is_written():
+    text = write(find(tiny.flux_transformer(), tiny.flux_inputs()), "flux", "a class", None)
+    assert "image=" not in text and "attention_text=" not in text
+    assert text.count("returns=") == 0 and text.count("depth_key=") == 2
