@@ -74,7 +74,7 @@ def compress(
         sources(recipe.samples, recipe.seed)
         examine(recipe.evaluate, recipe.teacher.call)
     workspace.open(recipe.dump())
-    teacher, runner = opened(recipe, device)
+    teacher, runner = opened(recipe, device, verify=verify)
     whole = _whole(recipe, teacher)
     for target in recipe.targets:
         Goal(target, whole)
@@ -192,6 +192,7 @@ class Run:
         """Set variants beside the teacher: stage `evaluate`."""
         recipe, batches = self._recipe, self.noised("evaluate", self._recipe.samples.batch)
         compare = partial(evaluate, self._runner("evaluate", plans), self._teacher, recipe, variants, batches)
+        compare = partial(compare, verify=self._workspace.verifies)
         summary = self._stage("evaluate", recipe.evaluate, compare, partial(summarise, variants))
         return {**summary, "warnings": [*self._schedules.said(), *self._workspace.warnings]}
 
@@ -203,10 +204,12 @@ def export_target(
     *,
     bytes: str | None = None,
     flops: str | None = None,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Assemble another size from the bank of a run, without training, and verify it.
 
     `params`, `bytes` and `flops` are shares of the teacher (`60%`) or numbers (`8B`, `12GB`, `40T`), one or several.
+    Without `verify` the files that it is made of are compared by name and size alone.
     Returns {"name", "path", "opens", "params", "flops"}. Raises `PpclError` where no plan of the bank is that small,
     with the smallest there is.
     """
@@ -223,8 +226,8 @@ def export_target(
     last = "width" if recipe is None or recipe.searches else "modulation"
     if recipe is None or not (path / last).is_dir():
         raise PpclError(f"{path} has no bank: run `ppcl compress --out {path}` until its {last} stage is done")
-    teacher, runner = opened(recipe, processes.pick_device(recipe.device))
-    run = Workspace(path)
+    teacher, runner = opened(recipe, processes.pick_device(recipe.device), verify=verify)
+    run = Workspace(path, verify=verify)
     run.check("samples", "select", *_BANKS)
     bank = Bank(*(path / name for name in _BANKS))
     low = LowRankChoice.load(path / "modulation") if recipe.modulation else None
@@ -257,9 +260,9 @@ def _whole(recipe: Recipe, teacher: Teacher) -> Cost:
     return Cost(params=params, bytes=params * getattr(torch, recipe.export.dtype).itemsize, flops=flops)
 
 
-def opened(recipe: Recipe, device: torch.device) -> tuple[Teacher, Runner]:
-    """Open the recipe's teacher, and say how it is run."""
-    teacher = load_teacher(recipe)
+def opened(recipe: Recipe, device: torch.device, *, verify: bool = True) -> tuple[Teacher, Runner]:
+    """Open the recipe's teacher, whose files are hashed to `verify` them, and say how it is run."""
+    teacher = load_teacher(recipe, verify=verify)
     given = recipe.teacher
     waiting = host_bytes() // 2 if given.waiting_gb is None else int(given.waiting_gb * 1e9)
     placement = Placement(device=device, streamed=given.streamed is True, chunk=given.chunk, waiting=waiting)

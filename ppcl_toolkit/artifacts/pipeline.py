@@ -22,6 +22,7 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.records import check_configs, read_record
+from ppcl_toolkit.running import images
 from ppcl_toolkit.values import check_call
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -71,19 +72,21 @@ class Teacher:
         return self.earlier.compose(plan) if self.earlier else plan
 
 
-def load_teacher(recipe: Recipe) -> Teacher:
-    """Open the recipe's teacher on the host, with its adapter.
+def load_teacher(recipe: Recipe, *, verify: bool = True) -> Teacher:
+    """Open the recipe's teacher on the host, with its adapter; `verify` is for one that is a variant.
 
-    Raises `PpclError` for a pipeline that cannot be opened, has no transformer, does not fit the adapter, or whose
-    weights are quantised or not fused with their LoRA adapters.
+    Raises `PpclError` for a pipeline that cannot be opened, has no transformer, does not fit the adapter, does not take
+    the recipe's call, or whose weights are quantised or not fused with their LoRA adapters.
     """
     section = recipe.teacher
     folder = resolve(section.path)
     _check_files(section.path, Path(folder) / "transformer")
-    pipeline = load_pipeline(folder, getattr(torch, section.dtype), section.revision, adapter=recipe.adapter)
+    dtype = getattr(torch, section.dtype)
+    pipeline = load_pipeline(folder, dtype, section.revision, adapter=recipe.adapter, verify=verify)
     transformer = pipeline.transformer
     adapter = adapter_for(type(transformer).__name__, recipe.adapter)
     _check_weights(section.path, transformer)
+    images.check_call(pipeline, section.call)
     transformer.requires_grad_(False).eval()
     earlier = Plan.load(Path(folder) / "plan.json") if (Path(folder) / "plan.json").is_file() else None
     if earlier:
@@ -102,12 +105,17 @@ def load_teacher(recipe: Recipe) -> Teacher:
 
 
 def load_pipeline(
-    path: str, dtype: torch.dtype | None = None, revision: str | None = None, *, adapter: str = "auto"
+    path: str,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    *,
+    adapter: str = "auto",
+    verify: bool = True,
 ) -> Any:
     """Open a pipeline: `shapes` (the embedded teacher), a folder, a variant of this toolkit, or a hub id.
 
     Without a `dtype` all parts are fp32, or bf16 where there is a GPU. `adapter` is that of a recipe: what a variant
-    itself names must be installed.
+    itself names must be installed. `verify` is that of `load_compressed`.
     """
     path = resolve(path)
     settings: dict[str, Any] = {"dtype": dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)}
@@ -115,7 +123,7 @@ def load_pipeline(
     with quiet():
         if (Path(path) / "plan.json").is_file():
             known = None if adapter == "auto" else load_adapter(adapter)
-            pipeline = load_compressed(Path(path), adapter=known, **settings)
+            pipeline = load_compressed(Path(path), adapter=known, verify=verify, **settings)
         else:
             pipeline = _from_pretrained(path, revision, settings)
     if getattr(pipeline, "transformer", None) is None:

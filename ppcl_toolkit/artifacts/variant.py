@@ -194,13 +194,20 @@ def _rebuild(folder: Path, plan: Plan, adapter: Adapter, options: Mapping[str, A
     # Tracing asks torch for its functions, once a process; loaders put others in their place.
     torch.overrides.get_overridable_functions()
     narrowed.__signature__ = inspect.signature(stock.__init__)  # type: ignore[attr-defined]
-    loader: Any = type(stock.__name__, (stock,), {"__init__": narrowed})
+    loader: Any = type(stock.__name__, (stock,), {"__init__": narrowed, "load_config": classmethod(_without_code)})
     model, report = loader.from_pretrained(folder / "transformer", output_loading_info=True, dtype=dtype, **chosen)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             raise PpclError(f"{folder / 'transformer'} does not fit its plan, {problem}: {report[problem][:4]}")
     assert not any(value.is_meta for value in model.state_dict().values())
     return model
+
+
+def _without_code(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load a config without what names the code of the class, which is not run: diffusers would complain of it."""
+    found = super(cls, cls).load_config(*args, **kwargs)
+    (found[0] if isinstance(found, tuple) else found).pop("auto_map", None)
+    return found
 
 
 def open_with(

@@ -146,11 +146,13 @@ def evaluate(
     variants: Sequence[Mapping[str, Any]],
     batches: Batches,
     desk: Desk,
+    *,
+    verify: bool = True,
 ) -> None:
-    """Run the stage: measure the teacher, then each variant with the device to itself."""
+    """Run the stage: measure the teacher, then each variant with the device to itself; `verify` its files first."""
     exam = examine(recipe.evaluate, recipe.teacher.call)
     held_out = list(batches(0, recipe.evaluate.velocity_batches))
-    adapter, device = runner.adapter, runner.placement.device
+    adapter, device, dtype = runner.adapter, runner.placement.device, getattr(torch, recipe.teacher.dtype)
     names = ["teacher", *(variant["name"] for variant in variants)]
 
     def reported(name: str) -> Callable[..., None]:
@@ -168,7 +170,7 @@ def evaluate(
     runner.leave()
     for variant in variants:
         name, path = variant["name"], variant["path"]
-        pipeline = load_pipeline(path, getattr(torch, recipe.teacher.dtype), adapter=recipe.adapter)
+        pipeline = load_pipeline(path, dtype, adapter=recipe.adapter, verify=verify)
         with callable_on(pipeline, device):
             measure(pipeline, exam, desk.folder / name, source=Source(path, recipe.adapter), progress=reported(name))
             error = relative_error(velocities(pipeline.transformer, adapter, held_out, device), wanted)
@@ -189,14 +191,23 @@ def summarise(variants: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, 
 
 
 def evaluate_folders(
-    paths: Sequence[str], section: Evaluate, call: Mapping[str, Any], out: Path, progress: Callable[..., None]
+    paths: Sequence[str],
+    section: Evaluate,
+    call: Mapping[str, Any],
+    out: Path,
+    progress: Callable[..., None],
+    *,
+    verify: bool = True,
 ) -> list[dict[str, Any]]:
-    """Measure pipelines side by side in `out`, the first as the reference; return a row for each."""
+    """Measure pipelines side by side in `out`, the first as the reference; return a row for each.
+
+    Files of variants are hashed to `verify` them.
+    """
     exam = examine(section, {**default_call(paths[0]), **call})
     folders = [out / f"{number}-{Path(path).name}" for number, path in enumerate(paths)]
     device = processes.pick_device("auto")
     for path, folder in zip(paths, folders, strict=True):
-        pipeline = load_pipeline(path)
+        pipeline = load_pipeline(path, verify=verify)
         with callable_on(pipeline, device):
             measure(pipeline, exam, folder, source=Source(path), progress=functools.partial(progress, path))
         del pipeline
@@ -364,7 +375,8 @@ def _measure_own_growth() -> None:
             getattr(importlib.import_module(library), name)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    pipeline = load_pipeline(path, getattr(torch, request["dtype"]), adapter=adapter)
+    # Who asks has verified its files.
+    pipeline = load_pipeline(path, getattr(torch, request["dtype"]), adapter=adapter, verify=False)
     # One step is enough: every further one reuses the memory of the first.
     call = {**{k: v for k, v in exam.call_for(0).items() if k != "sigmas"}, "num_inference_steps": 1}
     generators = [torch.Generator().manual_seed(i) for i in range(len(exam.prompts))]
