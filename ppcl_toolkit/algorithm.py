@@ -13,6 +13,7 @@ from torch import nn
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.files import write_json
+from ppcl_toolkit.artifacts.identity import NOTES, early_identity, source_of
 from ppcl_toolkit.artifacts.pipeline import Teacher, load_teacher
 from ppcl_toolkit.artifacts.storage import Bank, Desk
 from ppcl_toolkit.artifacts.workspace import Progress, Workspace, silent
@@ -74,7 +75,7 @@ def compress(
         sources(recipe.samples, recipe.seed)
         examine(recipe.evaluate, recipe.teacher.call)
     workspace.open(recipe.dump())
-    teacher, runner = opened(recipe, device, verify=verify)
+    teacher, runner = opened(recipe, device, workspace)
     whole = _whole(recipe, teacher)
     for target in recipe.targets:
         Goal(target, whole)
@@ -226,9 +227,11 @@ def export_target(
     last = "width" if recipe is None or recipe.searches else "modulation"
     if recipe is None or not (path / last).is_dir():
         raise PpclError(f"{path} has no bank: run `ppcl compress --out {path}` until its {last} stage is done")
-    teacher, runner = opened(recipe, processes.pick_device(recipe.device), verify=verify)
     run = Workspace(path, verify=verify)
     run.check("samples", "select", *_BANKS)
+    teacher, runner = opened(recipe, processes.pick_device(recipe.device), run)
+    if (known := source_of(path)) not in (None, teacher.source):
+        raise PpclError(f"{path} was made from the teacher {known}, and that is {teacher.source} now")
     bank = Bank(*(path / name for name in _BANKS))
     low = LowRankChoice.load(path / "modulation") if recipe.modulation else None
     example = _noised(recipe, teacher, load_samples(path / "samples"), "finetune", recipe.finetune.batch)[0]
@@ -260,13 +263,28 @@ def _whole(recipe: Recipe, teacher: Teacher) -> Cost:
     return Cost(params=params, bytes=params * getattr(torch, recipe.export.dtype).itemsize, flops=flops)
 
 
-def opened(recipe: Recipe, device: torch.device, *, verify: bool = True) -> tuple[Teacher, Runner]:
-    """Open the recipe's teacher, whose files are hashed to `verify` them, and say how it is run."""
-    teacher = load_teacher(recipe, verify=verify)
+def opened(recipe: Recipe, device: torch.device, run: Workspace) -> tuple[Teacher, Runner]:
+    """Open the recipe's teacher by the name that the run has for it, and say how it is run."""
+    teacher = _as_begun(recipe, load_teacher(recipe, verify=run.verifies, notes=run.path / NOTES), run)
     given = recipe.teacher
     waiting = host_bytes() // 2 if given.waiting_gb is None else int(given.waiting_gb * 1e9)
     placement = Placement(device=device, streamed=given.streamed is True, chunk=given.chunk, waiting=waiting)
     return teacher, Runner(teacher.transformer, teacher.adapter, placement)
+
+
+def _as_begun(recipe: Recipe, teacher: Teacher, run: Workspace) -> Teacher:
+    """Return a teacher by the name that a run of an earlier version has for it, where it may be that one.
+
+    Another one the first stage refuses.
+    """
+    section, known = recipe.teacher, source_of(run.path)
+    if known in (None, teacher.source) or known != early_identity(section.path, teacher.folder, section.revision):
+        return teacher
+    run.warnings.append(
+        f"{run.path} was begun by an earlier version, which noted neither the commit of its teacher nor all of its "
+        "files: that it is still the same is known in part only"
+    )
+    return replace(teacher, source=known)
 
 
 def _noised(recipe: Recipe, teacher: Teacher, samples: Sequence[Sample], stage: str, size: int) -> Batches:

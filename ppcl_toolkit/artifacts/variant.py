@@ -108,7 +108,7 @@ def load_compressed(
     SHA-256; a variant without one opens with a `PpclWarning`. Raises `PpclError` for what is no variant, or is broken,
     and names the file.
     """
-    folder = Path(folder)
+    folder, options = Path(folder), {"use_safetensors": True, **options}
     check_manifest(folder, verify=verify)
     if not (folder / "model_index.json").is_file():
         raise PpclError(f"{folder} is no pipeline folder: it has no model_index.json")
@@ -181,7 +181,8 @@ def _rebuild(folder: Path, plan: Plan, adapter: Adapter, options: Mapping[str, A
         calls = {path: (arguments, Streams(*streams)) for path, (arguments, streams) in found.items()}
         if missing := [path for path in plan.depths if path not in calls]:
             raise PpclError(f"{stored} is damaged or of something else: it has no call of {missing[0]}")
-    chosen = {name: options[name] for name in ("low_cpu_mem_usage", "disable_mmap") if name in options}
+    known = ("low_cpu_mem_usage", "disable_mmap", "use_safetensors")
+    chosen = {name: options[name] for name in known if name in options}
     dtype = options.get("dtype", options.get("torch_dtype"))
     if isinstance(dtype, dict):
         dtype = dtype.get("transformer", dtype.get("default"))

@@ -28,7 +28,7 @@ from torch import Tensor
 from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.artifacts.files import write_json
-from ppcl_toolkit.artifacts.pipeline import Teacher, default_call, load_pipeline, resolve
+from ppcl_toolkit.artifacts.pipeline import Teacher, default_call, load_pipeline, located
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Evaluate, Recipe
@@ -163,7 +163,7 @@ def evaluate(
             teacher.pipeline,
             exam,
             desk.folder / "teacher",
-            source=Source(recipe.teacher.path, recipe.adapter),
+            source=Source(teacher.folder or recipe.teacher.path, recipe.adapter),
             progress=reported("teacher"),
         )
         wanted = velocities(teacher.transformer, adapter, held_out, device)
@@ -367,7 +367,7 @@ def _measure_own_growth() -> None:
     request = json.load(sys.stdin)
     exam = Exam(**request["exam"])
     path, adapter = request["source"]
-    index = json.loads((Path(resolve(path)) / "model_index.json").read_text())
+    index = json.loads((Path(located(path)) / "model_index.json").read_text())
     # Code is no part of the model: import it before the growth is counted.
     parts = [part for part in index.values() if isinstance(part, list)]
     for library, name in [*parts, ("diffusers", index["_class_name"])]:
