@@ -13,6 +13,7 @@ from torch import nn
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.files import write_json
+from ppcl_toolkit.artifacts.identity import NOTES, early_identity, source_of
 from ppcl_toolkit.artifacts.pipeline import Teacher, load_teacher
 from ppcl_toolkit.artifacts.storage import Bank, Desk
 from ppcl_toolkit.artifacts.workspace import Progress, Workspace, silent
@@ -76,7 +77,7 @@ def compress(
         sources(recipe.samples, recipe.seed)
         examine(recipe.evaluate, recipe.teacher.call)
     workspace.open(recipe.dump())
-    teacher, runner = opened(recipe, device)
+    teacher, runner = opened(recipe, device, workspace)
     whole = _whole(recipe, teacher)
     for target in recipe.targets:
         Goal(target, whole)
@@ -195,6 +196,7 @@ class Run:
         """Set variants beside the teacher: stage `evaluate`."""
         recipe, batches = self._recipe, self.noised("evaluate", self._recipe.samples.batch)
         compare = partial(evaluate, self._runner("evaluate", plans), self._teacher, recipe, variants, batches)
+        compare = partial(compare, verify=self._workspace.verifies)
         summary = self._stage("evaluate", recipe.evaluate, compare, partial(summarise, variants))
         return {**summary, "warnings": [*self._schedules.said(), *self._workspace.warnings]}
 
@@ -206,10 +208,12 @@ def export_target(
     *,
     bytes: str | None = None,
     flops: str | None = None,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Assemble another size from the bank of a run, without training, and verify it.
 
     `params`, `bytes` and `flops` are shares of the teacher (`60%`) or numbers (`8B`, `12GB`, `40T`), one or several.
+    Without `verify` the files that it is made of are compared by name and size alone.
     Returns {"name", "path", "opens", "params", "flops"}. Raises `PpclError` where no plan of the bank is that small,
     with the smallest there is.
     """
@@ -227,9 +231,11 @@ def export_target(
     last = "width" if recipe is None or recipe.searches else "modulation"
     if recipe is None or not (path / last).is_dir():
         raise PpclError(f"{path} has no bank: run `ppcl compress --out {path}` until its {last} stage is done")
-    teacher, runner = opened(recipe, processes.pick_device(recipe.device))
-    run = Workspace(path)
+    run = Workspace(path, verify=verify)
     run.check("samples", "select", *_BANKS)
+    teacher, runner = opened(recipe, processes.pick_device(recipe.device), run)
+    if (known := source_of(path)) not in (None, teacher.source):
+        raise PpclError(f"{path} was made from the teacher {known}, and that is {teacher.source} now")
     bank = Bank(*(path / name for name in _BANKS))
     low = LowRankChoice.load(path / "modulation") if recipe.modulation else None
     run.lock()
@@ -263,13 +269,28 @@ def _whole(recipe: Recipe, teacher: Teacher) -> Cost:
     return Cost(params=params, bytes=params * getattr(torch, recipe.export.dtype).itemsize, flops=flops)
 
 
-def opened(recipe: Recipe, device: torch.device) -> tuple[Teacher, Runner]:
-    """Open the recipe's teacher, and say how it is run."""
-    teacher = load_teacher(recipe)
+def opened(recipe: Recipe, device: torch.device, run: Workspace) -> tuple[Teacher, Runner]:
+    """Open the recipe's teacher by the name that the run has for it, and say how it is run."""
+    teacher = _as_begun(recipe, load_teacher(recipe, verify=run.verifies, notes=run.path / NOTES), run)
     given = recipe.teacher
     waiting = host_bytes() // 2 if given.waiting_gb is None else int(given.waiting_gb * 1e9)
     placement = Placement(device=device, streamed=given.streamed is True, chunk=given.chunk, waiting=waiting)
     return teacher, Runner(teacher.transformer, teacher.adapter, placement)
+
+
+def _as_begun(recipe: Recipe, teacher: Teacher, run: Workspace) -> Teacher:
+    """Return a teacher by the name that a run of an earlier version has for it, where it may be that one.
+
+    Another one the first stage refuses.
+    """
+    section, known = recipe.teacher, source_of(run.path)
+    if known in (None, teacher.source) or known != early_identity(section.path, teacher.folder, section.revision):
+        return teacher
+    run.warnings.append(
+        f"{run.path} was begun by an earlier version, which noted neither the commit of its teacher nor all of its "
+        "files: that it is still the same is known in part only"
+    )
+    return replace(teacher, source=known)
 
 
 def _checked(workspace: Workspace, runner: Runner, teacher: Teacher, recipe: Recipe) -> Noising:

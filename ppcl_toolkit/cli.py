@@ -42,6 +42,7 @@ def options(
 
 _SEEDS = 2**32 - 1
 """The largest there is; several prompts take as many from the first on."""
+Verify = Annotated[bool, typer.Option(help="Hash the files of variants, and of the run, before they are read.")]
 RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
 
 
@@ -90,7 +91,9 @@ def compress(
     remake: Annotated[
         bool, typer.Option("--remake", help="Make damaged stages again, and what depends on them.")
     ] = False,
-    verify: Annotated[bool, typer.Option(help="Hash the files of finished stages, of up to 32 GB each.")] = True,
+    verify: Annotated[
+        bool, typer.Option(help="Hash the files of finished stages, of up to 32 GB each, and of variants.")
+    ] = True,
 ) -> None:
     """Turn a teacher into smaller models. The same command continues a run that was stopped."""
     from ppcl_toolkit import Recipe
@@ -140,6 +143,7 @@ def export(
     run: RunFolder,
     target: Annotated[str, typer.Option(help="params=60%, bytes=12GB, flops=70%, or several: params=8B,flops=70%.")],
     name: Annotated[str | None, typer.Option(help="Of the variant; the size by default.")] = None,
+    verify: Verify = True,
 ) -> None:
     """Assemble another size from the bank of a run, without training."""
     from ppcl_toolkit import export_target
@@ -147,7 +151,7 @@ def export(
     sizes = dict(part.partition("=")[::2] for part in target.replace(" ", "").split(","))
     if not all(unit in UNITS and size for unit, size in sizes.items()) or len(sizes) != target.count("="):
         raise PpclError(f"--target {target!r}: expected params=60%, bytes=12GB or flops=70%, one or several")
-    made = export_target(run, name=name, **sizes)
+    made = export_target(run, name=name, verify=verify, **sizes)
     cost = f"{made['params']:,} parameters, {made['flops']:,} FLOPs a step"
     typer.echo(f"{made['name']}: {made['path']} ({made['opens']}, {cost})")
 
@@ -181,6 +185,7 @@ def evaluate(  # noqa: PLR0913 - options
     out: Annotated[Path, typer.Option(help="Folder of images and figures.")] = Path("runs/eval"),
     suite: Annotated[str | None, typer.Option(help="Draw for geneval, dpg, longtext, oneig or t2i-compbench.")] = None,
     scores: Annotated[bool, typer.Option("--scores", help="Table of scorers' files: FILE or MODEL=FILE.")] = False,
+    verify: Verify = True,
 ) -> None:
     """Draw the same images with several pipelines, and measure them side by side."""
     from ppcl_toolkit import processes
@@ -198,10 +203,10 @@ def evaluate(  # noqa: PLR0913 - options
         said = problems(error) if isinstance(error, ValidationError) else f"--seeds: {error}"
         raise PpclError(f"options of eval: {said}") from error
     if suite:
-        _draw_suite(paths, suite, section, count, {"out": out, "call": _arguments(call or [])})
+        _draw_suite(paths, suite, section, count, {"out": out, "call": _arguments(call or []), "verify": verify})
         return
     with console.drawn() as progress:
-        rows = evaluate_folders(paths, section, _arguments(call or []), out, progress)
+        rows = evaluate_folders(paths, section, _arguments(call or []), out, progress, verify=verify)
     if not processes.is_main():
         return
     console.print_table(
@@ -260,6 +265,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=_SEEDS, help="Of the first image; the next takes the next.")] = 0,
     out: Annotated[Path, typer.Option(help="PNG; several prompts are set side by side.")] = Path("image.png"),
     call: Annotated[list[str] | None, typer.Option(help="Argument of the pipeline, name=value.")] = None,
+    verify: Verify = True,
 ) -> None:
     """Draw images with any pipeline, for a look."""
     from ppcl_toolkit.artifacts.pipeline import default_call, load_pipeline
@@ -269,7 +275,7 @@ def generate(
 
     arguments = {**default_call(path), **_arguments(call or [])}
     check_place(out)
-    pipeline = load_pipeline(path)
+    pipeline = load_pipeline(path, verify=verify)
     with callable_on(pipeline, pick_device("auto")):
         draw(pipeline, prompt, seed, arguments).save(out)
     typer.echo(out)

@@ -218,11 +218,17 @@ class Plan(_Record):
         )
         intervals = [*self.intervals]
         for each in later.intervals:
-            first, last = forms[each.stack][each.first], forms[each.stack][each.last]
-            _rule(first.hands_on_z == last.hands_on_z, f"{each}: a text run begins or ends inside it")
+            span = forms[each.stack][each.first : each.last + 1]
+            first, last = span[0], span[-1]
+            carrying = all(form.hands_on_z for form in span)
+            _rule(carrying == first.hands_on_z == last.hands_on_z, f"{each}: a text run begins or ends inside it")
             whole = Interval(stack=each.stack, first=first.first, last=last.last)
             intervals = [i for i in intervals if not _covers(whole, i.stack, i.first)] + [whole]
         runs = [run for run in self.text_runs if not any(_covers(i, run.stack, run.reference, 1) for i in intervals)]
+        # The block that ends a run may stand in for more, and ends it still.
+        ends = {(i.stack, i.first): i.last for i in intervals}
+        closing = {run: next(f.first for f in forms[run.stack] if f.last == run.last) for run in runs}
+        runs = [r.model_copy(update={"last": ends.get((r.stack, closing[r]), r.last)}) for r in runs]
         runs += [
             TextRun(stack=r.stack, reference=forms[r.stack][r.reference].first, last=forms[r.stack][r.last].last)
             for r in later.text_runs

@@ -14,6 +14,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 BLOCKS = 1000
 """More than any model has in a stack."""
+_WHOLE = {"height": 2**16, "width": 2**16, "num_inference_steps": 10_000, "max_sequence_length": 2**16}
+"""Arguments of a pipeline that are counts, and more than any model takes."""
+_OURS = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _RESERVED = re.compile(r"teacher|con|prn|aux|nul|(com|lpt)\d", re.IGNORECASE)
 _CHARACTERS, _DEPTH, _NODES, _DIGITS = 1_000_000, 20, 20_000, 40
@@ -104,10 +107,14 @@ def shortened(value: Any) -> str:
 
 def check_call(call: Mapping[str, Any]) -> None:
     """Raise a `ValueError` where arguments of a pipeline cannot be right, whatever pipeline it is."""
-    for name in ("height", "width", "num_inference_steps", "max_sequence_length"):
+    if name := next((name for name in _OURS if name in call), None):
+        raise ValueError(f"call.{name} is not for recipes and options to set: ppcl gives prompts, seeds and the rest")
+    for name, most in _WHOLE.items():
         value = call.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"call.{name} is a whole number from 1 on, not {shortened(value)}")
+        if value > most:
+            raise ValueError(f"call.{name} is at most {most:,}, not {shortened(value)}")
     for name in ("guidance_scale", "true_cfg_scale"):
         value = call.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:

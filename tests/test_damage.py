@@ -252,6 +252,38 @@ def test_without_hashing_names_and_sizes_are_compared_still(world, run):
         again(world, run, verify=False)
 
 
+def test_without_hashing_variants_open_and_are_drawn_by_every_command(world, run, monkeypatch, capfd, tmp_path):
+    """As those of 40 GB are for which that would take minutes."""
+    from ppcl_toolkit.cli import main
+
+    variant = run / "variants" / "small"
+    flip(variant / "transformer" / "diffusion_pytorch_model.safetensors", at=-1)
+    shutil.rmtree(run / "evaluate")
+    again(world, run, verify=False)
+    export_target(run, "90%", verify=False)
+    commands = (
+        ["generate", variant, "--prompt", "a", "--out", tmp_path / "image.png"],
+        ["eval", variant, "--prompts", world / "prompts.txt", "--count", "1", "--seeds", "0", "--out", tmp_path],
+    )
+    for command in commands:
+        for option, code in (("--verify", 1), ("--no-verify", 0)):
+            monkeypatch.setattr(sys, "argv", ["ppcl", *map(str, command), option])
+            with pytest.raises(SystemExit) as end:
+                main()
+            assert end.value.code == code, (command, capfd.readouterr())
+
+
+def test_opening_a_variant_says_nothing(world):
+    """Of its own: importing transformers does so without torchvision."""
+    script = "import sys; from diffusers import FluxPipeline, AutoModel; from ppcl_toolkit import load_compressed; "
+    script += "print('BEGIN', file=sys.stderr); load_compressed(sys.argv[1])"
+    command = [sys.executable, "-c", script, world / "run" / "variants" / "small"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    lines = done.stderr.partition("BEGIN")[2].replace("\r", "\n").splitlines()
+    assert not [line for line in lines if line.strip() and "it/s]" not in line]
+    assert not done.stdout
+
+
 def test_what_is_too_large_to_be_hashed_at_every_start_is_hashed_when_it_is_read(world, run):
     """Of a run that wants its samples again, for another stage."""
     flip(run / "samples" / "000001.safetensors", at=-1)

@@ -120,3 +120,19 @@ def test_the_core_names_no_family():
             code = ast.dump(ast.parse(path.read_text())).lower()
             words = [w for w in ("fluxtransformer", "qwenimage", "sd3transformer") if w in code]
             assert not words, f"{name} knows {words}"
+
+
+PICKLES = ("pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_pickled(path):
+    """Weights and states are safetensors, everything else is JSON, YAML or text: no file that is read runs code."""
+    tree = ast.parse(path.read_text())
+    assert not [module for module in imports(path) if module.split(".")[0] in PICKLES or module == "torch.load"]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) not in (("torch", "load"), ("torch", "save")), f"line {node.lineno}"
+        for keyword in node.keywords if isinstance(node, ast.Call) else ():
+            assert keyword.arg != "allow_pickle" or not getattr(keyword.value, "value", True), f"line {node.lineno}"
+            assert keyword.arg != "trust_remote_code", f"line {node.lineno}"

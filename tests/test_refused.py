@@ -33,7 +33,14 @@ def said(monkeypatch, capfd, *words):
         (["--call", "height=abc"], "--call height is a whole number from 1 on, not 'abc'"),
         (["--seed", "-1"], "--seed"),
         (["--seed", str(2**32)], "--seed"),
-        (["--call", "max_sequence_length=100000"], "does not take these arguments: `max_sequence_length` cannot be"),
+        (["--call", "max_sequence_length=600"], "does not take these arguments: `max_sequence_length` cannot be"),
+        (["--call", "max_sequence_length=100000"], "--call max_sequence_length is at most 65,536, not 100000"),
+        (["--call", "num_inference_steps=100000000"], "--call num_inference_steps is at most 10,000"),
+        (["--call", "height=7"], "height is 7, and the smallest picture of this pipeline is 8 pixels"),
+        (["--call", "latents=3"], "does not take these arguments: 'int' object has no attribute 'to' (it was given"),
+        (["--call", "joint_attention_kwargs=3"], "does not take these arguments: 'int' object has no attribute 'get'"),
+        (["--call", "return_dict=false"], "--call return_dict is not for recipes and options to set"),
+        (["--call", "num_images_per_prompt=2"], "--call num_images_per_prompt is not for recipes and options to set"),
     ],
 )
 def test_generate_says_what_it_cannot_draw(monkeypatch, capfd, tmp_path, words, message):
@@ -48,6 +55,22 @@ def test_generate_says_what_it_cannot_draw(monkeypatch, capfd, tmp_path, words, 
 )
 def test_eval_says_what_seeds_there_are(monkeypatch, capfd, tmp_path, seeds, message):
     assert message in said(monkeypatch, capfd, "eval", "shapes", "--seeds", seeds, "--out", tmp_path / "eval")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("height: 7", "height is 7, and the smallest picture of this pipeline is 8 pixels"),
+        ("latents: 3", "does not take these arguments: 'int' object has no attribute 'to'"),
+        ("num_images_per_prompt: 2", "call.num_images_per_prompt is not for recipes and options to set"),
+    ],
+)
+def test_compress_says_which_call_the_teacher_does_not_take(monkeypatch, capfd, tmp_path, argument, message):
+    asked = ["--set", "device=cpu", "--set", f"teacher.call={{{argument}}}", "--out", tmp_path / "run"]
+    assert message in said(monkeypatch, capfd, "compress", "--recipe", "tiny", *asked)
+    assert not list(tmp_path.glob("run/*/*.safetensors"))
+    # Sizes are known before the first stage begins.
+    assert (tmp_path / "run" / "samples.partial").exists() == ("latents" in argument)
 
 
 @pytest.mark.parametrize("deeper", ["", "run"])

@@ -45,7 +45,7 @@ def stages(path: str, recipe: str, overrides: list[str], *, tiny: bool) -> list[
     stage = functools.partial(_watched, found, model)
     with (
         tempfile.TemporaryDirectory() as out,
-        mock.patch.object(algorithm, "load_teacher", lambda _: teacher),
+        mock.patch.object(algorithm, "load_teacher", lambda *_, **__: teacher),
         mock.patch.object(algorithm, "check_machine", lambda *_: None),  # of the published model, which this one is not
         mock.patch.object(algorithm, "export", _run_student),
         mock.patch.object(algorithm, "write_report", lambda _: None),

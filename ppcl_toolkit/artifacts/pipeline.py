@@ -1,7 +1,6 @@
 """Open the pipeline that is to be compressed."""
 
 import contextlib
-import hashlib
 import importlib.resources
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Adapter, adapter_for, adapter_of, load_adapter
 from ppcl_toolkit.artifacts.classes import check_source, pipeline_class
+from ppcl_toolkit.artifacts.identity import identity
 from ppcl_toolkit.artifacts.variant import first_line, load_compressed
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.records import check_configs, read_record
+from ppcl_toolkit.running import images
 from ppcl_toolkit.running.fields import check_fields
 from ppcl_toolkit.values import check_call
 
@@ -52,9 +55,11 @@ class Teacher:
     family: str
     """Name by which `load_adapter` finds the adapter again."""
     source: str
-    """Hub id and revision, or path and fingerprint."""
+    """What `identity` says of it."""
     earlier: Plan | None = None
     """By which this teacher itself was made, where it is a variant."""
+    folder: str = ""
+    """Where it lies."""
 
     @property
     def transformer(self) -> nn.Module:
@@ -72,21 +77,25 @@ class Teacher:
         return self.earlier.compose(plan) if self.earlier else plan
 
 
-def load_teacher(recipe: Recipe) -> Teacher:
+def load_teacher(recipe: Recipe, *, verify: bool = True, notes: Path | None = None) -> Teacher:
     """Open the recipe's teacher on the host, with its adapter.
 
+    `verify` is for one that is a variant; `notes` is the file of what was hashed of a folder, for the next time.
+
     Raises `PpclError` for a pipeline that cannot be opened, has no transformer, does not fit the adapter, whichever
-    field of it is wrong, or whose weights are quantised or not fused with their LoRA adapters.
+    field of it is wrong, does not take the recipe's call, or whose weights are quantised or not fused with their LoRA
+    adapters.
     """
     section = recipe.teacher
-    folder = resolve(section.path)
+    folder = located(section.path, section.revision)
     _check_files(section.path, Path(folder) / "transformer")
-    pipeline = load_pipeline(folder, getattr(torch, section.dtype), section.revision, adapter=recipe.adapter)
+    pipeline = load_pipeline(folder, getattr(torch, section.dtype), adapter=recipe.adapter, verify=verify)
     transformer = pipeline.transformer
     adapter = adapter_for(type(transformer).__name__, recipe.adapter)
     earlier = Plan.load(Path(folder) / "plan.json") if (Path(folder) / "plan.json").is_file() else None
     check_fields(adapter, transformer, narrow=earlier is not None and not earlier.is_depth_only)
     _check_weights(section.path, transformer)
+    images.check_call(pipeline, section.call)
     transformer.requires_grad_(False).eval()
     if earlier:
         # Known now rather than when the first variant is written.
@@ -100,26 +109,31 @@ def load_teacher(recipe: Recipe) -> Teacher:
         )
         adapter = replace(adapter, stacks=stacks)
     family = adapter.family if recipe.adapter == "auto" else recipe.adapter
-    return Teacher(pipeline, adapter, family, _identity(section.path, folder, section.revision), earlier)
+    source = identity(section.path, folder, notes) if processes.is_main() else ""
+    return Teacher(pipeline, adapter, family, processes.agreed(source), earlier, folder)
 
 
 def load_pipeline(
-    path: str, dtype: torch.dtype | None = None, revision: str | None = None, *, adapter: str = "auto"
+    path: str,
+    dtype: torch.dtype | None = None,
+    *,
+    adapter: str = "auto",
+    verify: bool = True,
 ) -> Any:
     """Open a pipeline: `shapes` (the embedded teacher), a folder, a variant of this toolkit, or a hub id.
 
     Without a `dtype` all parts are fp32, or bf16 where there is a GPU. `adapter` is that of a recipe: what a variant
-    itself names must be installed.
+    itself names must be installed. `verify` is that of `load_compressed`.
     """
-    path = resolve(path)
+    path = located(path)
     settings: dict[str, Any] = {"dtype": dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)}
     pipeline: Any
     known = None if adapter == "auto" else load_adapter(adapter)
     with quiet():
         if (Path(path) / "plan.json").is_file():
-            pipeline = load_compressed(Path(path), adapter=known, **settings)
+            pipeline = load_compressed(Path(path), adapter=known, verify=verify, **settings)
         else:
-            pipeline = _from_pretrained(path, revision, settings, known)
+            pipeline = _from_pretrained(path, settings, known)
     if getattr(pipeline, "transformer", None) is None:
         raise PpclError(f"{path} is a {type(pipeline).__name__} without a transformer: nothing here to compress")
     if missing := [name for name, value in pipeline.transformer.named_parameters() if value.is_meta]:
@@ -131,6 +145,21 @@ def load_pipeline(
 def resolve(path: str) -> str:
     """Return the folder of the embedded teacher for `shapes`, anything else as it is."""
     return str(importlib.resources.files("ppcl_toolkit.shapes") / "teacher") if path == "shapes" else path
+
+
+def located(path: str, revision: str | None = None) -> str:
+    """Return the folder of a pipeline; of a hub id the snapshot of one commit, which is fetched where it is missing.
+
+    Pickled weights are never fetched. Raises `PpclError` for an id that the hub, or its local cache, does not have.
+    """
+    path = resolve(path)
+    if Path(path).exists():
+        return path
+    try:
+        with quiet():
+            return str(DiffusionPipeline.download(path, revision=revision, use_safetensors=True))
+    except Exception as error:  # the hub's client raises many kinds
+        raise PpclError(f"{path} cannot be opened as a pipeline: {first_line(error)}{_advice(path)}") from error
 
 
 def default_call(path: str) -> dict[str, Any]:
@@ -179,15 +208,14 @@ def _check_weights(path: str, transformer: nn.Module) -> None:
             raise PpclError(f"{path}: {_QUANTISED} ({name} is a {kind.__name__} of {parameter.dtype})")
 
 
-def _from_pretrained(path: str, revision: str | None, settings: dict[str, Any], adapter: Adapter | None) -> Any:
+def _from_pretrained(path: str, settings: dict[str, Any], adapter: Adapter | None) -> Any:
     index, kind = Path(path) / "model_index.json", pipeline_class(adapter)
-    if Path(path).exists() and not index.is_file():
+    if not index.is_file():
         raise PpclError(f"{path} is no diffusers pipeline: it has no model_index.json")
     check_configs(Path(path))
-    if index.is_file():
-        check_source(index, read_record(index, dict[str, Any]).get("transformer"), adapter)
+    check_source(index, read_record(index, dict[str, Any]).get("transformer"), adapter)
     try:
-        return kind.from_pretrained(path, revision=revision, **settings)
+        return kind.from_pretrained(path, use_safetensors=True, **settings)
     except Exception as error:  # diffusers raises whatever its parts raise
         raise PpclError(f"{path} cannot be opened as a pipeline: {first_line(error)}{_advice(path)}") from error
 
@@ -212,16 +240,3 @@ def quiet() -> Iterator[None]:
         for library, level in zip(libraries, levels, strict=True):
             library.set_verbosity(level)
             library.enable_progress_bar()
-
-
-def _identity(path: str, folder: str, revision: str | None) -> str:
-    """Name the weights without reading tens of gigabytes: sizes, and the headers that list every tensor."""
-    if not Path(folder).is_dir():
-        return f"{path}@{revision or 'main'}"
-    digest = hashlib.sha256()
-    for file in sorted((Path(folder) / "transformer").rglob("*")):
-        if file.is_file():
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
-            with file.open("rb") as opened:
-                digest.update(opened.read(1 << 20))
-    return f"{path}#{digest.hexdigest()[:16]}"

@@ -108,7 +108,7 @@ def load_compressed(
     SHA-256; a variant without one opens with a `PpclWarning`. Raises `PpclError` for what is no variant, or is broken,
     and names the file.
     """
-    folder = Path(folder)
+    folder, options = Path(folder), {"use_safetensors": True, **options}
     check_manifest(folder, verify=verify)
     if not (folder / "model_index.json").is_file():
         raise PpclError(f"{folder} is no pipeline folder: it has no model_index.json")
@@ -185,7 +185,8 @@ def _rebuild(folder: Path, plan: Plan, adapter: Adapter, options: Mapping[str, A
         calls = {path: (arguments, Streams(*streams)) for path, (arguments, streams) in found.items()}
         if missing := [path for path in plan.depths if path not in calls]:
             raise PpclError(f"{stored} is damaged or of something else: it has no call of {missing[0]}")
-    chosen = {name: options[name] for name in ("low_cpu_mem_usage", "disable_mmap") if name in options}
+    known = ("low_cpu_mem_usage", "disable_mmap", "use_safetensors")
+    chosen = {name: options[name] for name in known if name in options}
     dtype = options.get("dtype", options.get("torch_dtype"))
     if isinstance(dtype, dict):
         dtype = dtype.get("transformer", dtype.get("default"))
@@ -198,13 +199,20 @@ def _rebuild(folder: Path, plan: Plan, adapter: Adapter, options: Mapping[str, A
     # Tracing asks torch for its functions, once a process; loaders put others in their place.
     torch.overrides.get_overridable_functions()
     narrowed.__signature__ = inspect.signature(stock.__init__)  # type: ignore[attr-defined]
-    loader: Any = type(stock.__name__, (stock,), {"__init__": narrowed})
+    loader: Any = type(stock.__name__, (stock,), {"__init__": narrowed, "load_config": classmethod(_without_code)})
     model, report = loader.from_pretrained(folder / "transformer", output_loading_info=True, dtype=dtype, **chosen)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             raise PpclError(f"{folder / 'transformer'} does not fit its plan, {problem}: {report[problem][:4]}")
     assert not any(value.is_meta for value in model.state_dict().values())
     return model
+
+
+def _without_code(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load a config without what names the code of the class, which is not run: diffusers would complain of it."""
+    found = super(cls, cls).load_config(*args, **kwargs)
+    (found[0] if isinstance(found, tuple) else found).pop("auto_map", None)
+    return found
 
 
 def open_with(

@@ -80,7 +80,7 @@ class Workspace:
     def __init__(
         self, path: str | Path, *, progress: Progress = silent, remake: bool = False, verify: bool = True
     ) -> None:
-        self.path = Path(path)
+        self.path, self.verifies = Path(path), verify
         self._remake, self._hashed = remake, float("inf") if remake else _HASHED if verify else -1
         self._made: dict[str, str] = {}
         """Digests of what the stages so far have made."""

@@ -5,7 +5,6 @@ Image n of every prompt has the seed `seed + n`. Finished images are kept, so a 
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from ppcl_toolkit.artifacts.pipeline import default_call, load_pipeline
 from ppcl_toolkit.benchmarks.suites import Prompt, Suite
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.processes import is_main, pick_device, wait, world
+from ppcl_toolkit.records import read_record
 from ppcl_toolkit.running.images import check_call, run_pipeline
 from ppcl_toolkit.running.placement import callable_on
 
@@ -38,6 +38,8 @@ class Drawing:
     """Images per call, of one prompt."""
     call: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the pipeline."""
+    verify: bool = True
+    """Whether the files of variants are hashed first."""
 
 
 def draw_suite(models: Sequence[str], asked: Drawing, progress: Callable[..., None]) -> list[Path]:
@@ -59,7 +61,7 @@ def draw_suite(models: Sequence[str], asked: Drawing, progress: Callable[..., No
     for model, name in zip(models, names, strict=True):
         record, settings = root / f".{name}.json", _settings(model, asked)
         _check_settings(record, settings)
-        pipeline = load_pipeline(model)
+        pipeline = load_pipeline(model, verify=asked.verify)
         check_call(pipeline, asked.call)
         if is_main():
             write_json(record, settings)
@@ -127,8 +129,8 @@ def _settings(model: str, asked: Drawing) -> dict[str, Any]:
 
 def _check_settings(record: Path, settings: Mapping[str, Any]) -> None:
     """Refuse to go on with images that were asked for otherwise."""
-    earlier = json.loads(record.read_text()) if record.is_file() else settings
-    if differ := [key for key in settings if earlier[key] != settings[key]]:
+    earlier = read_record(record, dict[str, Any]) if record.is_file() else settings
+    if differ := [key for key in settings if earlier.get(key) != settings[key]]:
         raise PpclError(
             f"{record.parent} holds images of {record.stem[1:]} with another {', '.join(differ)}; give another --out"
         )

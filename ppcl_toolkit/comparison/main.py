@@ -55,7 +55,7 @@ def compare(asked: Comparison, out: str | Path, *, progress: Progress = silent) 
     workspace = Workspace(out, progress=progress)
     examine(job.evaluate, job.teacher.call)
     workspace.open(asked.dump())
-    teacher, runner = opened(job, device)
+    teacher, runner = opened(job, device, workspace)
     if True in asked.levers and job.modulation is not None:
         check_modulation(runner, job.modulation)
     whole = _Shared(asked, job, workspace, teacher, runner)

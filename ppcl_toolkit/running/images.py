@@ -23,6 +23,8 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from ppcl_toolkit import processes
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.flops import counting
+from ppcl_toolkit.trouble import explained
+from ppcl_toolkit.values import shortened
 
 CALLS = "calls-*.jsonl"
 """Files, one a process, of `Timed` lines."""
@@ -43,6 +45,10 @@ class Timed(BaseModel):
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What pillow raises for files that are cut off, or no images."""
+_REFUSED = (ValueError, TypeError, AttributeError, LookupError, RuntimeError)
+"""What pipelines raise for arguments that they cannot use, where the machine is not to blame."""
+_SIDE = 2
+"""Latents, in height and in width, that make one token of the transformer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,9 +115,11 @@ def run_pipeline(
                 f"{type(pipeline).__name__} edits images, and fails without one ({error}): give samples.edits and "
                 "evaluate.edits, folders of images with a .txt instruction each"
             ) from error
-        if isinstance(error, ValueError | TypeError):
-            said = " ".join(str(error).split())
-            raise PpclError(f"{type(pipeline).__name__} does not take these arguments: {said}") from error
+        if isinstance(error, _REFUSED) and explained(error) is None and "device-side assert" not in str(error):
+            given, said = ", ".join(f"{n}={shortened(v)}" for n, v in call.items()), " ".join(str(error).split())
+            raise PpclError(
+                f"{type(pipeline).__name__} does not take these arguments: {said} (it was given {given or 'none'})"
+            ) from error
         raise
 
 
@@ -142,13 +150,18 @@ def check_place(path: Path) -> None:
 
 
 def check_call(pipeline: Any, call: Mapping[str, Any]) -> None:
-    """Raise a `PpclError` for an argument that the pipeline does not take."""
+    """Raise a `PpclError` for an argument that the pipeline does not take, or a picture without a single token."""
     known = [n for n in inspect.signature(type(pipeline).__call__).parameters if n != "self"]
     for name in call:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             choices = f"did you mean {close[0]!r}?" if close else f"it takes: {', '.join(known)}"
             raise PpclError(f"{type(pipeline).__name__} takes no argument {name!r}; {choices}")
+    # Pipelines round sizes down to whole tokens.
+    smallest = _SIDE * getattr(pipeline, "vae_scale_factor", 1)
+    for name in ("height", "width"):
+        if (value := call.get(name)) is not None and value < smallest:
+            raise PpclError(f"{name} is {value}, and the smallest picture of this pipeline is {smallest} pixels")
 
 
 def check_edits(pipeline: Any, key: str) -> None:

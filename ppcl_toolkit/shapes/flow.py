@@ -14,6 +14,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor, nn
 
+from ppcl_toolkit.artifacts.storage import load_tree
 from ppcl_toolkit.shapes.progress import log, save_atomically
 from ppcl_toolkit.shapes.scenes import Image, render, sample
 from ppcl_toolkit.shapes.teacher import (
@@ -60,7 +61,7 @@ def pack(latents: Tensor) -> Tensor:
 def encode_pool(run: Path, vae: AutoencoderKL, *, shards: int) -> None:
     """Render and encode `shards` files of captioned scenes into `run`/pool; files already there are kept."""
     for index in range(shards):
-        path = run / "pool" / f"{index:04d}.pt"
+        path = run / "pool" / f"{index:04d}.safetensors"
         if path.exists():
             continue
         rng = np.random.default_rng((7, index))
@@ -87,9 +88,9 @@ class Pool:
 
     def refresh(self) -> None:
         """Open files that were added since the last call."""
-        for path in sorted(self.folder.glob("*.pt")):
+        for path in sorted(self.folder.glob("*.safetensors")):
             if path.name not in self.shards:
-                self.shards[path.name] = Batch(**torch.load(path, mmap=True))
+                self.shards[path.name] = Batch(**load_tree(path))
         if not self.shards:
             raise FileNotFoundError(f"no encoded scenes in {self.folder}: run the phase 'pool' first")
 

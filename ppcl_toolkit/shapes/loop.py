@@ -104,12 +104,12 @@ def _agreed(seconds: float) -> float:
 
 @final
 class Trainer:
-    """Trains `model` by `loss`; everything that a continuation needs is in `run`/`name`.pt."""
+    """Trains `model` by `loss`; everything that a continuation needs is in `run`/`name`.safetensors."""
 
     def __init__(self, run: Path, name: str, model: TextToLatent, settings: Settings) -> None:
         """Take `model` where it stands, or where the checkpoint stands."""
         self.run, self.name, self.model, self.settings = run, name, model, settings
-        self.path = run / f"{name}.pt"
+        self.path = run / f"{name}.safetensors"
         self.optimizers = _optimizers(model, settings)
         self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
         self.average = {key: value.detach().clone() for key, value in model.named_parameters()}

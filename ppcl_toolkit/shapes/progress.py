@@ -9,23 +9,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ppcl_toolkit.artifacts.storage import load_tree, save_tree
+
 log = logging.getLogger("ppcl.shapes")
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
     """Write `state` so that a kill at any moment leaves the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    save_tree(path, state)
 
 
 def load_if_there(path: Path) -> dict[str, Any] | None:
-    """The checkpoint at `path` on the CPU, or None."""
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    """The checkpoint at `path` on the CPU, mapped from its file, or None."""
+    return _numbered(load_tree(path)) if path.exists() else None
+
+
+def _numbered(tree: Any) -> Any:
+    """Give the states of optimizers their numbers again: in JSON every key is a text."""
+    if isinstance(tree, list):
+        return [_numbered(item) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {int(key) if key.isdecimal() else key: _numbered(value) for key, value in tree.items()}
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:

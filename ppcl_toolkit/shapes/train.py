@@ -39,7 +39,7 @@ from ppcl_toolkit.shapes.scenes import Image, evaluation_prompts
 
 PHASES = ("vae", "decoder", "pool", "flow", "guidance", "export", "card")
 SHARED_PHASES = ("flow", "guidance")  # which several processes do together
-START = "start.pt"
+START = "start.safetensors"
 CAPTION_DROPOUT = 0.1
 # CLIP's vector alone can say which words a caption has: where it always does, attention to T5's tokens, and with it
 # who stands where and which colour is whose, is hardly learned.
@@ -123,7 +123,7 @@ def start_from(run: Path, folder: Path) -> None:
             part.load_state_dict(trained.state_dict())
         autoencoder = {"model": pipeline.vae.state_dict(), "shift": config.shift_factor, "scale": config.scaling_factor}
         run.mkdir(parents=True, exist_ok=True)
-        save_atomically({**autoencoder, "finished": True}, run / "vae.pt")
+        save_atomically({**autoencoder, "finished": True}, run / "vae.safetensors")
         save_atomically(model.state_dict(), run / START)
 
 
@@ -143,9 +143,9 @@ def train_flow(run: Path, device: torch.device, settings: Settings, block_dropou
 
 def averaged_model(run: Path, name: str) -> TextToLatent:
     """The averaged weights of the checkpoint `name` of `run`."""
-    state = load_if_there(run / f"{name}.pt")
+    state = load_if_there(run / f"{name}.safetensors")
     if not state:
-        raise FileNotFoundError(f"no checkpoint {name}.pt in {run}: run the phase {name!r} first")
+        raise FileNotFoundError(f"no checkpoint {name}.safetensors in {run}: run the phase {name!r} first")
     model = TextToLatent()
     put_weights(model, state["average"])
     return model
@@ -166,7 +166,7 @@ def train_guidance(run: Path, device: torch.device, settings: Settings, block_dr
 
 def export(run: Path, folder: Path) -> None:
     """Write the pipeline to `folder`: the guided model where there is one, else the flow's."""
-    name = "guidance" if (run / "guidance.pt").exists() else "flow"
+    name = "guidance" if (run / "guidance.safetensors").exists() else "flow"
     model = averaged_model(run, name)
     teacher.save(teacher.build(vae.load(run), model.transformer, (model.clip, model.t5)), folder)
     record = {"curve": read_lines(run / "curve.jsonl"), "loss": read_lines(run / "loss.jsonl")}

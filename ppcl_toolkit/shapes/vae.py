@@ -92,8 +92,8 @@ def _measure(vae: AutoencoderKL, scenes: int = 2048) -> tuple[float, float]:
 
 
 def train(run: Path, device: torch.device, *, samples: int, batch: int = 64, save_every: int = 200) -> None:
-    """Train into `run`/vae.pt, resuming there; the finished file holds weights, shift and scale."""
-    path = run / "vae.pt"
+    """Train into `run`/vae.safetensors, resuming there; the finished file holds weights, shift and scale."""
+    path = run / "vae.safetensors"
     torch.manual_seed(0)
     vae = _on(autoencoder(), device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, weight_decay=1e-3)
@@ -131,9 +131,9 @@ def train(run: Path, device: torch.device, *, samples: int, batch: int = 64, sav
 def refine(run: Path, device: torch.device, *, samples: int, batch: int = 64, save_every: int = 200) -> None:
     """Train the decoder on, from noisy latents of the encoder as it is: latents of the flow stay valid.
 
-    The checkpoint is `run`/decoder.pt; `load` takes the decoder from there.
+    The checkpoint is `run`/decoder.safetensors; `load` takes the decoder from there.
     """
-    path = run / "decoder.pt"
+    path = run / "decoder.safetensors"
     torch.manual_seed(1)
     vae = load(run, device)
     vae.decoder.requires_grad_(True)
@@ -166,12 +166,12 @@ def _on(vae: AutoencoderKL, device: torch.device) -> AutoencoderKL:
 
 def load(run: Path, device: torch.device | str = "cpu") -> AutoencoderKL:
     """The finished autoencoder of `run`, frozen, with its refined decoder if there is one."""
-    state = load_if_there(run / "vae.pt")
+    state = load_if_there(run / "vae.safetensors")
     if not state or not state["finished"]:
         raise FileNotFoundError(f"no finished autoencoder in {run}: run the phase 'vae' first")
     vae = autoencoder(state["shift"], state["scale"])
     vae.load_state_dict(state["model"])
-    refined = load_if_there(run / "decoder.pt")
+    refined = load_if_there(run / "decoder.safetensors")
     if refined:
         vae.decoder.load_state_dict(refined["model"])
     return _on(vae.eval().requires_grad_(False), torch.device(device))

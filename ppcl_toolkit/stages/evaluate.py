@@ -28,7 +28,7 @@ from torch import Tensor
 from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Adapter, home_of, import_beside
 from ppcl_toolkit.artifacts.files import write_json
-from ppcl_toolkit.artifacts.pipeline import Teacher, default_call, load_pipeline, resolve
+from ppcl_toolkit.artifacts.pipeline import Teacher, default_call, load_pipeline, located
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Evaluate, Recipe
@@ -146,11 +146,13 @@ def evaluate(
     variants: Sequence[Mapping[str, Any]],
     batches: Batches,
     desk: Desk,
+    *,
+    verify: bool = True,
 ) -> None:
-    """Run the stage: measure the teacher, then each variant with the device to itself."""
+    """Run the stage: measure the teacher, then each variant with the device to itself; `verify` its files first."""
     exam = examine(recipe.evaluate, recipe.teacher.call)
     held_out = list(batches(0, recipe.evaluate.velocity_batches))
-    adapter, device = runner.adapter, runner.placement.device
+    adapter, device, dtype = runner.adapter, runner.placement.device, getattr(torch, recipe.teacher.dtype)
     names = ["teacher", *(variant["name"] for variant in variants)]
 
     def reported(name: str) -> Callable[..., None]:
@@ -161,14 +163,14 @@ def evaluate(
             teacher.pipeline,
             exam,
             desk.folder / "teacher",
-            source=Source(recipe.teacher.path, recipe.adapter),
+            source=Source(teacher.folder or recipe.teacher.path, recipe.adapter),
             progress=reported("teacher"),
         )
         wanted = velocities(teacher.transformer, adapter, held_out, device)
     runner.leave()
     for variant in variants:
         name, path = variant["name"], variant["path"]
-        pipeline = load_pipeline(path, getattr(torch, recipe.teacher.dtype), adapter=recipe.adapter)
+        pipeline = load_pipeline(path, dtype, adapter=recipe.adapter, verify=verify)
         with callable_on(pipeline, device):
             measure(pipeline, exam, desk.folder / name, source=Source(path, recipe.adapter), progress=reported(name))
             error = relative_error(velocities(pipeline.transformer, adapter, held_out, device), wanted)
@@ -189,14 +191,23 @@ def summarise(variants: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, 
 
 
 def evaluate_folders(
-    paths: Sequence[str], section: Evaluate, call: Mapping[str, Any], out: Path, progress: Callable[..., None]
+    paths: Sequence[str],
+    section: Evaluate,
+    call: Mapping[str, Any],
+    out: Path,
+    progress: Callable[..., None],
+    *,
+    verify: bool = True,
 ) -> list[dict[str, Any]]:
-    """Measure pipelines side by side in `out`, the first as the reference; return a row for each."""
+    """Measure pipelines side by side in `out`, the first as the reference; return a row for each.
+
+    Files of variants are hashed to `verify` them.
+    """
     exam = examine(section, {**default_call(paths[0]), **call})
     folders = [out / f"{number}-{Path(path).name}" for number, path in enumerate(paths)]
     device = processes.pick_device("auto")
     for path, folder in zip(paths, folders, strict=True):
-        pipeline = load_pipeline(path)
+        pipeline = load_pipeline(path, verify=verify)
         with callable_on(pipeline, device):
             measure(pipeline, exam, folder, source=Source(path), progress=functools.partial(progress, path))
         del pipeline
@@ -358,7 +369,7 @@ def _measure_own_growth() -> None:
     exam = Exam(**request["exam"])
     path, adapter = request["source"]
     import_beside(adapter, request["home"])
-    index = json.loads((Path(resolve(path)) / "model_index.json").read_text())
+    index = json.loads((Path(located(path)) / "model_index.json").read_text())
     # Code is no part of the model: import it before the growth is counted.
     parts = [part for part in index.values() if isinstance(part, list)]
     for library, name in [*parts, ("diffusers", index["_class_name"])]:
@@ -366,7 +377,8 @@ def _measure_own_growth() -> None:
             getattr(importlib.import_module(library), name, None)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    pipeline = load_pipeline(path, getattr(torch, request["dtype"]), adapter=adapter)
+    # Who asks has verified its files.
+    pipeline = load_pipeline(path, getattr(torch, request["dtype"]), adapter=adapter, verify=False)
     # One step is enough: every further one reuses the memory of the first.
     call = {**{k: v for k, v in exam.call_for(0).items() if k != "sigmas"}, "num_inference_steps": 1}
     generators = [torch.Generator().manual_seed(i) for i in range(len(exam.prompts))]

@@ -226,7 +226,7 @@ def _read(
     """Return the intervals of a stack that `drawn` batches have by the curves of one stream, or of the mean of all."""
     if settings.strategy == "given":
         found = tuple(interval for interval in settings.given if interval.stack == path)
-        return _within_runs(found, carrying, settings)
+        return within_runs(found, carrying, settings)
     means = [own.chained.means(drawn) for name, own in sums.items() if stream in (name, "mean")]
     cka, first_block = torch.stack(means).nanmean(0).nan_to_num(0.0), settings.first_block.get(path, 0)
     if settings.strategy == "threshold":
@@ -234,7 +234,7 @@ def _read(
     else:
         spans = trend_intervals(differences(cka), first_block)
     found = tuple(Interval(stack=path, first=u, last=v) for u, v in spans if u < v)
-    return _within_runs(found, carrying, settings)
+    return within_runs(found, carrying, settings)
 
 
 def _stability(
@@ -264,14 +264,16 @@ def _elsewhere(
     return {name: tuple((interval.first, interval.last) for interval in read(*each)) for name, each in asked.items()}
 
 
-def _within_runs(
+def within_runs(
     intervals: tuple[Interval, ...], carrying: Collection[tuple[str, int]], settings: Intervals
 ) -> tuple[Interval, ...]:
-    """End intervals where their last block returns what the first one does: both with the z of a run, or neither."""
+    """End intervals where their last block returns what the first one does: both with the z of one run, or neither."""
     kept = []
     for interval in intervals:
-        first = (interval.stack, interval.first) in carrying
-        ends = [v for v in range(interval.first + 1, interval.last + 1) if ((interval.stack, v) in carrying) == first]
+        after = range(interval.first + 1, interval.last + 1)
+        ends = [v for v in after if (interval.stack, v) not in carrying]
+        if (interval.stack, interval.first) in carrying:
+            ends = [*after][: ends[0] - after[0] if ends else len(after)]
         if settings.strategy == "given" and interval.last not in ends:
             raise PpclError(f"{interval}: a text run of the teacher begins or ends inside it")
         kept += [interval.model_copy(update={"last": ends[-1]})] if ends else []

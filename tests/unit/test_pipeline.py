@@ -87,9 +87,15 @@ def test_a_teacher_comes_with_its_adapter_and_a_fingerprint(saved, broken):
     plan = teacher.plan()
     assert (plan.family, plan.depths, plan.history) == ("flux", {DUAL.path: 2, SINGLE.path: 1}, ())
     assert load(saved).source == teacher.source
-    cut_off = load(broken).source
-    assert cut_off.split("#")[1] == teacher.source.split("#")[1]
+    copied = load(broken).source
+    assert copied.split("#")[1] == teacher.source.split("#")[1]
     assert load(saved, adapter="flux").adapter is FLUX
+
+
+def test_pickled_weights_are_not_read(broken):
+    torch.save(load_file(broken / WEIGHTS), broken / "transformer" / "diffusion_pytorch_model.bin")
+    (broken / WEIGHTS).unlink()
+    assert "safetensors" in refusal(broken)
 
 
 def test_the_embedded_teacher_is_named_shapes():

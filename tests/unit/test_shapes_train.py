@@ -22,7 +22,7 @@ def run(tmp_path):
     torch.manual_seed(1)
     shard = {"latents": torch.randn(14, 16, 32).bfloat16(), "t5_ids": t5_ids, "clip_ids": clip_ids}
     (tmp_path / "pool").mkdir()
-    torch.save(shard, tmp_path / "pool" / "0000.pt")
+    save_atomically(shard, tmp_path / "pool" / "0000.safetensors")
     return tmp_path
 
 
@@ -60,7 +60,7 @@ def test_guidance_of_one_is_what_the_frozen_model_does(run, monkeypatch):
     monkeypatch.setattr("ppcl_toolkit.shapes.train.GUIDANCE_RANGE", (1.0, 1.0))
     model = TextToLatent()
     torch.nn.init.normal_(model.transformer.proj_out.weight)
-    save_atomically({"average": dict(model.named_parameters())}, run / "flow.pt")
+    save_atomically({"average": dict(model.named_parameters())}, run / "flow.safetensors")
     frozen, student = averaged_model(run, "flow"), averaged_model(run, "flow")
     empty = tuple(ids.long() for ids in tokenize([""]))
     batch = Pool(run, CPU).draw(4, np.random.default_rng(0))
