@@ -20,6 +20,7 @@ from ppcl_toolkit.budget.work import absent, work
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.running.placement import RESIDENT
 
 DEVICES = 8
 """Of a node: what several devices need is told for so many (paper: 8)."""
@@ -105,9 +106,7 @@ class Budget:
             memory = Memory(self.recipe, self.blocks, self.plans, streamed, machine.devices, waiting)
             whole = Whole(memory, machine.card, machine.host)
             need: Need = getattr(whole if hasattr(Whole, stage) else memory, stage)()
-            means = "streamed" if streamed else "resident"
-            if stage == "finetune":
-                means = f"{whole.means.optimizer}, offload {whole.means.offload}"
+            means = whole.how(stage) or ("streamed" if streamed else RESIDENT)
             self._known[key] = need.beside(*whole.others), means
         return self._known[key]
 
