@@ -22,7 +22,7 @@ WEIGHT, LEARNING, STEP = 4, 12, 8
 """Bytes of a parameter that learns: its weight; at rest; and of its gradient and the lists of AdamW's step."""
 SUMS, FITTED, TRAINED = 16, 4, 12
 """Bytes of a pair of features: sums of the normal equations, what they come to, and that in training with moments."""
-_TOGETHER = 16
+TOGETHER = 16
 """Candidates that `select` measures in one pass, and samples whose chains are followed together."""
 _HEATMAP = 8 * 2**30
 """Bytes of outputs that wait for a heatmap."""
@@ -110,7 +110,7 @@ class Memory:
         """Substitution errors: maps of some candidates at a time, whose sums are on the host."""
         section = self.recipe.select
         _, most = self.squares()
-        host = min(-(-self.candidates // self.devices), _TOGETHER) * 2 * SUMS * most + 7 * 8 * most
+        host = min(-(-self.candidates // self.devices), TOGETHER) * 2 * SUMS * most + 7 * 8 * most
         if section.order == "program":
             # The maps of all that are measured together, in fp64.
             host += max(len(plan.operations) for plan in self.plans.values()) * 2 * 8 * most
@@ -233,7 +233,7 @@ class Memory:
         rows = min(tokens, features)
         kept, gram = 4 * rows * features, int(4 * 0.5625 * rows**2)
         centred = 3 * 4 * batch * tokens * features
-        return _TOGETHER * (kept + gram) + max(batch * (3 * kept + 2 * gram), centred)
+        return TOGETHER * (kept + gram) + max(batch * (3 * kept + 2 * gram), centred)
 
 
 def largest(needs: Iterable[Need]) -> Need:
