@@ -133,6 +133,11 @@ class Homes:
         home = self._known.get(tensor) if device == HOST else None
         tensor.data = tensor.data.to(device) if home is None else home
 
+    def carry(self, module: nn.Module, device: torch.device) -> None:
+        """Move all weights of a module."""
+        for _, tensor in _tensors(module):
+            self.move(tensor, device)
+
 
 def moved(value: Any, device: torch.device) -> Any:
     """Return nested tensors on `device`, there when this returns; what stands in several places is moved once."""
