@@ -52,7 +52,7 @@ class Teacher(Section):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the weights in memory."""
-    streamed: bool | Literal["auto"] = "auto"
+    streamed: Literal[True, False, "auto"] = "auto"
     """One block on the device at a time; `auto` for the stages that take more of it than there is otherwise."""
     chunk: PositiveInt = 8
     """Batches that share one visit of a streamed block."""
