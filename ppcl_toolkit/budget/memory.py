@@ -117,7 +117,8 @@ class Memory:
         at_work = max(self.blocks.forward(section.batch), self._added_up(section.batch))
         # The first blocks of the intervals that end at a block come for its readings.
         firsts = section.longest - 1 if section.order == "program" else 1
-        return self.resting().beside(at_work + firsts * self.blocks.largest * self.streamed, host).beside(*self.passing(section.batch))
+        at_work += firsts * self.blocks.largest if self.streamed else 0
+        return self.resting().beside(at_work, host).beside(*self.passing(section.batch))
 
     def _together(self, plan: Plan) -> int:
         """Bytes of the maps of what is measured together, in fp64, and of the sums that the last of them come from."""
