@@ -53,7 +53,7 @@ class Teacher(Section):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of the weights in memory."""
-    streamed: bool | Literal["auto"] = "auto"
+    streamed: Literal[True, False, "auto"] = "auto"
     """One block on the device at a time; `auto` for the stages that take more of it than there is otherwise."""
     chunk: PositiveInt = 8
     """Batches that share one visit of a streamed block."""
@@ -460,13 +460,13 @@ def _explain(error: ValidationError, path: Path, tree: yaml.Node | None, asked: 
             known = _keys_at(model, problem["loc"][:-1])
             close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
             message = "unknown key" + (f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}")
-        elif problem["type"] != "missing":
+        elif problem["type"] != "missing" and problem["loc"]:
             message += f", not {shortened(problem['input'])}"
         line = _line(tree, problem["loc"])
         place = f"{path.name}{f' line {line}' if line else ''}"
         if any(problem["loc"][: len(keys)] == keys for keys in given):
             place = "--set"
-        messages.append(f"{place}: {location}: {message}")
+        messages.append(": ".join(filter(None, (place, location, message))))
     return "\n".join(messages)
 
 

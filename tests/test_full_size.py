@@ -232,9 +232,34 @@ def test_jobs_fit_machines_that_people_have(recipe, card, host, devices, stages)
         assert found[stage].fits, found[stage]
     if card == 24:
         assert found["depth"].means == "streamed" and found["depth"].device < 16e9
-        assert found["samples"].means == "resident", "its parts take turns"
+        assert found["samples"].means == found["evaluate"].means == "transformer by blocks"
     if (recipe, card) == ("flux_8b", 80):
         assert not any(stage.means == "streamed" for stage in found.values())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "card", "samples", "evaluate", "export"),
+    [
+        # 16.1 GB of transformer, 9.5 of T5, 1.4 and .2 of CLIP, .2 of autoencoder; .85 of a card for weights.
+        ("sd35_large_light", 40, "resident", "resident", "resident"),
+        ("sd35_large_light", 31, "parts in turn", "parts in turn", "resident"),
+        ("sd35_large_light", 28, "transformer by blocks", "transformer by blocks", "resident"),
+        # 10.8 GB of the smaller transformer.
+        ("sd35_large_light", 12, "transformer by blocks", "transformer by blocks", "transformer by blocks"),
+    ],
+)
+def test_a_plan_says_by_what_means_pipelines_are_called(recipe, card, samples, evaluate, export):
+    machine = Machine(card=card * 10**9, host=256 * 10**9)
+    found = {stage.name: stage.means for stage in dry_run(Recipe.load(recipe), machine=machine).stages}
+    assert (found["samples"], found["evaluate"], found["export"]) == (samples, evaluate, export)
+    if samples == "resident":
+        asked = dry_run(Recipe.load(recipe, ["teacher.streamed=true"]), machine=machine).stages
+        means = {stage.name: stage.means for stage in asked}
+        assert (means["samples"], means["modulation"], means["export"]) == (
+            "transformer by blocks",
+            "streamed",
+            "resident",
+        )
 
 
 def test_weights_in_another_dtype_than_their_files_are_memory(tmp_path):

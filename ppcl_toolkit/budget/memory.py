@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from ppcl_toolkit.budget.blocks import Blocks, Trained
-from ppcl_toolkit.plan import Form, Plan, trained_forms
+from ppcl_toolkit.plan import Form, Plan, TextRun, trained_forms
 from ppcl_toolkit.recipe import Distillation, Recipe
 from ppcl_toolkit.running.passage import Place
 from ppcl_toolkit.running.slices import block_costs, slices
@@ -22,7 +22,7 @@ WEIGHT, LEARNING, STEP = 4, 12, 8
 """Bytes of a parameter that learns: its weight; at rest; and of its gradient and the lists of AdamW's step."""
 SUMS, FITTED, TRAINED = 16, 4, 12
 """Bytes of a pair of features: sums of the normal equations, what they come to, and that in training with moments."""
-_TOGETHER = 16
+TOGETHER = 16
 """Candidates that `select` measures in one pass, and samples whose chains are followed together."""
 _HEATMAP = 8 * 2**30
 """Bytes of outputs that wait for a heatmap."""
@@ -110,14 +110,22 @@ class Memory:
         """Substitution errors: maps of some candidates at a time, whose sums are on the host."""
         section = self.recipe.select
         _, most = self.squares()
-        host = min(-(-self.candidates // self.devices), _TOGETHER) * 2 * SUMS * most + 7 * 8 * most
+        host = min(-(-self.candidates // self.devices), TOGETHER) * 2 * SUMS * most
         if section.order == "program":
-            # The maps of all that are measured together, in fp64.
-            host += max(len(plan.operations) for plan in self.plans.values()) * 2 * 8 * most
+            host = max(host, *map(self._together, self.plans.values()))
+        host += 7 * 8 * most
         at_work = max(self.blocks.forward(section.batch), self._added_up(section.batch))
-        # The first block of an interval comes for its last one's readings.
-        second = self.blocks.largest if self.streamed else 0
-        return self.resting().beside(at_work + second, host).beside(*self.passing(section.batch))
+        # The first blocks of the intervals that end at a block come for its readings.
+        firsts = section.longest - 1 if section.order == "program" else 1
+        at_work += firsts * self.blocks.largest if self.streamed else 0
+        return self.resting().beside(at_work, host).beside(*self.passing(section.batch))
+
+    def _together(self, plan: Plan) -> int:
+        """Bytes of the maps of what is measured together, in fp64, and of the sums that the last of them come from."""
+        placed = [operation for operation in plan.operations if not isinstance(operation, TextRun)]
+        sums = [SUMS * sum(self._pairs[operation.stack]) for operation in placed]
+        starts = range(0, len(sums), TOGETHER)
+        return max((sum(sums[:s]) // 2 + sum(sums[s : s + TOGETHER]) for s in starts), default=0)
 
     @property
     def candidates(self) -> int:
@@ -233,7 +241,7 @@ class Memory:
         rows = min(tokens, features)
         kept, gram = 4 * rows * features, int(4 * 0.5625 * rows**2)
         centred = 3 * 4 * batch * tokens * features
-        return _TOGETHER * (kept + gram) + max(batch * (3 * kept + 2 * gram), centred)
+        return TOGETHER * (kept + gram) + max(batch * (3 * kept + 2 * gram), centred)
 
 
 def largest(needs: Iterable[Need]) -> Need:

@@ -15,11 +15,13 @@ from ppcl_toolkit.budget.machine import ROOM, UNLIMITED, Machine
 from ppcl_toolkit.budget.memory import Memory, Need
 from ppcl_toolkit.budget.model import Model, Size, is_known
 from ppcl_toolkit.budget.plans import RANK, are_given, plans
+from ppcl_toolkit.budget.reading import RATE, reading_hours
 from ppcl_toolkit.budget.whole import Whole
 from ppcl_toolkit.budget.work import absent, work
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.running.placement import RESIDENT
 
 DEVICES = 8
 """Of a node: what several devices need is told for so many (paper: 8)."""
@@ -106,9 +108,7 @@ class Budget:
             memory = Memory(self.recipe, self.blocks, self.plans, streamed, machine.devices, waiting)
             whole = Whole(memory, machine.card, machine.host)
             need: Need = getattr(whole if hasattr(Whole, stage) else memory, stage)()
-            means = "streamed" if streamed else "resident"
-            if stage == "finetune":
-                means = f"{whole.means.optimizer}, offload {whole.means.offload}"
+            means = whole.how(stage) or ("streamed" if streamed else RESIDENT)
             self._known[key] = need.beside(*whole.others), means
         return self._known[key]
 
@@ -195,12 +195,18 @@ def dry_run(recipe: Recipe, tflops: float = 400.0, machine: Machine | None = Non
     memory = Memory(recipe, budget.blocks, budget.plans)
     done = work(recipe, budget.blocks, budget.plans, (teacher, *variants))
     stages = budget.stages(machine) if machine else ()
+    hours = {stage: each.hours(tflops, machine.devices if machine else 1) for stage, each in done.items()}
+    if machine:
+        own = replace(memory, devices=machine.devices)
+        for stage in stages:
+            if stage.name in hours:
+                hours[stage.name] += reading_hours(own, stage, machine)
     return DryRun(
         teacher=teacher,
         variants=variants,
         memory=_table(budget),
         disk=disk(memory),
-        hours={stage: each.hours(tflops, machine.devices if machine else 1) for stage, each in done.items()},
+        hours=hours,
         tflops=tflops,
         basis=_basis(recipe, model, tflops),
         stages=stages,
@@ -274,6 +280,7 @@ def _basis(recipe: Recipe, model: Model, tflops: float) -> tuple[str, ...]:
         f"one call: {', '.join(f'{name} {list(shape)}' for name, shape in tokens.items())}",
         "memory: held to counts of the real code on tensors without data; kernels' workspaces and fragments are not "
         f"in it; text encoders and autoencoder ({sum(model.others) / 1e9:.1f} GB) are",
-        "files: weights read where they lie, by all processes together; without room on the host, they are read again",
+        "files: weights read where they lie, by all processes together; without room on the host, they are read again, "
+        f"at {RATE / 1e9:g} GB/s, an assumption; what comes to a device from memory is not timed",
         f"time: counted operations at {tflops:g} TFLOP/s a device, an assumption (--tflops)",
     )

@@ -8,10 +8,9 @@ from ppcl_toolkit.budget.memory import Memory, Need
 from ppcl_toolkit.budget.tuning import Tuning
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
+from ppcl_toolkit.running.placement import BY_BLOCKS, IN_TURN, RESIDENT, ROOM, calling_means
 from ppcl_toolkit.training.means import Means
 
-_ROOM = 0.85
-"""Share of a device that weights may take when a pipeline is called (running/placement.py)."""
 _DECODED = 3500
 """Bytes per pixel that an autoencoder takes to decode: the most of the shipped families, counted."""
 
@@ -23,6 +22,17 @@ class Whole:
     memory: Memory
     card: int
     host: int
+
+    def how(self, stage: str) -> str:
+        """Return by what means a stage that decides on them itself is made to fit; nothing of the others."""
+        if stage == "finetune":
+            return f"{self.means.optimizer}, offload {self.means.offload}"
+        called = {"samples": [self._teacher], "evaluate": [self._teacher, self._student]}.get(stage)
+        if called:
+            return max(map(self._calling, called), key=(RESIDENT, IN_TURN, BY_BLOCKS).index)
+        if stage == "export":
+            return RESIDENT if self._has(self._student) else BY_BLOCKS
+        return ""
 
     def check(self) -> Need:
         """The pipeline for one prompt, and the teacher's forward of it; what went through its blocks is on the host.
@@ -72,12 +82,12 @@ class Whole:
     def export(self) -> Need:
         """Assembling a variant beside the teacher, which is on the host by now, and running it once."""
         memory, batch = self.memory, self.memory.recipe.finetune.batch
-        own = self.params(self._largest) * self._itemsize
+        own = self._student
         # Of the modulation of a teacher's block, the bank has that alone.
         whole = (replace(form, modulation=0) for form in self._largest.forms())
         forms = [form for form in whole if not form.is_teacher]
         banked = sum(memory.blocks.size(form) for form in forms) * self._itemsize
-        device = own if own <= _ROOM * self.card else memory.blocks.outside + 2 * memory.blocks.largest
+        device = own if self._has(own) else memory.blocks.outside + 2 * memory.blocks.largest
         # Devices share the variants: no more of them are made at once than there are.
         made = min(memory.devices, len(memory.plans))
         return self._teachers.beside(device + self._running(batch), (banked + own) * made // memory.devices)
@@ -85,11 +95,10 @@ class Whole:
     def evaluate(self) -> Need:
         """Pictures of the teacher, then of each variant, which comes with text encoders of its own."""
         batch = self.memory.recipe.evaluate.batch
-        largest = self.params(self._largest) * self._itemsize
         pixels = batch * int(self.memory.recipe.teacher.call.get("height", 1024)) ** 2
-        device = max(self._called(own, batch, _DECODED * pixels) for own in (self._teacher, largest))
+        device = max(self._called(own, batch, _DECODED * pixels) for own in (self._teacher, self._student))
         # What this run wrote is read in place.
-        return self._teachers.beside(device, 0, largest + sum(self._others))
+        return self._teachers.beside(device, 0, self._student + sum(self._others))
 
     @property
     def others(self) -> Need:
@@ -117,6 +126,11 @@ class Whole:
         """The plan of the largest target."""
         return max(self.memory.plans.values(), key=self.params)
 
+    @property
+    def _student(self) -> int:
+        """Bytes of the largest student."""
+        return self.params(self._largest) * self._itemsize
+
     def params(self, plan: Plan) -> int:
         """Count the parameters of the student of `plan`."""
         blocks = self.memory.blocks
@@ -126,14 +140,18 @@ class Whole:
         passing, _ = self.memory.passing(batch)
         return self.memory.blocks.forward(batch) + passing
 
+    def _has(self, weights: int) -> bool:
+        return weights <= ROOM * self.card
+
+    def _calling(self, transformer: int) -> str:
+        return calling_means(transformer, self._others, self._has, streamed=self.memory.streamed)
+
     def _called(self, transformer: int, batch: int, decoding: int = 0) -> int:
-        """Bytes of a device on which a pipeline is called, by the rules of `callable_on`."""
-        others, room = self._others, _ROOM * self.card
-        running = self._running(batch * self.memory.blocks.model.forwards)
-        if not self.memory.streamed and transformer + sum(others) <= room:
+        """Bytes of a device on which a pipeline is called."""
+        means, others, blocks = self._calling(transformer), self._others, self.memory.blocks
+        running, largest = self._running(batch * blocks.model.forwards), max(others, default=0)
+        if means == RESIDENT:
             return transformer + sum(others) + max(running, decoding)
-        largest = max(others, default=0)
-        if not self.memory.streamed and transformer + largest <= room:
+        if means == IN_TURN:
             return transformer + max(largest, running, decoding)
-        blocks = self.memory.blocks
         return max(blocks.outside + 2 * blocks.largest + running, blocks.outside + max(largest, decoding))

@@ -15,7 +15,7 @@ _EXACT = 20
 """Operations in half precision that a device makes in the time of one in full: similarities and sums are in fp32."""
 _PARTS = 3
 """Products in fp32 of which one in fp64 is put together."""
-_RANKS = 9
+RANKS = 9
 """Ranks that are measured, and the teacher."""
 _BACKWARD = 3
 """A forward pass with its backward pass, in forward passes."""
@@ -81,7 +81,7 @@ def _factored(recipe: Recipe, blocks: Blocks, forward: float) -> Work:
         return Work(0.0)
     layers = sum(4 * rows * width**2 + 18 * width**3 for rows, width in blocks.modulation)
     return Work(
-        recipe.modulation.velocity_batches * recipe.modulation.batch * _RANKS * forward, layers * _PARTS * _EXACT
+        recipe.modulation.velocity_batches * recipe.modulation.batch * RANKS * forward, layers * _PARTS * _EXACT
     )
 
 

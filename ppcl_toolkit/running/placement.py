@@ -6,7 +6,7 @@ their turn comes, with what reads them. Pipelines come with as many of their par
 
 import contextlib
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
@@ -18,8 +18,10 @@ from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.running.capture import map_tensors
 
 HOST = torch.device("cpu")
-_ROOM = 0.85
+ROOM = 0.85
 """Share of a device's memory that weights may take when a pipeline is called: the rest is for activations."""
+RESIDENT, IN_TURN, BY_BLOCKS = "resident", "parts in turn", "transformer by blocks"
+"""How a pipeline is called: all of it is on the device, or what is called is, or a block of its transformer at most."""
 
 
 class Placed(Protocol):
@@ -131,6 +133,11 @@ class Homes:
         home = self._known.get(tensor) if device == HOST else None
         tensor.data = tensor.data.to(device) if home is None else home
 
+    def carry(self, module: nn.Module, device: torch.device) -> None:
+        """Move all weights of a module."""
+        for _, tensor in _tensors(module):
+            self.move(tensor, device)
+
 
 def moved(value: Any, device: torch.device) -> Any:
     """Return nested tensors on `device`, there when this returns; what stands in several places is moved once."""
@@ -166,12 +173,27 @@ def callable_on(pipeline: Any, device: torch.device, *, streamed: bool = False) 
     """
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     others = [part for name, part in parts.items() if name != "transformer"]
+    sizes = [_away(part, device) for part in others]
+    means = calling_means(
+        _away(pipeline.transformer, device), sizes, lambda size: has_room(size, device), streamed=streamed
+    )
     with _returning(parts.values()):
-        if device.type == "cpu" or (not streamed and fits(parts.values(), device)):
+        if device.type == "cpu" or means == RESIDENT:
             pipeline.to(device)
         else:
-            _take_turns(pipeline.transformer, others, device, streamed=streamed)
+            _take_turns(pipeline.transformer, others, device, means)
         yield
+
+
+def calling_means(
+    transformer: int, others: Collection[int], has: Callable[[int], bool], *, streamed: bool = False
+) -> str:
+    """Return how a pipeline is called whose parts weigh so many bytes, where `has` tells how many there is room for."""
+    if not streamed and has(transformer + sum(others)):
+        return RESIDENT
+    if not streamed and has(transformer + max(others, default=0)):
+        return IN_TURN
+    return BY_BLOCKS
 
 
 @contextlib.contextmanager
@@ -187,14 +209,14 @@ def computing_on(transformer: nn.Module, device: torch.device) -> Iterator[None]
 
 def fits(modules: Iterable[nn.Module], device: torch.device) -> bool:
     """Tell whether modules fit on `device` beside what is there already, with room for activations."""
-    return has_room(sum(t.nbytes for m in modules for _, t in _tensors(m) if t.device.type != device.type), device)
+    return has_room(sum(_away(module, device) for module in modules), device)
 
 
 def has_room(weights: int, device: torch.device) -> bool:
     """Tell whether so many more bytes of weights fit on `device`: on the host, always."""
     if device.type == "cpu":
         return True
-    return weights + torch.cuda.memory_allocated(device) <= _ROOM * torch.cuda.mem_get_info(device)[1]
+    return weights + torch.cuda.memory_allocated(device) <= ROOM * torch.cuda.mem_get_info(device)[1]
 
 
 class _Turn(ModelHook):
@@ -213,10 +235,8 @@ class _Turn(ModelHook):
         return moved((args, kwargs), self.execution_device)
 
 
-def _take_turns(transformer: Any, others: list[nn.Module], device: torch.device, *, streamed: bool) -> None:
-    largest = max(others, key=lambda part: sum(t.nbytes for _, t in _tensors(part)), default=None)
-    together = [transformer, *([largest] if largest is not None else [])]
-    if not streamed and fits(together, device):
+def _take_turns(transformer: Any, others: list[nn.Module], device: torch.device, means: str) -> None:
+    if means == IN_TURN:
         transformer.to(device)
     else:
         _offload_blocks(transformer, device)
@@ -269,6 +289,11 @@ def _release(part: nn.Module) -> None:
         # Blocks are changed in class later: a forward that stays on the instance would hide theirs.
         if vars(module).pop("_diffusers_hook", None) is not None:
             vars(module).pop("forward", None)
+
+
+def _away(module: nn.Module, device: torch.device) -> int:
+    """Bytes of a module that are not on `device`."""
+    return sum(tensor.nbytes for _, tensor in _tensors(module) if tensor.device.type != device.type)
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -18,6 +18,7 @@ from ppcl_toolkit.plan import Form, Plan, trained_forms
 from ppcl_toolkit.recipe import Depth
 from ppcl_toolkit.running.capture import run_block
 from ppcl_toolkit.running.noise import Batches
+from ppcl_toolkit.running.placement import Homes
 from ppcl_toolkit.running.schedule import Reading, Runner
 from ppcl_toolkit.statistics.moments import Moments
 from ppcl_toolkit.surgery.assemble import standing_in
@@ -79,6 +80,7 @@ class _BestBlock:
     def __init__(self, form: Form, stack: Stack, run: Sequence[nn.Module]) -> None:
         self.stack, self.first, self.last = stack, form.first, form.last
         self._run = [block for block in run if _alike(block, run[0])]
+        self._homes = Homes()
         self._moments: list[dict[str, Moments]] = [{} for _ in self._run]
 
     def read(self, reading: Reading) -> None:
@@ -91,7 +93,7 @@ class _BestBlock:
 
     def place(self, device: torch.device) -> None:
         for block in self._run:
-            block.to(device)
+            self._homes.carry(block, device)
 
     def best(self) -> nn.Module:
         def missed(moments: dict[str, Moments]) -> float:

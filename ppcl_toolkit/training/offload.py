@@ -71,13 +71,14 @@ class Offload:
         self._learning = learning
         if learning and isinstance(self._rule, InBackward):
             for parameter in block.parameters():
-                self._bring_moments(self._number[parameter])
+                if parameter in self._number:  # the others are frozen
+                    self._bring_moments(self._number[parameter])
 
     def _leave(self) -> None:
         block, self._present = self._present, None
         for parameter in block.parameters() if block is not None else ():
             home, gradient, parameter.grad = self._homes[parameter], parameter.grad, None
-            if self._learning and isinstance(self._rule, InBackward):
+            if parameter in self._number and self._learning and isinstance(self._rule, InBackward):
                 home.copy_(parameter.data)
                 self._leave_moments(self._number[parameter])
             parameter.data = home

@@ -14,7 +14,7 @@ from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.plan import FfnSwap, Form, Interval, Plan, TextRun
 from ppcl_toolkit.running.capture import bind, passing, rerouted, run_block
 from ppcl_toolkit.running.noise import Batches
-from ppcl_toolkit.running.placement import Placement
+from ppcl_toolkit.running.placement import Homes, Placement
 from ppcl_toolkit.running.schedule import Reading, Runner
 from ppcl_toolkit.statistics.moments import Moments
 from ppcl_toolkit.surgery.assemble import Calls, example_calls
@@ -161,6 +161,7 @@ class _Affine:
         self._block = block
         self.stands_on = block.forward
         """What the map is behind."""
+        self._homes = Homes()
         self._moments: dict[str, Moments] = {}
         self._maps: dict[str, Tensor] = {}
 
@@ -172,7 +173,7 @@ class _Affine:
             sums.add(reading.tokens(name, x), reading.tokens(name, y))
 
     def place(self, device: torch.device) -> None:
-        self._block.to(device)
+        self._homes.carry(self._block, device)
 
     def solve(self, ridge: float) -> None:
         self._maps = {name: m.solve(ridge, bias=True) for name, m in self._moments.items()}

@@ -6,14 +6,15 @@ from runs import FLUX, batches, desk, plan_of, runner
 
 from ppcl_toolkit.artifacts import passes
 from ppcl_toolkit.plan import FfnSwap, Interval
-from ppcl_toolkit.recipe import Intervals, Probe
+from ppcl_toolkit.recipe import Depth, Intervals, Probe
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.stages import probe as stage
+from ppcl_toolkit.stages.depth import distill_depth
 from ppcl_toolkit.stages.intervals import find_intervals
 from ppcl_toolkit.stages.probe import fit_probes
 from ppcl_toolkit.statistics.chains import ChainedCka
 from ppcl_toolkit.statistics.moments import Moments
-from ppcl_toolkit.training.substitution import measure_together
+from ppcl_toolkit.training.substitution import measure, measure_together
 
 CARD = torch.device("cuda", 0)
 WAYS = {"resident": Placement(device=CARD), "streamed": Placement(device=CARD, streamed=True, chunk=2)}
@@ -86,6 +87,18 @@ def test_errors_of_several_operations_together_are_the_hosts(placement):
     )
     assert error == pytest.approx(expected, rel=1e-3) and without == pytest.approx(expected_without, rel=1e-3)
     assert len({error, *without}) == 4
+
+
+def test_a_streamed_teacher_is_in_its_memory_when_candidates_and_starts_are_measured(tmp_path):
+    """Pages of files, as a rule: a copy would be memory that nobody has planned."""
+    run = runner(3, 2, WAYS["streamed"])
+    before = [parameter.data_ptr() for parameter in run.transformer.parameters()]
+    plan = plan_of(run, *(Interval(stack=stack.path, first=0, last=1) for stack in FLUX.stacks))
+    for _ in measure(run, plan_of(run), plan.operations, batches(), 1):
+        pass
+    distill_depth(run, [plan], batches(), Depth(steps=1, batch=2, init="best"), desk(tmp_path))
+    run.leave()
+    assert [parameter.data_ptr() for parameter in run.transformer.parameters()] == before
 
 
 @pytest.mark.parametrize("placement", WAYS.values(), ids=WAYS)

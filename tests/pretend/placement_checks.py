@@ -7,7 +7,7 @@ from runs import runner
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.running.images import run_pipeline
-from ppcl_toolkit.running.placement import _ROOM, Homes, Placement, callable_on, computing_on, device_of, fits
+from ppcl_toolkit.running.placement import ROOM, Homes, Placement, callable_on, computing_on, device_of, fits
 from ppcl_toolkit.running.schedule import Runner
 
 CARD = torch.device("cuda", 0)
@@ -45,7 +45,7 @@ def sized(pipeline, case):
     others = [size(p) for n, p in pipeline.components.items() if isinstance(p, torch.nn.Module) and n != "transformer"]
     transformer = size(pipeline.transformer)
     weights = {"turns": transformer + max(others), "blocks": transformer // 2}[case]
-    return int(weights / _ROOM) + 1000
+    return int(weights / ROOM) + 1000
 
 
 @pytest.mark.parametrize("case", ["all", "turns", "blocks", "streamed"])

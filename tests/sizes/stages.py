@@ -1,6 +1,7 @@
 """Every stage that takes memory, as a run calls it."""
 
 from collections.abc import Callable
+from itertools import islice
 from types import SimpleNamespace
 
 import disk
@@ -9,7 +10,9 @@ from subjects import Subject, predicted
 
 from ppcl_toolkit.artifacts import passes
 from ppcl_toolkit.artifacts.files import write_manifest
+from ppcl_toolkit.budget.memory import TOGETHER
 from ppcl_toolkit.running import conditioning
+from ppcl_toolkit.selection.candidates import more_candidates
 from ppcl_toolkit.stages import depth, export, finetune, intervals, modulation, probe, select, width
 from ppcl_toolkit.surgery.assemble import student_of
 from ppcl_toolkit.training.targets import Velocities
@@ -52,11 +55,18 @@ def _modulation(subject: Subject) -> None:
 
 
 def _select(subject: Subject) -> None:
-    section = subject.recipe.select
+    section, plan = subject.recipe.select, subject.model.plan
     candidates = list(dict.fromkeys(operation for plan in subject.plans.values() for operation in plan.operations))
-    batches = subject.batches(section.batch)
-    for _ in select.measure(subject.runner, subject.model.plan, candidates, batches, section.batches):
+    together = section.order == "program"
+    if together:
+        more = more_candidates(subject.runner, plan, candidates, subject.recipe)
+        candidates = list(islice(more, TOGETHER))
+    means = subject.batches(section.batch), section.batches
+    for _ in select.measure(subject.runner, plan, candidates, *means):
         pass
+    if together:
+        most = max((plan.operations for plan in subject.plans.values()), key=len)
+        select.measure_together(subject.runner, plan, most, *means)
 
 
 def _depth(subject: Subject) -> None:

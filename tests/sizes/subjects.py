@@ -128,7 +128,7 @@ def shortened(recipe: Recipe, chunk: int | None) -> Recipe:
             "modulation": recipe.modulation
             and recipe.modulation.model_copy(update={"batches": 2, "velocity_batches": 1}),
             "intervals": recipe.intervals.model_copy(update={"batches": 2}),
-            "select": recipe.select.model_copy(update={"batches": 2}),
+            "select": recipe.select.model_copy(update={"batches": min(2, recipe.select.batches)}),
             "depth": recipe.depth.model_copy(update=few),
             "width": recipe.width.model_copy(update={**few, "batches": 2}),
             "finetune": recipe.finetune.model_copy(update=few),

@@ -12,6 +12,10 @@ WITHIN = 0.1
 CASES = {
     "probe": ["--recipe", "flux_8b", "--stage", "probe"],
     "probe, one of eight": ["--recipe", "qwen_image_10b", "--stage", "probe", "--devices", "8", "--rank", "5"],
+    "select, measured together, streamed": [
+        *("--recipe", "flux_8b", "--stage", "select", "--published", "--streamed"),
+        *("--set", "select.order=program", "--set", "select.batches=1"),
+    ],
     "depth": ["--recipe", "qwen_image_10b", "--stage", "depth", "--published"],
     "depth, streamed": ["--recipe", "flux_8b", "--stage", "depth", "--streamed"],
     "depth, one of eight": ["--recipe", "flux_8b", "--stage", "depth", "--published", "--devices", "8", "--rank", "4"],

@@ -56,7 +56,7 @@ def bank(teacher, tmp_path_factory):
     return Bank(folder / "depth", folder / "width")
 
 
-def tuned(teacher, bank, folder, noised=None, operations=OPERATIONS, killed_at=None, **changes):
+def tuned(teacher, bank, folder, noised=None, operations=OPERATIONS, killed_at=None, frozen=0, **changes):
     def progress(done, _total, note=""):
         if done == killed_at:
             raise Killed(note)
@@ -64,7 +64,8 @@ def tuned(teacher, bank, folder, noised=None, operations=OPERATIONS, killed_at=N
     plan = plan_of(teacher, *operations)
     velocities = Velocities(desk(folder / "velocities").folder)
     asked = section(**changes)
-    stopped = finetune(teacher, plan, bank, noised or batches(), velocities, asked, Desk(folder, progress))
+    place = Desk(folder, progress)
+    stopped = finetune(teacher, plan, bank, noised or batches(), velocities, asked, place, frozen=frozen)
     processes.wait()
     return load_weights(folder), json.loads((folder / "losses.json").read_text()), stopped
 
@@ -257,6 +258,28 @@ def test_lean_optimizers_go_on_bit_by_bit_where_they_were_killed(bank, tmp_path,
     assert equal(whole, resumed)
 
 
+def learned(weights, start):
+    """Names of the blocks, and of what is outside of them, in which any weight moved."""
+    moved = {name for name, value in weights.items() if not torch.equal(value, start[name])}
+    return {name.split(".")[1] if name.startswith(f"{DUAL.path}.") else name.split(".")[0] for name in moved}
+
+
+@pytest.mark.parametrize("offload", ["none", "blocks"])
+@pytest.mark.parametrize(("optimizer", "dtype"), KINDS)
+def test_first_blocks_that_are_frozen_stay_and_the_others_learn(bank, tmp_path, optimizer, dtype, offload):
+    teacher, noised = of_dtype(dtype)
+    changes = {"optimizer": optimizer, "frozen": 2, "learning_rate": 1e-2, "features": 0.1}
+    start, _, _ = tuned(teacher, bank, tmp_path / "start", noised, steps=0)
+    whole, losses, _ = tuned(teacher, bank, tmp_path / "whole", noised, **changes)
+    outside = {"x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out"}
+    assert learned(whole, start) == {"2", SINGLE.path, *outside}
+    with pytest.raises(Killed):
+        tuned(teacher, bank, tmp_path / "killed", noised, killed_at=4, offload=offload, **changes)
+    resumed, curve, _ = tuned(teacher, bank, tmp_path / "killed", noised, offload=offload, **changes)
+    assert curve == losses
+    assert equal(whole, resumed)
+
+
 def one_of_two(rank, bank, folder):
     addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29587", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ.update(addresses | {"WORLD_SIZE": "2"})
@@ -277,6 +300,19 @@ def one_of_two(rank, bank, folder):
     resumed, again, _ = tuned(runner(), bank, folder / "killed", shard=True, gradient_checkpointing=True, **changes)
     assert curve == again
     assert equal(sharded, resumed)
+    processes.wait()
+
+    start, _, _ = tuned(runner(), bank, folder / "start", steps=0)
+    changes = {"frozen": 2, "clip": None, "warmup": 0}
+    whole, losses, _ = tuned(runner(), bank, folder / "frozen", **changes)
+    processes.wait()
+    with pytest.raises(Killed):
+        tuned(runner(), bank, folder / "thawed", killed_at=4, shard=True, **changes)
+    processes.wait()
+    sharded, curve, _ = tuned(runner(), bank, folder / "thawed", shard=True, **changes)
+    assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in losses], rel=1e-5)
+    assert learned(sharded, start) == learned(whole, start)
+    assert not {"0", "1"} & learned(sharded, start)
 
 
 def test_sharded_over_two_processes_equals_whole_students_in_each(bank, tmp_path):

@@ -48,6 +48,17 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest(load, text, messa
     assert message in refusal(load, SMALLEST + text)
 
 
+def test_a_switch_with_a_third_position_names_all_three(load):
+    found = refusal(load, SMALLEST, "teacher.streamed=maybe")
+    assert found == "--set: teacher.streamed: Input should be True, False or 'auto', not 'maybe'"
+    assert load(SMALLEST, "teacher.streamed=true").teacher.streamed is True
+
+
+def test_what_is_wrong_with_the_whole_is_said_without_the_whole(load):
+    found = refusal(load, SMALLEST + "modulation: {rank: 4}\n")
+    assert found == "job.yaml: no target has modulation: true, so the section modulation has no use"
+
+
 def test_an_unknown_key_of_a_target_is_found_in_the_list(load):
     text = "teacher: {path: shapes}\ntargets:\n  - {name: a, params: 70%}\n  - name: b\n    parms: 50%\n"
     found = refusal(load, text)
