@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.artifacts.classes import stock_class
@@ -47,15 +46,11 @@ def of_pipeline(pipeline: Any, call: Mapping[str, Any]) -> tuple[Found, Conventi
     with first_call(pipeline.transformer) as given:
         run_pipeline(pipeline, _PROMPTS, generators, {**call, "num_inference_steps": 1}, "latent")
     found = find(pipeline.transformer, given)
-    sigmas = getattr(pipeline.scheduler, "sigmas", None)
-    scale = 1.0
-    if found.timestep is not None and isinstance(sigmas, Tensor):
-        scale = float(f"{float(given[found.timestep].flatten()[0]) / float(sigmas[0]):.4g}")
     packing = getattr(type(pipeline), "_pack_latents", None)
     packs = packing is not None and len(inspect.signature(packing).parameters) == 5
     taken = inspect.signature(type(pipeline).__call__).parameters
     guidance = "true_cfg_scale" if "true_cfg_scale" in taken else "guidance_scale"
-    return found, Convention(timestep_scale=scale, packs=packs, guidance=guidance)
+    return found, Convention(packs=packs, guidance=guidance)
 
 
 def _told(found: Found) -> list[str]:

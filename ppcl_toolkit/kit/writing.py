@@ -18,7 +18,6 @@ from ppcl_toolkit.adapter import Stack
 class Convention:
     """How a pipeline calls its transformer, where one was run."""
 
-    timestep_scale: float
     packs: bool
     guidance: str
 
@@ -47,7 +46,6 @@ def write(found: Found, family: str, source: str, convention: Convention | None)
     if found.timestep is None:
         lines.append(f"    # {OPEN} no argument of the call has a noise level for each sample: name it as `timestep`")
     if convention is None:
-        lines.append(f"    # {OPEN} what the pipeline passes for pure noise, 1 or 1000: `timestep_scale`")
         lines.append(f"    # {OPEN} whether the pipeline packs latents into tokens, by its `_pack_latents`: `packs`")
         lines.append(f"    # {OPEN} the pipeline's argument of classifier-free guidance: `guidance`")
     lines += [f"    {text}," for text in _given(adapter, Adapter, ("stacks",))]

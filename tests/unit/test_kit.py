@@ -25,7 +25,7 @@ PIPELINES = {
     "qwen_image": (tiny.qwen_image_pipeline, QWEN_IMAGE, {"height": 128, "width": 192}),
     "sd3": (tiny.sd3_pipeline, SD3, {**CALL, "guidance_scale": 1.0}),
 }
-DECIDED = ("transformer", "latents", "timestep", "timestep_scale", "packs", "guidance", "stacks")
+DECIDED = ("transformer", "latents", "timestep", "packs", "guidance", "stacks")
 """Fields of an adapter that a pipeline shows."""
 
 
