@@ -368,6 +368,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "finetune": {"steps": 1000, "batch": 4},
     }
 }
+_COMMANDS = {"teacher": "compress", "job": "compare"}
+"""Keys that recipes of one command alone have, and have to have."""
 
 
 def read_recipe(model: type[Kind], source: str | Path, overrides: Sequence[str] = ()) -> Kind:
@@ -383,6 +385,9 @@ def read_recipe(model: type[Kind], source: str | Path, overrides: Sequence[str] 
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise PpclError(f"{path} holds no mapping of recipe keys")
+    for key, command in _COMMANDS.items():
+        if key in data and key not in model.model_fields:
+            raise PpclError(f"{path.name} is a recipe of `ppcl {command}`: it has a key {key!r}")
     for override in overrides:
         _override(data, override)
     merged = _merge(PRESETS.get(str(data.get("preset")), {}), data)

@@ -1,5 +1,6 @@
 """Speed of the hot paths, as ratios of medians within one run: `make bench`. Machines differ, ratios hardly do."""
 
+import argparse
 import copy
 import itertools
 import os
@@ -189,11 +190,12 @@ def of_two() -> float:
     return middle(map(float, done.stdout.split()))
 
 
+PARTS = {part.__name__: part for part in (depth, pipelines, students, schedules, statistics, detection)}
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", default=[*PARTS], metavar="PART", help=f"of {', '.join(PARTS)}; else all")
     torch.set_num_threads(1)
-    depth()
-    pipelines()
-    students()
-    schedules()
-    statistics()
-    detection()
+    for name in parser.parse_args().parts:
+        PARTS[name]()

@@ -1,17 +1,54 @@
-"""What stages work with, tiny: samples without a pipeline, noised batches, a runner and a desk."""
+"""What stages and whole runs work with, tiny: samples without a pipeline, noised batches, a runner, a desk, a job."""
+
+from pathlib import Path
 
 import torch
-from tiny import flux_inputs, flux_transformer
+from tiny import flux_inputs, flux_pipeline, flux_transformer
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.plan import Plan
+from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.running.noise import Batches, Sample
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Runner
 
 FLUX = load_adapter("flux")
 DUAL, SINGLE = FLUX.stacks
+JOB = """
+seed: 1
+device: cpu
+teacher:
+  path: {folder}/teacher
+  dtype: float32
+  call: {{height: 8, width: 8, num_inference_steps: 2, max_sequence_length: 8}}
+samples: {{prompts: {folder}/prompts.txt, count: 6, batch: 2}}
+probe: {{batches: 3, batch: 4}}
+intervals: {{batches: 2, batch: 2}}
+targets: [{{name: large, params: 85%, width: false}}, {{name: small, params: 65%}}]
+select: {{batches: 1, batch: 2}}
+depth: {{steps: 4, batch: 2}}
+width: {{steps: 3, batch: 2, ffn_blocks: 2, batches: 3}}
+finetune: {{steps: 2, batch: 2}}
+export: {{dtype: float32}}
+evaluate: {{prompts: {folder}/prompts.txt, count: 2, seeds: [0], batch: 2, velocity_batches: 1}}
+"""
+CHECKPOINTED = (
+    "depth={steps: 12, batch: 2, checkpoint_every: 3, inputs: mixed}",
+    "width={steps: 6, batch: 2, ffn_blocks: 2, text_blocks: 2, batches: 3, text_threshold: 0.3, checkpoint_every: 2}",
+    "finetune={steps: 8, batch: 2, features: 0.1, checkpoint_every: 2}",
+)
+"""For jobs that are killed on the way."""
+
+
+def job(folder: Path, *overrides: str, name: str = "recipe.yaml", blocks: tuple[int, int] = (5, 3)) -> Path:
+    """Write a pipeline, prompts, and the recipe of a whole run of few steps; `overrides` are as of the command line."""
+    flux_pipeline(*blocks).save_pretrained(folder / "teacher")
+    (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(6)))
+    path = folder / name
+    path.write_text(JOB.format(folder=folder))
+    path.write_text(Recipe.load(path, overrides).dump())
+    return path
 
 
 def sample(seed: int = 0, side: int = 3, text_tokens: int = 5) -> Sample:

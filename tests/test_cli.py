@@ -80,6 +80,9 @@ def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
     [
         (["compress", "--recipe", "nowhere"], "no recipe 'nowhere'"),
         (["compress", "--recipe", "tiny", "--set", "depth.steps"], "expected section.key=value"),
+        (["compress", "--recipe", "compare_tiny"], "compare_tiny.yaml is a recipe of `ppcl compare`"),
+        (["plan", "--recipe", "compare_tiny"], "compare_tiny.yaml is a recipe of `ppcl compare`"),
+        (["compare", "--recipe", "tiny"], "tiny.yaml is a recipe of `ppcl compress`"),
         (["export", "--run", "nowhere", "--target", "params=50%"], "no bank"),
         (["export", "--run", "nowhere", "--target", "50%"], "expected params="),
         (["export", "--run", "nowhere", "--target", "params=50%,params=60%"], "expected params="),

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
-from test_end_to_end import RECIPE, contents
+from runs import CHECKPOINTED, job
+from test_end_to_end import contents
 
 from ppcl_toolkit.recipe import shipped_text
 
@@ -46,9 +46,7 @@ ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cluster")
-    tiny.flux_pipeline(5, 3).save_pretrained(folder / "teacher")
-    (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(6)))
-    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    job(folder, *CHECKPOINTED)
     (folder / "run.py").write_text(RUN)
     return folder
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-import tiny
+from runs import job
 from typer.testing import CliRunner
 
 from ppcl_toolkit.cli import app
@@ -16,34 +16,14 @@ from ppcl_toolkit.comparison.main import compare
 from ppcl_toolkit.comparison.method import known_methods
 from ppcl_toolkit.errors import PpclError
 
-JOB = """
-seed: 1
-device: cpu
-teacher:
-  path: {folder}/teacher
-  dtype: float32
-  call: {{height: 8, width: 8, num_inference_steps: 2, max_sequence_length: 8}}
-samples: {{prompts: {folder}/prompts.txt, count: 6, batch: 2}}
-modulation: {{rank: 3, batches: 4, batch: 4, velocity_batches: 1, guidance: [1.0, 3.5]}}
-probe: {{batches: 3, batch: 4}}
-intervals:
-  batches: 2
-  batch: 2
-  strategy: given
-  given:
-    - {{stack: transformer_blocks, first: 0, last: 1}}
-    - {{stack: transformer_blocks, first: 2, last: 3}}
-    - {{stack: single_transformer_blocks, first: 0, last: 1}}
-targets:
-  - {{name: light, modulation: true}}
-  - {{name: small, params: 60%, modulation: true, width: false}}
-select: {{batches: 1, batch: 2}}
-depth: {{steps: 4, batch: 2, checkpoint_every: 1}}
-width: {{steps: 3, batch: 2, ffn_blocks: 2, batches: 3}}
-finetune: {{steps: 6, batch: 2, checkpoint_every: 1}}
-export: {{dtype: float32}}
-evaluate: {{prompts: {folder}/prompts.txt, count: 2, seeds: [0], batch: 2, velocity_batches: 1}}
-"""
+CHANGES = (
+    "modulation={rank: 3, batches: 4, batch: 4, velocity_batches: 1, guidance: [1.0, 3.5]}",
+    "intervals={batches: 2, batch: 2, strategy: given, given: [{stack: transformer_blocks, first: 0, last: 1}, "
+    "{stack: transformer_blocks, first: 2, last: 3}, {stack: single_transformer_blocks, first: 0, last: 1}]}",
+    "targets=[{name: light, modulation: true}, {name: small, params: 60%, modulation: true, width: false}]",
+    "depth.checkpoint_every=1",
+    "finetune={steps: 6, batch: 2, checkpoint_every: 1}",
+)
 COMPARISON = """
 job: {folder}/job.yaml
 methods: [default, uniform, velocity]
@@ -70,9 +50,7 @@ TIMES = ("latency_ms",)
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    tiny.flux_pipeline(5, 3).save_pretrained(folder / "teacher")
-    (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(6)))
-    (folder / "job.yaml").write_text(JOB.format(folder=folder))
+    job(folder, *CHANGES, name="job.yaml")
     (folder / "both.yaml").write_text(COMPARISON.format(folder=folder, modulation="both"))
     (folder / "run.py").write_text(RUN)
     return folder

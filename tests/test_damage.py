@@ -8,8 +8,8 @@ import sys
 import warnings
 
 import pytest
-import tiny
 import torch
+from runs import job
 
 from ppcl_toolkit import PpclWarning, Recipe, compress, export_target, load_compressed
 from ppcl_toolkit.artifacts.files import MANIFEST, RECORD
@@ -26,25 +26,16 @@ from ppcl_toolkit.stages.modulation import LowRankChoice
 from ppcl_toolkit.stages.report import write_report
 from ppcl_toolkit.training.checkpoint import load_result
 
-RECIPE = """
-seed: 1
-device: cpu
-teacher:
-  path: {folder}/teacher
-  dtype: float32
-  call: {{height: 8, width: 8, num_inference_steps: 2, max_sequence_length: 8}}
-samples: {{prompts: {folder}/prompts.txt, count: 4, batch: 1}}
-modulation: {{rank: 2}}
-probe: {{batches: 3, batch: 4}}
-intervals: {{batches: 2, batch: 2}}
-targets: [{{name: small, params: 60%, modulation: true}}]
-select: {{batches: 1, batch: 2}}
-depth: {{steps: 3, batch: 2}}
-width: {{steps: 2, batch: 2, ffn_blocks: 2, text_blocks: 2, batches: 3, text_threshold: 0.3}}
-finetune: {{steps: 2, batch: 2}}
-export: {{dtype: float32}}
-evaluate: {{prompts: {folder}/prompts.txt, count: 1, seeds: [0], batch: 1, velocity_batches: 1}}
-"""
+CHANGES = (
+    "samples.batch=1",
+    "samples.count=4",
+    "modulation={rank: 2}",
+    "targets=[{name: small, params: 60%, modulation: true}]",
+    "depth.steps=3",
+    "width={steps: 2, batch: 2, ffn_blocks: 2, text_blocks: 2, batches: 3, text_threshold: 0.3}",
+    "evaluate.count=1",
+    "evaluate.batch=1",
+)
 STAGES = ("samples", "modulation", "probe", "intervals", "select", "depth", "width", "low_rank", "evaluate")
 
 
@@ -52,9 +43,7 @@ STAGES = ("samples", "modulation", "probe", "intervals", "select", "depth", "wid
 def world(tmp_path_factory):
     """A teacher, a recipe, and the finished run of it."""
     folder = tmp_path_factory.mktemp("world")
-    tiny.flux_pipeline(5, 3).save_pretrained(folder / "teacher")
-    (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(4)))
-    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    job(folder, *CHANGES)
     compress(Recipe.load(folder / "recipe.yaml"), folder / "run")
     return folder
 

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from runs import CHECKPOINTED, job
 
 from ppcl_toolkit.algorithm import compress, export_target
 from ppcl_toolkit.artifacts.pipeline import load_pipeline
@@ -22,26 +22,6 @@ from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.selection.choice import Choice
 from ppcl_toolkit.stages.samples import load_samples
 
-RECIPE = """
-seed: 1
-device: cpu
-teacher:
-  path: {folder}/teacher
-  dtype: float32
-  call: {{height: 8, width: 8, num_inference_steps: 2, max_sequence_length: 8}}
-samples: {{prompts: {folder}/prompts.txt, count: 6, batch: 2}}
-probe: {{batches: 3, batch: 4}}
-intervals: {{batches: 2, batch: 2}}
-targets:
-  - {{name: large, params: 85%, width: false}}
-  - {{name: small, params: 65%}}
-select: {{batches: 1, batch: 2}}
-depth: {{steps: 12, batch: 2, checkpoint_every: 3, inputs: mixed}}
-width: {{steps: 6, batch: 2, ffn_blocks: 2, text_blocks: 2, batches: 3, text_threshold: 0.3, checkpoint_every: 2}}
-finetune: {{steps: 8, batch: 2, features: 0.1, checkpoint_every: 2}}
-export: {{dtype: float32}}
-evaluate: {{prompts: {folder}/prompts.txt, count: 2, seeds: [0], batch: 2, velocity_batches: 1}}
-"""
 RUN = """
 import os, signal, sys
 from ppcl_toolkit import Recipe, compress
@@ -58,9 +38,7 @@ MEASURED = ("latency_ms", "memory_bytes", "seconds")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    tiny.flux_pipeline(5, 3).save_pretrained(folder / "teacher")
-    (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(6)))
-    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    job(folder, *CHECKPOINTED)
     return folder
 
 

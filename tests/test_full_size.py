@@ -1,6 +1,7 @@
 """Full-size architectures without weights: the exact parameter counts of the paper's plans (Eq. 13, 17, 18)."""
 
 import functools
+from types import SimpleNamespace
 
 import headers
 import pytest
@@ -9,7 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from ppcl_toolkit.adapter import available_adapters, load_adapter
-from ppcl_toolkit.budget import Machine, check_fits, dry_run
+from ppcl_toolkit.budget import Machine, check_fits, check_machine, dry_run, report
 from ppcl_toolkit.budget.model import Model
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Recipe, shipped_recipes
@@ -291,3 +292,16 @@ def test_a_machine_that_is_too_small_is_told_what_would_do():
     check_fits(recipe, large.card, large.host)
     with pytest.raises(PpclError, match=r"samples does not fit a device of 4.0 GB and a host of 256.0 GB"):
         check_fits(recipe, 4 * 10**9, small.host)
+
+
+def test_a_host_that_no_fine_tuning_fits_is_refused_before_anything_is_loaded(monkeypatch):
+    """Hours of recording and distillation would come first."""
+    card = SimpleNamespace(total_memory=24 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    recipe, device = Recipe.load("qwen_image_10b"), torch.device("cuda", 0)
+    monkeypatch.setattr(report, "host_bytes", lambda: 16 * 10**9)
+    with pytest.raises(PpclError, match=r"fine-tuning fits in no way: .* 16.0 GB of the host, and it takes at least"):
+        check_machine(recipe, device)
+    check_machine(Recipe.load("qwen_image_10b", ["finetune.steps=0"]), device)
+    monkeypatch.setattr(report, "host_bytes", lambda: 96 * 10**9)
+    check_machine(recipe, device)

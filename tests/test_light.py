@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
+from runs import job
 
 from ppcl_toolkit.algorithm import compress, export_target
 from ppcl_toolkit.artifacts.pipeline import load_pipeline
@@ -16,26 +16,11 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
 
-RECIPE = """
-seed: 1
-device: cpu
-teacher:
-  path: {folder}/teacher
-  dtype: float32
-  call: {{height: 8, width: 8, num_inference_steps: 2, max_sequence_length: 8}}
-samples: {{prompts: {folder}/prompts.txt, count: 6, batch: 2}}
-modulation: {{rank: 3, batches: 12, batch: 4, velocity_batches: 2, guidance: [1.0, 3.5]}}
-probe: {{batches: 3, batch: 4}}
-intervals: {{batches: 2, batch: 2}}
-targets:
-  - {{name: light, modulation: true}}
-select: {{batches: 1, batch: 2}}
-depth: {{steps: 4, batch: 2}}
-width: {{steps: 3, batch: 2, ffn_blocks: 2, batches: 3}}
-finetune: {{steps: 0, batch: 2}}
-export: {{dtype: float32}}
-evaluate: {{prompts: {folder}/prompts.txt, count: 2, seeds: [0], batch: 2, velocity_batches: 1}}
-"""
+CHANGES = (
+    "modulation={rank: 3, batches: 12, batch: 4, velocity_batches: 2, guidance: [1.0, 3.5]}",
+    "targets=[{name: light, modulation: true}]",
+    "finetune.steps=0",
+)
 RUN = """
 import os, signal, sys
 from ppcl_toolkit import Recipe, compress
@@ -54,9 +39,7 @@ SIZES = (
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    tiny.flux_pipeline(5, 3).save_pretrained(folder / "teacher")
-    (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(6)))
-    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    job(folder, *CHANGES)
     (folder / "run.py").write_text(RUN)
     return folder
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from runs import job
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,28 +18,19 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
 
-RECIPE = """
-teacher:
-  path: {folder}/teacher
-  dtype: float32
-  call: {{height: 8, width: 8, num_inference_steps: 2, max_sequence_length: 8}}
-samples: {{prompts: {folder}/prompts.txt, count: 6, batch: 2}}
-probe: {{batches: 3, batch: 4}}
-intervals: {{strategy: given, given: [
-  {{stack: transformer_blocks, first: 0, last: 1}}, {{stack: transformer_blocks, first: 2, last: 4}},
-  {{stack: single_transformer_blocks, first: 0, last: 1}}]}}
-modulation: {{rank: 3, batches: 2, batch: 2, velocity_batches: 1}}
-targets:
-  - {{name: fast, flops: {fast}}}
-  - {{name: fits, bytes: 85%, width: false}}
-  - {{name: both, params: 55%, flops: 58%, modulation: true}}
-select: {{batches: 1, batch: 2}}
-depth: {{steps: 2, batch: 2}}
-width: {{steps: 2, batch: 2, ffn_blocks: 3, batches: 2}}
-finetune: {{steps: 2, batch: 2}}
-export: {{dtype: bfloat16}}
-evaluate: {{prompts: {folder}/prompts.txt, count: 2, seeds: [0], batch: 2, velocity_batches: 1}}
-"""
+CHANGES = (
+    "seed=42",
+    "intervals={strategy: given, given: [{stack: transformer_blocks, first: 0, last: 1}, "
+    "{stack: transformer_blocks, first: 2, last: 4}, {stack: single_transformer_blocks, first: 0, last: 1}]}",
+    "modulation={rank: 3, batches: 2, batch: 2, velocity_batches: 1}",
+    "depth.steps=2",
+    "width={steps: 2, batch: 2, ffn_blocks: 3, batches: 2}",
+    "export.dtype=bfloat16",
+)
+TARGETS = (
+    "targets=[{{name: fast, flops: {fast}}}, {{name: fits, bytes: 85%, width: false}}, "
+    "{{name: both, params: 55%, flops: 58%, modulation: true}}]"
+)
 CALL = tiny.flux_inputs(batch=1, image_tokens=16, text_tokens=8)
 
 
@@ -46,8 +38,7 @@ CALL = tiny.flux_inputs(batch=1, image_tokens=16, text_tokens=8)
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     tiny.flux_pipeline(5, 3).save_pretrained(folder / "teacher")
-    (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(6)))
-    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, fast=6 * counted(folder / "teacher") // 10))
+    job(folder, *CHANGES, TARGETS.format(fast=6 * counted(folder / "teacher") // 10))
     return folder
 
 

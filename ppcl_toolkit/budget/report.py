@@ -21,7 +21,7 @@ from ppcl_toolkit.budget.work import absent, work
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
-from ppcl_toolkit.running.placement import RESIDENT
+from ppcl_toolkit.running.placement import RESIDENT, host_bytes
 
 DEVICES = 8
 """Of a node: what several devices need is told for so many (paper: 8)."""
@@ -233,10 +233,10 @@ def check_fits(
 
 
 def check_machine(recipe: Recipe, device: torch.device) -> None:
-    """Raise a `PpclError` where a card is too small for a recipe, as `check_fits` does, before anything is loaded.
+    """Raise a `PpclError` where a machine is too small for a recipe, before anything is loaded.
 
-    It looks at published models alone, whose config needs no download. The host is not asked: what does not learn are
-    pages of files there, and what learns may wait in files, too.
+    It looks at published models alone, whose config needs no download. The host is asked for fine-tuning alone: what
+    does not learn are pages of files there, and what learns before that may wait in files, too.
     """
     if device.type == "cuda" and is_known(recipe):
         total = torch.cuda.get_device_properties(device).total_memory
@@ -244,7 +244,12 @@ def check_machine(recipe: Recipe, device: torch.device) -> None:
             chosen = Budget(recipe).plans
         except PpclError:
             return  # what is out of reach of the blocks that a plan assumes may be in reach of those that a run finds
-        check_fits(recipe, total, UNLIMITED, processes.world()[1], chosen)
+        devices = processes.world()[1]
+        check_fits(recipe, total, UNLIMITED, devices, chosen)
+        budget = Budget(recipe, chosen)
+        if "finetune" not in budget.idle:
+            memory = Memory(recipe, budget.blocks, budget.plans, devices=devices)
+            Whole(memory, total, UNLIMITED).tuning.chosen(total, host_bytes() * devices)
 
 
 def _table(budget: Budget) -> dict[str, dict[str, dict[str, int]]]:

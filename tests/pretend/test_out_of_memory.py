@@ -7,8 +7,7 @@ import sys
 
 import device
 import pytest
-import tiny
-from test_end_to_end import RECIPE
+from runs import CHECKPOINTED, job
 
 TRAINING = (
     "depth.steps=3",
@@ -30,9 +29,7 @@ def world(tmp_path_factory):
 
 
 def prepared(folder, dual, single):
-    tiny.flux_pipeline(dual, single).save_pretrained(folder / "teacher")
-    (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(6)))
-    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    job(folder, *CHECKPOINTED, blocks=(dual, single))
     return folder
 
 
