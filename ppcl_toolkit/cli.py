@@ -293,26 +293,47 @@ def adapters(context: typer.Context) -> None:
     console.print_rows(["adapter", "transformer", "stacks"], *rows)
 
 
+@adapters_app.command("check")
+def check_adapter(
+    name: Annotated[str, typer.Argument(help="Adapter, by its name or as package.module:NAME.")],
+    pipeline: Annotated[
+        str | None, typer.Option(help="Folder of a pipeline, a small one; by default a random model of the class.")
+    ] = None,
+    call: Annotated[list[str] | None, typer.Option(help="Argument of the pipeline, name=value.")] = None,
+) -> None:
+    """Try what an adapter allows: noise, blocks one by one, and every kind of plan, saved and opened again."""
+    from ppcl_toolkit.kit.trial import trials
+
+    found = list(trials(name, pipeline, _arguments(call or [])))
+    console.print_rows(["tried", "found"], *([trial.name, trial.result] for trial in found))
+    if not all(trial.works for trial in found):
+        raise typer.Exit(1)
+
+
 @adapters_app.command("new")
 def new_adapter(
     source: Annotated[str, typer.Argument(help="Class of a transformer in diffusers, or folder of a pipeline.")],
     out: Annotated[Path | None, typer.Option(help="File to write; <family>.py by default.")] = None,
     call: Annotated[list[str] | None, typer.Option(help="Argument of the pipeline, name=value.")] = None,
 ) -> None:
-    """Write an adapter by running a model: what is found, and marked DECIDE what is not."""
+    """Write an adapter, and a test of it, by running a model: what is found, and marked DECIDE what is not."""
     from ppcl_toolkit.artifacts.files import write_text
     from ppcl_toolkit.kit.finding import OPEN
     from ppcl_toolkit.kit.new import new
+    from ppcl_toolkit.kit.writing import write_test
 
     family, text = new(source, _arguments(call or []))
     path = out or Path(f"{family}.py")
-    if path.exists():
-        raise PpclError(f"{path} exists already; name another file with --out")
+    for file in (path, path.with_name(f"test_{path.stem}.py")):
+        if file.exists():
+            raise PpclError(f"{file} exists already; name another file with --out")
     write_text(path, text)
+    where = str(Path(source).resolve()) if Path(source).is_dir() else None
+    write_text(path.with_name(f"test_{path.stem}.py"), write_test(path.stem, where, _arguments(call or [])))
     for line in text.splitlines():
         if OPEN in line or "left out" in line:
             typer.echo(line.strip(" #"))
-    typer.echo(f"{path}: adapter: {path.stem}:ADAPTER in a recipe beside it")
+    typer.echo(f"{path}: adapter: {path.stem}:ADAPTER in a recipe beside it; test_{path.stem}.py tries what it says")
 
 
 @recipes_app.command("list")

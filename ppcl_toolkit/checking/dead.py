@@ -28,7 +28,7 @@ def check_dead(runner: Runner, witness: Witness) -> None:
         index = len(witness.calls[stack.path]) // 2
         block, call = runner.blocks(stack.path)[index], witness.calls[stack.path][index]
         for field in ("text_query", "text_out"):
-            for path in getattr(stack, field):
+            for path in [path for path in getattr(stack, field) if path in dict(block.named_modules())]:
                 if not _is_dead(runner, stack, block, call, path):
                     raise PpclError(
                         f"adapter {runner.adapter.family}: {field} of {stack.path} names {path!r}, without which the "

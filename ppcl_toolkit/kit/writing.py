@@ -1,6 +1,6 @@
 """An adapter as the file that a user keeps: what was found, and what was not decided, marked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -34,6 +34,25 @@ def adapter_of(found: Found, family: str, convention: Convention | None) -> Adap
         stacks=tuple(found.stacks),
         **known,
     )
+
+
+_TEST = '''"""What {family}.py says holds: on {source}, every kind of plan is made, saved and opened again."""
+
+import pytest
+
+from ppcl_toolkit.kit.trial import trials
+
+
+@pytest.mark.parametrize("trial", trials("{family}:ADAPTER", {pipeline!r}, {call!r}), ids=lambda trial: trial.name)
+def test_{family}(trial):
+    assert trial.works, trial.result
+'''
+
+
+def write_test(family: str, pipeline: str | None, call: Mapping[str, Any]) -> str:
+    """Return a test of the adapter in `<family>.py`, on a pipeline's folder or a small model of its class."""
+    source = pipeline or "a small random model"
+    return _TEST.format(family=family, source=source, pipeline=pipeline, call=dict(call))
 
 
 def write(found: Found, family: str, source: str, convention: Convention | None) -> str:

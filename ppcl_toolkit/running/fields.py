@@ -115,6 +115,8 @@ def _check_inside(stack: Stack, blocks: nn.ModuleList) -> None:
             )
     for field in ("text_query", "text_out", "modulation"):
         for path in getattr(stack, field):
+            if _is_left_out(blocks[0], path):
+                continue
             found = _inner(stack, blocks, field, path)
             if field == "modulation" and not isinstance(found, nn.Linear):
                 raise PpclError(f"modulation of {stack.path}: {path} is a {type(found).__name__}, not an nn.Linear")
@@ -128,6 +130,13 @@ def _inner(stack: Stack, blocks: nn.ModuleList, field: str, path: str) -> nn.Mod
     known = [name for name, _ in blocks[0].named_modules() if name]
     kind = type(blocks[0]).__name__
     raise PpclError(f"{field} of {stack.path}: {kind} has no module {_near(path, known, 'modules')}")
+
+
+def _is_left_out(block: nn.Module, path: str) -> bool:
+    """Whether a block has nothing in a place that its class has: a norm that its config does without."""
+    parent, _, name = path.rpartition(".")
+    owner = _module(block, parent)
+    return owner is not None and name in vars(owner).keys() | owner._modules.keys() and getattr(owner, name) is None
 
 
 def _module(root: nn.Module, path: str) -> nn.Module | None:

@@ -147,3 +147,11 @@ def test_a_missing_shared_is_named_when_the_pipeline_is_recorded():
     said = "the pipeline passes 8 of txt_ids for 1 samples: name it in the adapter's `shared` where"
     with pytest.raises(PpclError, match=said):
         denoised(pipeline, replace(FLUX, shared=("img_ids",)), ["a"], call, 0)
+
+
+def test_a_norm_that_a_config_does_without_is_no_mistake():
+    """SD3 medium, unlike SD3.5, normalises no queries."""
+    transformer = tiny.sd3_transformer()
+    for block in transformer.transformer_blocks:
+        block.attn.norm_added_q = None
+    check_fields(SD3, transformer)

@@ -104,7 +104,7 @@ def test_what_is_written_is_an_adapter(tmp_path, monkeypatch):
     optional = {"models", "others", "example", "noised", "dtype"}
     assert all(getattr(made, f.name) == getattr(FLUX, f.name) for f in fields(Adapter) if f.name not in optional)
     undecided = write(found, "flux", "a class", None)
-    assert undecided.count("# DECIDE:") == 3
+    assert undecided.count("# DECIDE:") == 2
 
 
 def test_as_many_tokens_of_text_as_of_image_cannot_be_told_apart():
@@ -130,7 +130,7 @@ def test_the_command_writes_a_file_for_a_folder_and_for_a_class(tmp_path, monkey
     assert runpy.run_path("mine.py")["ADAPTER"].stacks == FLUX.stacks
     code, out, _ = run(monkeypatch, capsys, "adapters", "new", "QwenImageTransformer2DModel")
     assert code == 0
-    assert "DECIDE: what the pipeline passes for pure noise" in out
+    assert "DECIDE: whether the pipeline packs latents" in out
     assert runpy.run_path("qwen_image.py")["ADAPTER"].stacks == QWEN_IMAGE.stacks
     code, _, err = run(monkeypatch, capsys, "adapters", "new", "QwenImageTransformer2DModel")
     assert (code, err) == (1, "error: qwen_image.py exists already; name another file with --out\n")
