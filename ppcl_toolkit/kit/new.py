@@ -14,7 +14,7 @@ from ppcl_toolkit.artifacts.classes import stock_class
 from ppcl_toolkit.artifacts.pipeline import load_pipeline
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.kit.building import small
-from ppcl_toolkit.kit.finding import Found, find
+from ppcl_toolkit.kit.finding import OPEN, Found, find
 from ppcl_toolkit.kit.watching import first_call
 from ppcl_toolkit.kit.writing import Convention, write
 from ppcl_toolkit.running.images import check_call, run_pipeline
@@ -51,6 +51,9 @@ def of_pipeline(pipeline: Any, call: Mapping[str, Any]) -> tuple[Found, Conventi
     scale = 1.0
     if found.timestep is not None and isinstance(sigmas, Tensor):
         scale = float(f"{float(given[found.timestep].flatten()[0]) / float(sigmas[0]):.4g}")
+        if not scale:
+            found.note("", f"{OPEN} `timestep_scale`: the pipeline passes 0 for pure noise, its time runs backwards")
+            scale = 1.0
     packing = getattr(type(pipeline), "_pack_latents", None)
     packs = packing is not None and len(inspect.signature(packing).parameters) == 5
     taken = inspect.signature(type(pipeline).__call__).parameters

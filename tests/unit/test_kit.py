@@ -60,6 +60,13 @@ def test_families_that_are_not_shipped_are_found_as_written_by_hand(family):
             assert getattr(mine, name) == getattr(own, name), name
 
 
+def test_time_that_runs_backwards_is_left_to_decide():
+    build, _, call = strangers.STRANGERS["z_image"]
+    found, convention = of_pipeline(build(), {**call, "max_sequence_length": 19})
+    assert convention.timestep_scale == 1.0
+    assert "# DECIDE: `timestep_scale`: the pipeline passes 0" in write(found, "z_image", "a pipeline", convention)
+
+
 def test_what_surgery_refuses_is_left_out_and_said():
     found = find(*small(diffusers.AuraFlowTransformer2DModel))
     assert [stack.ffn for stack in found.stacks] == [{}, {}]
