@@ -102,6 +102,14 @@ def test_weights_that_depend_on_the_depth_ask_for_a_remap():
     assert find(tiny.flux_transformer(), tiny.flux_inputs()).notes == {}
 
 
+def test_a_forward_that_goes_by_block_numbers_is_said():
+    """Chroma: one table of modulation for all blocks, of which each is given its own rows."""
+    found = find(*small(diffusers.ChromaTransformer2DModel))
+    assert [stack.path for stack in found.stacks] == ["transformer_blocks", "single_transformer_blocks"]
+    for stack in found.stacks:
+        assert found.notes[stack.path][0].startswith("DECIDE: each block is given temb of its own, by its number")
+
+
 def test_what_is_written_is_an_adapter(tmp_path, monkeypatch):
     found, convention = of_pipeline(tiny.flux_pipeline(), CALL)
     (tmp_path / "written_flux.py").write_text(write(found, "flux", "a pipeline", convention))
