@@ -196,18 +196,23 @@ def import_beside(name: str, folder: str | Path) -> None:
             for named in (adapter.transformer, adapter.pipeline or ""):
                 if ":" in named:
                     import_name(named, f"{named!r}, which adapter {name!r} names,")
+        top, home = name.partition(":")[0].partition(".")[0], Path(home_of(name))
+        here = Path(folder).resolve()
+        if home != here and ((here / f"{top}.py").is_file() or (here / top).is_dir()):
+            raise PpclError(f"adapter {name!r}: {top} was imported from {home} before, and there is another in {here}")
 
 
 @contextlib.contextmanager
 def looking_in(*folders: str | Path) -> Iterator[None]:
     """Let Python look for modules in `folders` first, by their absolute paths, and as before afterwards."""
-    before = list(sys.path)
-    sys.path[:0] = [str(Path(folder).resolve()) for folder in folders]
+    added = [str(Path(folder).resolve()) for folder in folders]
+    sys.path[:0] = added
     importlib.invalidate_caches()
     try:
         yield
     finally:
-        sys.path[:] = before
+        for place in added:
+            sys.path.remove(place)
 
 
 def home_of(name: str) -> str:

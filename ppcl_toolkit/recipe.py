@@ -307,6 +307,7 @@ class Recipe(Section):
 
     preset: Literal["default", "paper"] = "default"
     adapter: str = "auto"
+    """A family, or `package.module:NAME`, whose module may lie beside this file; `auto` goes by the teacher's class."""
     seed: Seed = 42
     device: str = "auto"
     teacher: Teacher

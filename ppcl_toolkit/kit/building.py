@@ -63,14 +63,13 @@ def _configs(kind: Any) -> Iterator[dict[str, Any]]:
     heads = {key: value for key, value in config.items() if "heads" in key and isinstance(value, int)}
     for key in heads:
         few[key] = _HEADS
-    if heads:
-        most = max(heads.values())
-        head = config.get("attention_head_dim")
-        width = most * head if isinstance(head, int) else None
-        for key, value in config.items():
-            own = key in ("dim", "hidden_size", "inner_dim", "hidden_dim") and isinstance(value, int)
-            if (width is not None and value == width) or (own and width is None and value % most == 0):
-                few[key] = value // most * _HEADS
+    sizes = [value for key, value in config.items() if "head_dim" in key and type(value) is int]
+    scaled = {count * size: _HEADS * size for count in heads.values() for size in sizes}
+    most = max(heads.values(), default=1)
+    for key, value in config.items():
+        if type(value) is int and key not in heads:
+            own = not sizes and key in ("dim", "hidden_size", "inner_dim", "hidden_dim") and value % most == 0
+            few[key] = scaled.get(value, value // most * _HEADS if own else few[key])
     wide = {key: value for key, value in few.items() if "dim" in key and "head" not in key and type(value) is int}
     # An FFN that is narrower than its tokens has nothing to save.
     others = [k for k, value in wide.items() if value > _WIDE and value == config[k] and "ff" not in k]
@@ -98,6 +97,7 @@ def _values(name: str, config: Mapping[str, Any], *, first: bool) -> list[Any]:
 
     channels = config.get("in_channels", config.get("img_in_dim", 4))
     widths = {key: value for key, value in config.items() if "dim" in key and "head" not in key and type(value) is int}
+    widths |= {key: value for key, value in config.items() if key == "caption_channels" and type(value) is int}
     texts = [width for key, width in widths.items() if any(word in key for word in _TEXTS)]
     words = list(dict.fromkeys([*texts, *widths.values()]))
     if first:

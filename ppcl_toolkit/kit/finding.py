@@ -80,9 +80,22 @@ def find(transformer: nn.Module, call: Mapping[str, Any]) -> Found:
         )
         _check_tokens(before, blocks[0])
         found.stacks.append(look_inside(transformer, before, blocks, call, found.note))
+        if own := _numbered(before, blocks):
+            found.note(
+                path,
+                f"{OPEN} each block is given {', '.join(own)} of its own, by its number, and blocks of a student have "
+                "other numbers",
+            )
         if others := depends_on_depth(transformer, path, key):
             found.note(path, f"{OPEN} `remap`: where this stack has another depth, so are {others}")
     return found
+
+
+def _numbered(stack: Stack, blocks: Sequence[Called]) -> list[str]:
+    """Return the arguments beside the streams that are not the same for all blocks."""
+    streams = {stack.argument(stream) for stream in stack.streams}
+    given = {name: value for name, value in blocks[0].tensors().items() if name not in streams}
+    return [n for n, value in given.items() if any(changed(value, call.arguments.get(n)) for call in blocks[1:])]
 
 
 def _check_tokens(stack: Stack, block: Called) -> None:

@@ -60,7 +60,12 @@ def write(found: Found, family: str, source: str, convention: Convention | None)
     adapter = adapter_of(found, family, convention)
     lines = [_HEAD.format(family=family, source=source, open=OPEN)]
     stacks = {stack.path for stack in found.stacks}
-    lines += [f"# {path}: {said}" for path, notes in found.notes.items() if path not in stacks for said in notes]
+    lines += [
+        f"# {path}: {said}" if path else f"# {said}"
+        for path, notes in found.notes.items()
+        if path not in stacks
+        for said in notes
+    ]
     lines += ["ADAPTER = Adapter("]
     if found.timestep is None:
         lines.append(f"    # {OPEN} no argument of the call has a noise level for each sample: name it as `timestep`")

@@ -145,6 +145,16 @@ def test_a_module_is_looked_for_beside_the_recipe_and_nothing_else_is_later(tmp_
         load_adapter("beside_other:ADAPTER")
 
 
+def test_another_module_of_the_same_name_is_not_taken_for_it(tmp_path):
+    for place in ("one", "other"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "twice_family.py").write_text("from ppcl_toolkit.adapters.flux import ADAPTER\n")
+    import_beside("twice_family:ADAPTER", tmp_path / "one")
+    import_beside("twice_family:ADAPTER", tmp_path)
+    with pytest.raises(PpclError, match="twice_family was imported from .*one before, and there is another in .*other"):
+        import_beside("twice_family:ADAPTER", tmp_path / "other")
+
+
 def test_the_home_of_a_package_is_the_folder_around_it():
     root = Path(ppcl_toolkit.__file__).resolve().parents[1]
     assert home_of("ppcl_toolkit.budget.model:Model") == str(root)

@@ -95,6 +95,14 @@ def test_weights_that_depend_on_the_depth_ask_for_a_remap():
     assert find(tiny.flux_transformer(), tiny.flux_inputs()).notes == {}
 
 
+def test_a_forward_that_goes_by_block_numbers_is_said():
+    """Chroma: one table of modulation for all blocks, of which each is given its own rows."""
+    found = find(*small(diffusers.ChromaTransformer2DModel))
+    assert [stack.path for stack in found.stacks] == ["transformer_blocks", "single_transformer_blocks"]
+    for stack in found.stacks:
+        assert found.notes[stack.path][0].startswith("DECIDE: each block is given temb of its own, by its number")
+
+
 def test_what_is_written_is_an_adapter(tmp_path, monkeypatch):
     found, convention = of_pipeline(tiny.flux_pipeline(), CALL)
     (tmp_path / "written_flux.py").write_text(write(found, "flux", "a pipeline", convention))
@@ -126,7 +134,9 @@ def test_the_command_writes_a_file_for_a_folder_and_for_a_class(tmp_path, monkey
     calls = [word for name, value in CALL.items() for word in ("--call", f"{name}={value}")]
     code, out, _ = run(monkeypatch, capsys, "adapters", "new", "teacher", "--out", "mine.py", *calls)
     assert code == 0
-    assert out.splitlines()[-1] == "mine.py: adapter: mine:ADAPTER in a recipe beside it"
+    assert (
+        out.splitlines()[-1] == "mine.py: adapter: mine:ADAPTER in a recipe beside it; test_mine.py tries what it says"
+    )
     assert runpy.run_path("mine.py")["ADAPTER"].stacks == FLUX.stacks
     code, out, _ = run(monkeypatch, capsys, "adapters", "new", "QwenImageTransformer2DModel")
     assert code == 0
