@@ -51,11 +51,16 @@ STAGES = ("samples", "modulation", "probe", "intervals", "select", "depth", "wid
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A teacher, a recipe, and the finished run of it."""
-    folder = tmp_path_factory.mktemp("world")
+    folder = asked(tmp_path_factory.mktemp("world"))
+    compress(Recipe.load(folder / "recipe.yaml"), folder / "run")
+    return folder
+
+
+def asked(folder):
+    """Write a teacher and a recipe."""
     tiny.flux_pipeline(5, 3).save_pretrained(folder / "teacher")
     (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(4)))
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
-    compress(Recipe.load(folder / "recipe.yaml"), folder / "run")
     return folder
 
 
@@ -329,7 +334,11 @@ SHAPES = ("[]", "{}", "3", '"words"', '{"rank": [], "teacher": 1, "a": {"b": 2}}
 
 @pytest.fixture
 def unproved(run):
-    """The run as earlier versions left theirs: without checksums, everything is read."""
+    return without_proof(run)
+
+
+def without_proof(run):
+    """Leave a run as earlier versions left theirs: without checksums, everything is read."""
     for path in run.rglob(RECORD):
         record = json.loads(path.read_text())
         path.write_text(json.dumps({"settings": record["settings"], "after": record["after"]}))
