@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= runs/tiny
 MINUTES ?= 30
 
-.PHONY: help demo test check bench gpu torture clean
+.PHONY: help demo test check bench gpu torture mutants clean
 
 help: ## list what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -38,6 +38,9 @@ gpu: $(VENV)/installed ## on a card of 80 GB or more, in eight minutes: speed an
 
 torture: $(VENV)/installed ## half an hour of kills, damage, full disks and mutated files: make torture MINUTES=120
 	$(BIN)/python tests/torture.py --minutes $(MINUTES)
+
+mutants: $(VENV)/installed ## change every operator of the statistics and the surgery in turn: which changes no test notices
+	$(BIN)/python tests/mutate.py statistics surgery
 
 clean: ## remove what was installed and made here
 	rm -rf $(VENV) runs build dist *.egg-info
