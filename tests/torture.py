@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import mutants
 from children import Child, running
-from test_damage import DAMAGES, asked, contents
+from test_damage import DAMAGES, STAGES, asked, contents
 
 SHARES = {"kills": 0.35, "ranks": 0.15, "twice": 0.05, "full": 0.15, "damage": 0.15, "mutants": 0.15}
 NO_RESULTS = (
@@ -34,6 +34,8 @@ NO_RESULTS = (
     "README.md",
 )
 """What a run tells of itself: written again by the next one, or read by people alone."""
+
+ORDER = ("start", *STAGES[:-1], "velocities", "finetune", "export", "evaluate")
 
 
 class Trial:
@@ -88,12 +90,13 @@ def kills(trial: Trial, whole: dict[str, bytes], ranks: int = 1) -> None:
 
 
 def _killed(trial: Trial, children: list[Child]) -> str | None:
-    """Kill one of a run's processes, some reports and some time after its start; the others end by themselves."""
-    reports, stage = 1 + int(trial.rng.expovariate(0.2)), "start"
-    while reports > 0 and children[0].end is None:
+    """Kill one of a run's processes some time after a random stage began; the others end by themselves."""
+    first, stage = trial.rng.randrange(len(ORDER)), "start"
+    while ORDER.index(stage.split("/")[0]) < first and children[0].end is None:
         for told in children[0].told(300):
-            stage, reports = told[0], reports - 1
-    until = time.monotonic() + 2 * trial.rng.random() ** 4
+            stage = told[0]
+    # Fresh processes take seconds, everything else far less.
+    until = time.monotonic() + trial.rng.choice((0.05, 0.5, 8)) * trial.rng.random()
     while time.monotonic() < until and children[0].end is None:
         for told in children[0].told(until - time.monotonic()):
             stage = told[0]
