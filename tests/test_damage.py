@@ -375,6 +375,41 @@ READERS = {
     "variants/small/block_calls.json": lambda run: load_compressed(run / "variants" / "small"),
     "variants/small/transformer/config.json": lambda run: load_pipeline(str(run / "variants" / "small")),
 }
+OUTWARD = {
+    "finetune/small/transformer.json": (("files",), "/dev/zero"),
+    "depth/made_from.json": (("files", "../../teacher/model_index.json"), {"size": 1, "sha256": "0" * 64}),
+    "variants/small/manifest.json": (("files", "/etc/passwd"), {"size": 1, "sha256": "0" * 64}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::ppcl_toolkit.errors.PpclWarning")
+@pytest.mark.parametrize("name", OUTWARD)
+def test_a_name_in_a_record_does_not_lead_out_of_its_folder(run, name):
+    content = json.loads((run / name).read_text())
+    (*keys, last), value = OUTWARD[name]
+    place = content
+    for key in keys:
+        place = place[key]
+    place[last] = value
+    (run / name).write_text(json.dumps({**content, "sha256": None} if name.endswith(RECORD) else content))
+    read = {
+        "finetune/small/transformer.json": lambda: load_result(run / "finetune" / "small"),
+        "depth/made_from.json": lambda: Record.of(run / "depth"),
+        "variants/small/manifest.json": lambda: load_compressed(run / "variants" / "small"),
+    }
+    with pytest.raises(PpclError, match=f"{name} is damaged or of something else: files"):
+        read[name]()
+
+
+def test_a_shard_outside_of_its_folder_is_refused(run):
+    variant = run / "variants" / "small"
+    (variant / MANIFEST).unlink()
+    index = variant / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "../../../samples/000000.safetensors"}}))
+    with pytest.warns(PpclWarning), pytest.raises(PpclError, match="index.json is damaged or of something else"):
+        load_compressed(variant)
+
+
 FITTING = {
     ("select/targets.json", "{}"),
     ("select/order.json", "[]"),
