@@ -87,7 +87,9 @@ def mutants(tree: ast.AST) -> Iterator[tuple[ast.AST, ast.AST, str]]:
                 continue
             inner = value if isinstance(value, list) else [value]
             for place, node in enumerate(inner):
-                if not isinstance(node, ast.AST) or isinstance(node, silent):
+                # Lengths that are equal anyway are no difference.
+                strict = isinstance(node, ast.keyword) and node.arg == "strict"
+                if strict or not isinstance(node, ast.AST) or isinstance(node, silent):
                     continue
                 waiting.append(node)
                 for new in changes(node):
