@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/tiny
+MINUTES ?= 30
 
-.PHONY: help demo test check bench gpu clean
+.PHONY: help demo test check bench gpu torture mutants clean
 
 help: ## list what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -34,6 +35,12 @@ bench: $(VENV)/installed ## speed of the hot paths, as ratios of medians
 
 gpu: $(VENV)/installed ## on a card of 80 GB or more, in eight minutes: speed and memory at full size, random weights
 	$(BIN)/python tests/gpu.py --out runs/gpu
+
+torture: $(VENV)/installed ## half an hour of kills, damage, full disks and mutated files: make torture MINUTES=120
+	$(BIN)/python tests/torture.py --minutes $(MINUTES)
+
+mutants: $(VENV)/installed ## change every operator of the statistics and the surgery in turn: which changes no test notices
+	$(BIN)/python tests/mutate.py statistics surgery
 
 clean: ## remove what was installed and made here
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -473,7 +473,8 @@ def _explain(error: ValidationError, path: Path, tree: yaml.Node | None, asked: 
         if any(problem["loc"][: len(keys)] == keys for keys in given):
             place = "--set"
         messages.append(": ".join(filter(None, (place, location, message))))
-    return "\n".join(messages)
+    more = [f"and {len(messages) - _MOST} more"] if len(messages) > _MOST else []
+    return "\n".join(messages[:_MOST] + more)
 
 
 def _of_yaml(error: Exception) -> str:
@@ -482,6 +483,8 @@ def _of_yaml(error: Exception) -> str:
     return " ".join(f"{f'line {mark.line + 1}: ' if mark else ''}{problem}".split())
 
 
+_MOST = 20
+"""Mistakes that are told at once."""
 _NO_KIND = FieldInfo()
 
 

@@ -4,14 +4,16 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.values import BLOCKS, shortened
 
+FileName = Annotated[str, Field(pattern=r"^[^/\\*?\[\]]+$")]
+"""A name in a record: of a file beside it, and of no other place."""
 _MOST = 2**28
 """Bytes of any record: that of a million samples has half as many."""
 
@@ -71,6 +73,7 @@ def problems(error: ValidationError) -> str:
 
 def _told(field: str, message: str) -> str:
     said = message.removeprefix("Value error, ")
+    said = said if len(said) <= 300 else f"{said[:297]}..."
     return f"{shortened(field)[1:-1]}: {said}" if field else said
 
 

@@ -42,9 +42,14 @@ STAGES = ("samples", "modulation", "probe", "intervals", "select", "depth", "wid
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A teacher, a recipe, and the finished run of it."""
-    folder = tmp_path_factory.mktemp("world")
-    job(folder, *CHANGES)
+    folder = asked(tmp_path_factory.mktemp("world"))
     compress(Recipe.load(folder / "recipe.yaml"), folder / "run")
+    return folder
+
+
+def asked(folder):
+    """Write a teacher and a recipe."""
+    job(folder, *CHANGES)
     return folder
 
 
@@ -142,10 +147,11 @@ def test_a_run_does_not_go_on_with_what_is_damaged(world, run, stage):
 
 def test_a_damaged_stage_is_made_again_when_asked(world, run):
     wanted = contents(run)
+    trained = next(path for stage in ("depth", "width") for path in sorted((run / stage).glob("*.safetensors")))
     for path in (
         run / "samples" / "000002.safetensors",
         run / "probe" / "probes.safetensors",
-        next((run / "depth").glob("*.safetensors")),
+        trained,
         run / "finetune" / "small" / "losses.json",
     ):
         flip(path)
@@ -154,7 +160,7 @@ def test_a_damaged_stage_is_made_again_when_asked(world, run):
     made = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     remade = [event["stage"] for event in made if event["event"] == "damaged"]
     # What came out as it was before is no reason to make later stages again.
-    assert remade == ["samples", "probe", "depth", "finetune/small"]
+    assert remade == ["samples", "probe", trained.parent.name, "finetune/small"]
     assert all(finding.whole is not False for finding in verify(run))
 
 
@@ -318,7 +324,11 @@ SHAPES = ("[]", "{}", "3", '"words"', '{"rank": [], "teacher": 1, "a": {"b": 2}}
 
 @pytest.fixture
 def unproved(run):
-    """The run as earlier versions left theirs: without checksums, everything is read."""
+    return without_proof(run)
+
+
+def without_proof(run):
+    """Leave a run as earlier versions left theirs: without checksums, everything is read."""
     for path in run.rglob(RECORD):
         record = json.loads(path.read_text())
         path.write_text(json.dumps({"settings": record["settings"], "after": record["after"]}))
@@ -356,6 +366,41 @@ READERS = {
     "variants/small/block_calls.json": lambda run: load_compressed(run / "variants" / "small"),
     "variants/small/transformer/config.json": lambda run: load_pipeline(str(run / "variants" / "small")),
 }
+OUTWARD = {
+    "finetune/small/transformer.json": (("files",), "/dev/zero"),
+    "depth/made_from.json": (("files", "../../teacher/model_index.json"), {"size": 1, "sha256": "0" * 64}),
+    "variants/small/manifest.json": (("files", "/etc/passwd"), {"size": 1, "sha256": "0" * 64}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::ppcl_toolkit.errors.PpclWarning")
+@pytest.mark.parametrize("name", OUTWARD)
+def test_a_name_in_a_record_does_not_lead_out_of_its_folder(run, name):
+    content = json.loads((run / name).read_text())
+    (*keys, last), value = OUTWARD[name]
+    place = content
+    for key in keys:
+        place = place[key]
+    place[last] = value
+    (run / name).write_text(json.dumps({**content, "sha256": None} if name.endswith(RECORD) else content))
+    read = {
+        "finetune/small/transformer.json": lambda: load_result(run / "finetune" / "small"),
+        "depth/made_from.json": lambda: Record.of(run / "depth"),
+        "variants/small/manifest.json": lambda: load_compressed(run / "variants" / "small"),
+    }
+    with pytest.raises(PpclError, match=f"{name} is damaged or of something else: files"):
+        read[name]()
+
+
+def test_a_shard_outside_of_its_folder_is_refused(run):
+    variant = run / "variants" / "small"
+    (variant / MANIFEST).unlink()
+    index = variant / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "../../../samples/000000.safetensors"}}))
+    with pytest.warns(PpclWarning), pytest.raises(PpclError, match="index.json is damaged or of something else"):
+        load_compressed(variant)
+
+
 FITTING = {
     ("select/targets.json", "{}"),
     ("select/order.json", "[]"),

@@ -6,10 +6,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, final
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.errors import PpclError
@@ -36,7 +36,15 @@ class Entry(BaseModel):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-Files = dict[str, Entry]
+def _inside(name: str) -> str:
+    """Return the path of a file in a folder; a `ValueError` for one that leads out of it."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+        raise ValueError(f"{name[:100]!r} is no file of this folder")
+    return name
+
+
+Files = dict[Annotated[str, AfterValidator(_inside)], Entry]
 """Files of a folder by their paths in it, with slashes."""
 
 

@@ -33,7 +33,7 @@ from ppcl_toolkit.artifacts.classes import check_source, homes, library_of, pipe
 from ppcl_toolkit.artifacts.files import MANIFEST, damage, put, read_manifest, sync, told, write_manifest
 from ppcl_toolkit.errors import PpclError, PpclWarning
 from ppcl_toolkit.plan import Plan
-from ppcl_toolkit.records import check_configs, read_record, reading
+from ppcl_toolkit.records import FileName, check_configs, read_record, reading
 from ppcl_toolkit.running.capture import Streams, map_tensors
 from ppcl_toolkit.running.placement import HOST, has_room
 from ppcl_toolkit.surgery.assemble import Calls, example_calls, narrow_blocks, student_blocks
@@ -45,7 +45,7 @@ Opens = Literal["stock", "custom"]
 class ShardIndex(BaseModel):
     """Which file has which weight, as `*.safetensors.index.json` says it."""
 
-    weight_map: dict[str, str]
+    weight_map: dict[str, FileName]
 
 
 def save_variant(

@@ -92,7 +92,7 @@ class Workspace:
         if self.path.exists() and not self.path.is_dir():
             raise PpclError(f"{self.path} is a file; --out names a folder")
         if self.path.is_dir() and not (self.path / "recipe.yaml").exists() and _names(self.path) - _FIRST:
-            raise PpclError(f"{self.path} holds something that is no run of ppcl; choose another --out")
+            raise PpclError(f"{self.path} holds something that is no run of ppcl: no recipe.yaml; choose another --out")
 
     @property
     def is_begun(self) -> bool:

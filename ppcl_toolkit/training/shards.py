@@ -21,7 +21,7 @@ from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.storage import save_tensors
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.records import read_record
+from ppcl_toolkit.records import FileName, read_record
 
 _FILE_BYTES = 4 * 1024**3
 """Of one file at most, but for a tensor that is larger: so much is on the host at a time."""
@@ -103,7 +103,7 @@ class _Index(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    files: str
+    files: FileName
     processes: PositiveInt
     rows: dict[str, NonNegativeInt]
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import ppcl_toolkit.statistics.cka as module
-from ppcl_toolkit.statistics.cka import Gram, centred, cka, fewest_rows, heatmap
+from ppcl_toolkit.statistics.cka import Gram, centred, cka, fewest_rows, heatmap, rescaled
 
 
 def features(*shape, seed=0):
@@ -42,6 +42,14 @@ def test_cka_does_not_see_rotations_scales_and_shifts(shape):
     torch.testing.assert_close(cka(x, x), torch.ones(2, dtype=x.dtype))
     torch.testing.assert_close(cka(x, 1e4 * y @ rotation + 7.0), cka(x, y))
     torch.testing.assert_close(cka(x, y), cka(y, x))
+
+
+def test_rescaled_features_have_a_norm_of_one_whatever_they_had():
+    x = features(3, 9, 4) * torch.tensor([1e-12, 1.0, 1e12], dtype=torch.float64)[:, None, None]
+    found = rescaled(x)
+    torch.testing.assert_close(found.flatten(1).norm(dim=1), torch.ones(3, dtype=x.dtype))
+    torch.testing.assert_close(found, x / x.flatten(1).norm(dim=1)[:, None, None])
+    assert (rescaled(torch.zeros(1, 9, 4)) == 0).all()
 
 
 def test_cka_sees_other_linear_maps():

@@ -228,7 +228,7 @@ def test_a_run_belongs_to_one_process_until_that_dies(tmp_path):
 def test_a_foreign_folder_is_refused(tmp_path, content):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / content).mkdir()
-    with pytest.raises(PpclError, match="holds something that is no run of ppcl; choose another --out"):
+    with pytest.raises(PpclError, match="holds something that is no run of ppcl: no recipe.yaml; choose another --out"):
         Workspace(tmp_path / "run")
 
 
