@@ -234,8 +234,6 @@ def export_target(
     run = Workspace(path, verify=verify)
     run.check("samples", "select", *_BANKS)
     teacher, runner = opened(recipe, processes.pick_device(recipe.device), run)
-    if (known := source_of(path)) not in (None, teacher.source):
-        raise PpclError(f"{path} was made from the teacher {known}, and that is {teacher.source} now")
     bank = Bank(*(path / name for name in _BANKS))
     low = LowRankChoice.load(path / "modulation") if recipe.modulation else None
     run.lock()
@@ -281,7 +279,7 @@ def opened(recipe: Recipe, device: torch.device, run: Workspace) -> tuple[Teache
 def _as_begun(recipe: Recipe, teacher: Teacher, run: Workspace) -> Teacher:
     """Return a teacher by the name that a run of an earlier version has for it, where it may be that one.
 
-    Another one the first stage refuses.
+    Another one is refused before the first stage.
     """
     section, known = recipe.teacher, source_of(run.path)
     if known in (None, teacher.source) or known != early_identity(section.path, teacher.folder, section.revision):
@@ -295,6 +293,10 @@ def _as_begun(recipe: Recipe, teacher: Teacher, run: Workspace) -> Teacher:
 
 def _checked(workspace: Workspace, runner: Runner, teacher: Teacher, recipe: Recipe) -> Noising:
     """Check the adapter, and return how the pipeline noises: a stage that no other has to wait to be made again for."""
+    if (known := source_of(workspace.path)) not in (None, teacher.source):
+        raise PpclError(
+            f"{workspace.path} was made from the teacher {known}, and that is {teacher.source} now; use another --out"
+        )
     asked = {"source": teacher.source, "teacher": _part(recipe, _RECORDING)["teacher"]}
     make = partial(check, runner, teacher.pipeline, partial(rehearse, teacher, recipe))
     return workspace.branch().stage("check", asked, make, load_noising)

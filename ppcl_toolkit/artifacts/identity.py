@@ -79,7 +79,7 @@ def early_identity(path: str, folder: str, revision: str | None) -> str:
 
 def source_of(run: Path) -> str | None:
     """Return the teacher by which a run was begun; None where that is not known yet, or not any more."""
-    for folder in (run / "samples", run / "samples.partial"):
+    for folder in (run / "samples", run / "samples.partial", run / "check"):
         try:
             source = Record.of(folder).settings.get("source")
         except PpclError:  # the stage itself says so
