@@ -1,4 +1,4 @@
-"""Families that the toolkit does not ship, tiny: classes of diffusers, with adapters as a user would write them."""
+"""Tiny pipelines of the families beside those of `tiny.py`: classes of diffusers, and what they are asked for."""
 
 import parts
 import torch
@@ -16,32 +16,6 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
-
-from ppcl_toolkit.adapter import Adapter, Stack
-
-AURA_FLOW = Adapter(
-    family="aura_flow",
-    transformer="AuraFlowTransformer2DModel",
-    guidance="guidance_scale",
-    stacks=(
-        Stack(
-            path="joint_transformer_blocks",
-            depth_key="num_mmdit_layers",
-            ffn={"image": "ff", "text": "ff_context"},
-            joint_attention="attn",
-            text_query=("attn.add_q_proj", "attn.norm_added_q"),
-            text_out=("attn.to_add_out",),
-            modulation=("norm1.linear", "norm1_context.linear"),
-        ),
-        Stack(
-            path="single_transformer_blocks",
-            depth_key="num_single_dit_layers",
-            text=None,
-            returns=("image",),
-            modulation=("norm1.linear",),
-        ),
-    ),
-)
 
 
 def finished(kind: type, **modules):
@@ -102,17 +76,6 @@ def qwen3_encoder() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).eval()
 
 
-FLUX2 = Adapter(
-    family="flux2",
-    transformer="Flux2Transformer2DModel",
-    guidance="guidance_scale",
-    stacks=(
-        Stack(path="transformer_blocks", depth_key="num_layers", ffn={"image": "ff", "text": "ff_context"}),
-        Stack(path="single_transformer_blocks", depth_key="num_single_layers", text=None, returns=("image",)),
-    ),
-)
-
-
 def flux2_pipeline() -> Flux2KleinPipeline:
     """FLUX.2 klein: the run ends with latents that are unpacked and scaled, unlike those that go round."""
     torch.manual_seed(0)
@@ -149,16 +112,6 @@ def flux2_pipeline() -> Flux2KleinPipeline:
     )
 
 
-Z_IMAGE = Adapter(
-    family="z_image",
-    transformer="ZImageTransformer2DModel",
-    latents="x",
-    timestep="t",
-    guidance="guidance_scale",
-    stacks=(Stack(path="layers", depth_key="n_layers", image="x", text=None, returns=("image",)),),
-)
-
-
 def z_image_pipeline() -> ZImagePipeline:
     """Z-Image: latents and texts are lists with a tensor for each sample, and so is what comes out."""
     torch.manual_seed(0)
@@ -182,14 +135,6 @@ def z_image_pipeline() -> ZImagePipeline:
         tokenizer=chat_tokenizer(),
         transformer=parts.randomize(transformer),
     )
-
-
-WAN = Adapter(
-    family="wan",
-    transformer="WanTransformer3DModel",
-    guidance="guidance_scale",
-    stacks=(Stack(path="blocks", depth_key="num_layers", text=None, returns=("image",)),),
-)
 
 
 def wan_pipeline() -> WanPipeline:
@@ -227,13 +172,9 @@ def wan_pipeline() -> WanPipeline:
 
 TINY = {"height": 8, "width": 8, "guidance_scale": 1.0}
 STRANGERS = {
-    "aura_flow": (aura_flow_pipeline, AURA_FLOW, TINY),
-    "flux2": (
-        flux2_pipeline,
-        FLUX2,
-        {"height": 8, "width": 8, "guidance_scale": 1.0, "text_encoder_out_layers": (0, 1, 2)},
-    ),
-    "z_image": (z_image_pipeline, Z_IMAGE, {**TINY, "guidance_scale": 0.0}),
-    "wan": (wan_pipeline, WAN, {"height": 16, "width": 16, "num_frames": 5, "guidance_scale": 1.0}),
+    "aura_flow": (aura_flow_pipeline, TINY),
+    "flux2": (flux2_pipeline, {**TINY, "text_encoder_out_layers": (0, 1, 2)}),
+    "z_image": (z_image_pipeline, {**TINY, "guidance_scale": 0.0}),
+    "wan": (wan_pipeline, {"height": 16, "width": 16, "num_frames": 5, "guidance_scale": 1.0}),
 }
-"""How a family's pipeline is made, its adapter, and what the pipeline is asked for."""
+"""By the name of its adapter, how a family's pipeline is made, and what the pipeline is asked for."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from strangers import STRANGERS
 
+from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.running.capture import answer, predict, run_block, stack_calls
 from ppcl_toolkit.running.fields import check_fields
 from ppcl_toolkit.running.images import Exam, generate_images, image_path, pixels
@@ -18,9 +19,9 @@ TEXTS = ("a red circle", "another one")
 @functools.cache
 def world(name):
     """A pipeline, its adapter, what it is asked, and its samples, two rows at a time."""
-    build, adapter, asked = STRANGERS[name]
-    call = {**asked, "num_inference_steps": 2, "max_sequence_length": 16}
-    pipeline = build()
+    build, asked = STRANGERS[name]
+    call = {"max_sequence_length": 16, **asked, "num_inference_steps": 2}
+    pipeline, adapter = build(), load_adapter(name)
     return pipeline, adapter, call, denoised(pipeline, adapter, TEXTS, call, 0)
 
 
