@@ -169,7 +169,7 @@ def test_nothing_is_said_of_pipelines_of_other_make(name):
     """Z-Image's blocks know their number, and make no use of it; it is told how much there is of the picture."""
     build, asked = STRANGERS[name]
     adapter, pipeline = load_adapter(name), build()
-    call = {"max_sequence_length": 16, **asked, "num_inference_steps": 3}
+    call = {**asked, "num_inference_steps": 3}
     steps = observed(pipeline, adapter, lambda: run_pipeline(pipeline, ["a"], None, call, "latent"))
     told = {"z_image": (1.0, -1.0), "wan": (0.0, 1000.0)}.get(name, (0.0, 1.0))
     found = noising_of(pipeline.scheduler, adapter, steps)
