@@ -4,6 +4,7 @@ import parts
 import torch
 from diffusers import (
     AutoencoderDC,
+    ChromaTransformer2DModel,
     CogView4Pipeline,
     CogView4Transformer2DModel,
     DDPMScheduler,
@@ -172,3 +173,17 @@ def pixart() -> PixArtSigmaPipeline:
         tokenizer=parts.t5_tokenizer(),
         transformer=parts.randomize(transformer),
     )
+
+
+def chroma_transformer() -> ChromaTransformer2DModel:
+    """Not of a shipped family: what modulates a block is told by its number."""
+    torch.manual_seed(0)
+    transformer = ChromaTransformer2DModel(
+        **DUAL_SINGLE,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    return parts.randomize(transformer).requires_grad_(False)

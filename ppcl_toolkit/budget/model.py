@@ -131,8 +131,8 @@ def count(module: nn.Module) -> int:
 
 
 def is_known(recipe: Recipe) -> bool:
-    """Tell whether the teacher is a published model that an adapter lists."""
-    return bool(_listed(recipe.teacher.path, recipe.adapter))
+    """Tell whether the teacher is a published model that an adapter lists, with the shapes of its call."""
+    return any(adapter.example for adapter in _listed(recipe.teacher.path, recipe.adapter))
 
 
 def _listed(path: str, wanted: str) -> list[Adapter]:

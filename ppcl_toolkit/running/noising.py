@@ -195,7 +195,9 @@ def _plain(value: float) -> float:
 
 def _level(scheduler: Any, timestep: float) -> float:
     numbers = (scheduler.timesteps.double().cpu() - timestep).abs()
-    return float(scheduler.sigmas[int(numbers.argmin())])
+    sigma = float(scheduler.sigmas[int(numbers.argmin())])
+    # Mochi's count what is left of the picture.
+    return 1 - sigma if scheduler.config.get("invert_sigmas") else sigma
 
 
 def _told(value: Any, adapter: Adapter) -> float:

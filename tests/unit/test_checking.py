@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import odd
+import pictures
 import pytest
 import tiny
 import torch
@@ -11,7 +12,7 @@ from families import FLUX, QWEN_IMAGE, SD3
 from runs import DUAL
 from strangers import STRANGERS
 
-from ppcl_toolkit.adapter import load_adapter
+from ppcl_toolkit.adapter import Adapter, Stack, load_adapter
 from ppcl_toolkit.checking.dead import check_dead
 from ppcl_toolkit.checking.dropped import check_dropped, intervals
 from ppcl_toolkit.checking.in_place import called_in_place
@@ -175,3 +176,17 @@ def test_nothing_is_said_of_pipelines_of_other_make(name):
     found = noising_of(pipeline.scheduler, adapter, steps)
     assert (found.offset, found.scale) == told
     checked(Runner(pipeline.transformer, adapter), {**steps[-1].call, "return_dict": False})
+
+
+def test_chroma_is_refused():
+    """Its modulation is a table by the numbers of blocks, whose length is a buffer's."""
+    single = Stack(path="single_transformer_blocks", depth_key="num_single_layers", text=None, returns=("image",))
+    adapter = Adapter(
+        family="chroma",
+        transformer="ChromaTransformer2DModel",
+        shared=("img_ids", "txt_ids"),
+        stacks=(dataclasses.replace(FLUX.stacks[0], modulation=()), single),
+    )
+    call = {k: v for k, v in tiny.flux_inputs().items() if k not in ("pooled_projections", "guidance")}
+    with pytest.raises(PpclError, match=r"mod_proj is \[.*it depends on the numbers of blocks"):
+        checked(Runner(pictures.chroma_transformer(), adapter), call)
