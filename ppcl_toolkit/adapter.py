@@ -123,6 +123,17 @@ class Adapter:
         known = ", ".join(stack.path for stack in self.stacks)
         raise PpclError(f"{self.family} has no stack {path!r}; it has: {known}")
 
+    @property
+    def allows(self) -> dict[str, str]:
+        """What may go, in words: blocks of which stacks, FFNs of which streams, text streams, modulation."""
+        streams = [name for name in ("image", "text") if any(name in stack.ffn for stack in self.stacks)]
+        return {
+            "depth": ", ".join(stack.path for stack in self.stacks),
+            "FFN": ", ".join(streams) or "-",
+            "text": "yes" if any(stack.joint_attention for stack in self.stacks) else "-",
+            "modulation": "yes" if any(stack.modulation for stack in self.stacks) else "-",
+        }
+
     def others_of(self, model: str) -> tuple[int, ...]:
         """Return `others` of a model, by its hub id."""
         if isinstance(self.others, tuple):

@@ -273,12 +273,11 @@ def generate(
 
 @app.command()
 def adapters() -> None:
-    """List the families that can be compressed."""
+    """List the families that can be compressed, and what may go of each."""
     from ppcl_toolkit.adapter import installed_adapters
 
-    known = installed_adapters().items()
-    rows = [[name, a.transformer, ", ".join(stack.path for stack in a.stacks)] for name, a in known]
-    console.print_rows(["adapter", "transformer", "stacks"], *rows)
+    rows = [[name, a.transformer, *a.allows.values()] for name, a in installed_adapters().items()]
+    console.print_rows(["adapter", "transformer", "depth", "FFN", "text", "modulation"], *rows)
 
 
 @recipes_app.command("list")
