@@ -165,16 +165,21 @@ def test_a_check_leaves_the_teacher_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in run.transformer.state_dict().items())
 
 
+THOUSANDS = ("wan", "cogview4", "sana", "ltx_video", "hunyuan_video")
+REVERSED = ("z_image", "lumina2")
+
+
 @pytest.mark.parametrize("name", STRANGERS)
 def test_nothing_is_said_of_pipelines_of_other_make(name):
-    """Z-Image's blocks know their number, and make no use of it; it is told how much there is of the picture."""
+    """Z-Image's blocks know their number, and make no use of it."""
     build, asked = STRANGERS[name]
     adapter, pipeline = load_adapter(name), build()
     call = {**asked, "num_inference_steps": 3}
     steps = observed(pipeline, adapter, lambda: run_pipeline(pipeline, ["a"], None, call, "latent"))
-    told = {"z_image": (1.0, -1.0), "wan": (0.0, 1000.0)}.get(name, (0.0, 1.0))
+    told = (0.0, 1000.0) if name in THOUSANDS else (1.0, -1.0) if name in REVERSED else (0.0, 1.0)
     found = noising_of(pipeline.scheduler, adapter, steps)
     assert (found.offset, found.scale) == told
+    assert found.kind == ("diffusion" if name in ("pixart", "cogvideox") else "flow")
     checked(Runner(pipeline.transformer, adapter), {**steps[-1].call, "return_dict": False})
 
 
