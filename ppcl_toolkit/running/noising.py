@@ -6,6 +6,7 @@ x = a_k x_0 + (1 - a_k^2)^1/2 n, and the transformer is told k.
 """
 
 import contextlib
+import functools
 import inspect
 import math
 from collections.abc import Iterator, Mapping
@@ -86,6 +87,8 @@ def stepping(scheduler: Any, after: Any) -> Iterator[None]:
     own = scheduler.step
     signature = inspect.signature(own)
 
+    # Pipelines look at the signature: what is not in it (`generator`, `eta`) they do not pass.
+    @functools.wraps(own)
     def step(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         result = own(*args, **kwargs)
