@@ -9,8 +9,9 @@ from strangers import STRANGERS
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.running.capture import answer, predict, run_block, stack_calls
 from ppcl_toolkit.running.fields import check_fields
-from ppcl_toolkit.running.images import Exam, generate_images, image_path, pixels
+from ppcl_toolkit.running.images import Exam, generate_images, image_path, pixels, run_pipeline
 from ppcl_toolkit.running.noise import Batches
+from ppcl_toolkit.running.noising import noising_of, observed
 from ppcl_toolkit.running.record import denoised
 
 TEXTS = ("a red circle", "another one")
@@ -111,3 +112,22 @@ def test_pictures_and_videos_are_drawn_and_timed(name, tmp_path):
     frames = call.get("num_frames", 1)
     for index in range(2):
         assert pixels(image_path(tmp_path, 0, index)).shape == (call["height"], frames * call["width"], 3)
+
+
+def test_a_timestep_for_every_token_is_one_for_all():
+    """Wan 2.2's 5B is told its level token by token; training tells it once, which is the same."""
+    build, asked = STRANGERS["wan"]
+    pipeline, adapter = build(), load_adapter("wan")
+    pipeline.register_to_config(expand_timesteps=True)
+    call = {**asked, "num_inference_steps": 3}
+    steps = observed(pipeline, adapter, lambda: run_pipeline(pipeline, ["a"], None, call, "latent"))
+    noising = noising_of(pipeline.scheduler, adapter, steps)
+    assert (noising.offset, noising.scale) == (0.0, 1000.0)
+    told = steps[1].call["timestep"]
+    assert told.ndim == 2 and told.shape[1] > 1
+    once = {**steps[1].call, "timestep": told[:, 0]}
+    each, alone = (answer(pipeline.transformer, {**c, "return_dict": False}) for c in (steps[1].call, once))
+    assert torch.allclose(each, alone, atol=1e-5)
+    samples = denoised(pipeline, adapter, TEXTS, call, 0)
+    batch = Batches(samples=samples, adapter=adapter, size=2, seed=3, noising=noising)[0]
+    assert predict(pipeline.transformer, adapter, batch).isfinite().all()
