@@ -15,8 +15,7 @@ from diffusers import DiffusionPipeline
 @torch.no_grad()
 def answer(folder: str, call: str, into: str) -> str:
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    args, kwargs = torch.load(call)
-    made = pipeline.transformer(*args, **kwargs)[0]
+    made = pipeline.transformer(**torch.load(call))[0]
     torch.save(torch.stack(made) if isinstance(made, list) else made, into)
     return type(pipeline.transformer).__module__
 

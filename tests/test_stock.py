@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from pydantic import TypeAdapter
 from strangers import STRANGERS
 
 from ppcl_toolkit import algorithm, compress
-from ppcl_toolkit.adapter import available_adapters
+from ppcl_toolkit.adapter import available_adapters, load_adapter
 from ppcl_toolkit.artifacts import variant
+from ppcl_toolkit.plan import Operation, Plan
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.stages import evaluate
+from ppcl_toolkit.surgery.assemble import count_parameters
 
 OWN = {
     "flux": (tiny.flux_pipeline, {"height": 8, "width": 8, "max_sequence_length": 8}),
@@ -84,7 +87,8 @@ def recorded(pipeline, asked):
     pipeline(prompt="a blue square", output_type="latent", generator=torch.Generator().manual_seed(3), **asked)
     handle.remove()
     args, kwargs = calls[-1]
-    return args, {**kwargs, "return_dict": False}
+    call = inspect.signature(pipeline.transformer.forward).bind(*args, **kwargs).arguments
+    return {**call, "return_dict": False}
 
 
 def handing_on(block, names):
@@ -106,24 +110,23 @@ def by_hand(transformer, skipped, call):
             block = transformer.get_submodule(path)[number]
             whole -= sum(weight.numel() for weight in block.parameters())
             block.forward = handing_on(block, names)
-    args, kwargs = call
     with torch.no_grad():
-        made = transformer(*args, **kwargs)[0]
+        made = transformer(**call)[0]
     return torch.stack(made) if isinstance(made, list) else made, whole
 
 
-def recipe_for(folder, asked, given, params):
-    """Nothing is trained, and nothing but the given intervals can go."""
+def recipe_for(folder, asked, given, params, width=()):
+    """Nothing is trained, and nothing but the given intervals, and what is given of the width, can go."""
     data = {
         "device": "cpu",
         "teacher": {"path": str(folder / "teacher"), "dtype": "float32", "call": asked},
         "samples": {"prompts": str(folder / "prompts.txt"), "count": 2, "batch": 1},
         "probe": {"batches": 1, "batch": 1},
         "intervals": {"batches": 1, "batch": 1, "strategy": "given", "given": given},
-        "targets": [{"name": "small", "params": params, "width": False}],
+        "targets": [{"name": "small", "params": params, "width": bool(width)}],
         "select": {"batches": 1, "batch": 1},
         "depth": {"steps": 0, "batch": 1},
-        "width": {"steps": 0, "batch": 1},
+        "width": {"steps": 0, "batch": 1, "batches": 1, "given": width},
         "finetune": {"steps": 0, "batch": 1},
         "export": {"dtype": "float32"},
         "evaluate": {"prompts": str(folder / "prompts.txt"), "count": 1, "seeds": [0], "velocity_batches": 1},
@@ -143,6 +146,41 @@ def test_no_family_is_left_out():
     assert set(PIPELINES) == set(SKIPPED) == set(available_adapters())
 
 
+NARROW = {
+    "flux2": (
+        {"kind": "text_run", "stack": DUAL, "reference": 0, "last": 1},
+        {"kind": "ffn_swap", "stack": DUAL, "block": 0, "streams": ["image", "text"]},
+    ),
+    "hunyuan_video": (
+        {"kind": "text_run", "stack": DUAL, "reference": 0, "last": 1},
+        {"kind": "ffn_swap", "stack": DUAL, "block": 0, "streams": ["image", "text"]},
+    ),
+    "sana": ({"kind": "ffn_swap", "stack": DUAL, "block": 0, "streams": ["image"]},),
+    "z_image": ({"kind": "ffn_swap", "stack": "layers", "block": 2, "streams": ["image"]},),
+}
+"""What goes of the width, too: text streams, and FFNs, of which Sana's are convolutions and Z-Image's have a norm."""
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_width_ends_in_a_variant_that_opens(name, tmp_path, monkeypatch):
+    """Export compares it, opened in a process of its own, with the trained blocks in the teacher."""
+    monkeypatch.setattr(algorithm, "write_report", lambda _: None)
+    monkeypatch.setattr(evaluate, "_resident_growth", lambda *_: None)
+    build, asked = PIPELINES[name]
+    asked = {**asked, "num_inference_steps": 2}
+    pipeline = build()
+    pipeline.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("a red circle\nanother\n")
+    # Of what is given, all has to go.
+    adapter, call = load_adapter(name), recorded(pipeline, asked)
+    gone = TypeAdapter(tuple[Operation, ...]).validate_python(NARROW[name])
+    plan = Plan(family=name, depths=adapter.depths(pipeline.transformer)).with_operations(gone)
+    params = count_parameters(pipeline.transformer, adapter, plan, call)
+    summary = compress(recipe_for(tmp_path, asked, [], params, NARROW[name]), tmp_path / "run")
+    (made,) = summary["variants"]
+    assert (made["opens"], made["params"]) == ("custom", params)
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_depth_alone_is_the_teacher_without_the_blocks(name, elsewhere, tmp_path, monkeypatch):
     monkeypatch.setattr(algorithm, "write_report", lambda _: None)
@@ -150,7 +188,7 @@ def test_depth_alone_is_the_teacher_without_the_blocks(name, elsewhere, tmp_path
 
     # What export asks a process of its own, that one answers, too: it has diffusers in memory.
     def given(folder, _, kwargs, *__):
-        return {"stock": elsewhere(folder, ((), {**kwargs, "return_dict": False}))}
+        return {"stock": elsewhere(folder, {**kwargs, "return_dict": False})}
 
     monkeypatch.setattr(variant, "_run_elsewhere", given)
     build, asked = PIPELINES[name]
