@@ -109,8 +109,9 @@ class Adapter:
     """Argument of the pipeline that, above 1, makes it run every picture twice: classifier-free guidance."""
     distilled: str = "guidance"
     """Argument by which a guidance-distilled model is told its guidance, where it is one."""
-    others: tuple[int, ...] = ()
-    """Parameters of each of the pipeline's other parts, text encoders and autoencoder: for `ppcl plan`."""
+    others: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
+    """Parameters of each of the pipeline's other parts, text encoders and autoencoder, for `ppcl plan`; by hub id where
+    models differ in them, the first for those that are not listed."""
     dtype: str = "bfloat16"
     """Of the published weights: a run in this one leaves them in their files, and the system reads pages of those."""
     example: Example | None = None
@@ -129,6 +130,23 @@ class Adapter:
                 return stack
         known = ", ".join(stack.path for stack in self.stacks)
         raise PpclError(f"{self.family} has no stack {path!r}; it has: {known}")
+
+    @property
+    def allows(self) -> dict[str, str]:
+        """What may go, in words: blocks of which stacks, FFNs of which streams, text streams, modulation."""
+        streams = [name for name in ("image", "text") if any(name in stack.ffn for stack in self.stacks)]
+        return {
+            "depth": ", ".join(stack.path for stack in self.stacks),
+            "FFN": ", ".join(streams) or "-",
+            "text": "yes" if any(stack.joint_attention for stack in self.stacks) else "-",
+            "modulation": "yes" if any(stack.modulation for stack in self.stacks) else "-",
+        }
+
+    def others_of(self, model: str) -> tuple[int, ...]:
+        """Return `others` of a model, by its hub id."""
+        if isinstance(self.others, tuple):
+            return self.others
+        return self.others.get(model) or next(iter(self.others.values()))
 
     @property
     def padded(self) -> tuple[str, str] | None:

@@ -283,14 +283,13 @@ def generate(
 
 @adapters_app.callback()
 def adapters(context: typer.Context) -> None:
-    """List the families that can be compressed, or write an adapter for another one."""
+    """List the families that can be compressed, and what may go of each; write or check an adapter for another."""
     if context.invoked_subcommand is not None:
         return
     from ppcl_toolkit.adapter import installed_adapters
 
-    known = installed_adapters().items()
-    rows = [[name, a.transformer, ", ".join(stack.path for stack in a.stacks)] for name, a in known]
-    console.print_rows(["adapter", "transformer", "stacks"], *rows)
+    rows = [[name, a.transformer, *a.allows.values()] for name, a in installed_adapters().items()]
+    console.print_rows(["adapter", "transformer", "depth", "FFN", "text", "modulation"], *rows)
 
 
 @adapters_app.command("check")

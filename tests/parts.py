@@ -1,7 +1,7 @@
 """The parts of tiny pipelines around the transformer: real tokenizers, text encoders and autoencoders, made in code."""
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -11,6 +11,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -157,3 +159,33 @@ def qwen_vae() -> AutoencoderKLQwenImage:
     with torch.no_grad():
         made.quant_conv.weight *= 20  # Untrained, it makes nearly the same of every image.
     return made.eval()
+
+
+def finished(kind: type, **modules):
+    """A pipeline with the scheduler of rectified flow, if no other is given, and without bars."""
+    made = kind(**{"scheduler": FlowMatchEulerDiscreteScheduler(), **modules})
+    made.set_progress_bar_config(disable=True)
+    made.transformer.requires_grad_(False)
+    return made
+
+
+def chat_tokenizer() -> Qwen2Tokenizer:
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
+    return tokenizer
+
+
+def qwen3_encoder() -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=256 + len(QWEN_TOKENS),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        bos_token_id=256,
+        eos_token_id=258,
+    )
+    return Qwen3ForCausalLM(config).eval()

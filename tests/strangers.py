@@ -1,13 +1,14 @@
-"""Families that the toolkit does not ship, tiny: classes of diffusers, with adapters as a user would write them."""
+"""Tiny pipelines of the families beside those of `tiny.py`: classes of diffusers, and what they are asked for."""
 
 import parts
+import pictures
 import torch
+import videos
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderKLFlux2,
     AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     WanPipeline,
@@ -15,41 +16,6 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
-
-from ppcl_toolkit.adapter import Adapter, Stack
-
-AURA_FLOW = Adapter(
-    family="aura_flow",
-    transformer="AuraFlowTransformer2DModel",
-    guidance="guidance_scale",
-    stacks=(
-        Stack(
-            path="joint_transformer_blocks",
-            depth_key="num_mmdit_layers",
-            ffn={"image": "ff", "text": "ff_context"},
-            joint_attention="attn",
-            text_query=("attn.add_q_proj", "attn.norm_added_q"),
-            text_out=("attn.to_add_out",),
-            modulation=("norm1.linear", "norm1_context.linear"),
-        ),
-        Stack(
-            path="single_transformer_blocks",
-            depth_key="num_single_dit_layers",
-            text=None,
-            returns=("image",),
-            modulation=("norm1.linear",),
-        ),
-    ),
-)
-
-
-def finished(kind: type, **modules):
-    """A pipeline with the scheduler of rectified flow, if no other is given, and without bars."""
-    made = kind(**{"scheduler": FlowMatchEulerDiscreteScheduler(), **modules})
-    made.set_progress_bar_config(disable=True)
-    made.transformer.requires_grad_(False)
-    return made
 
 
 def aura_flow_transformer(joint: int = 3, single: int = 2) -> AuraFlowTransformer2DModel:
@@ -71,46 +37,13 @@ def aura_flow_transformer(joint: int = 3, single: int = 2) -> AuraFlowTransforme
 
 
 def aura_flow_pipeline() -> AuraFlowPipeline:
-    return finished(
+    return parts.finished(
         AuraFlowPipeline,
         tokenizer=parts.t5_tokenizer(),
         text_encoder=parts.t5_encoder(),
         vae=parts.vae(4),
         transformer=aura_flow_transformer(),
     )
-
-
-def chat_tokenizer() -> Qwen2Tokenizer:
-    tokenizer = parts.qwen_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
-    return tokenizer
-
-
-def qwen3_encoder() -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=256 + len(parts.QWEN_TOKENS),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        bos_token_id=256,
-        eos_token_id=258,
-    )
-    return Qwen3ForCausalLM(config).eval()
-
-
-FLUX2 = Adapter(
-    family="flux2",
-    transformer="Flux2Transformer2DModel",
-    guidance="guidance_scale",
-    stacks=(
-        Stack(path="transformer_blocks", depth_key="num_layers", ffn={"image": "ff", "text": "ff_context"}),
-        Stack(path="single_transformer_blocks", depth_key="num_single_layers", text=None, returns=("image",)),
-    ),
-)
 
 
 def flux2_pipeline() -> Flux2KleinPipeline:
@@ -140,23 +73,13 @@ def flux2_pipeline() -> Flux2KleinPipeline:
         use_post_quant_conv=False,
     )
     vae.bn.running_var.fill_(3.0)
-    return finished(
+    return parts.finished(
         Flux2KleinPipeline,
         vae=vae,
-        text_encoder=qwen3_encoder(),
-        tokenizer=chat_tokenizer(),
+        text_encoder=parts.qwen3_encoder(),
+        tokenizer=parts.chat_tokenizer(),
         transformer=parts.randomize(transformer),
     )
-
-
-Z_IMAGE = Adapter(
-    family="z_image",
-    transformer="ZImageTransformer2DModel",
-    latents="x",
-    timestep="t",
-    guidance="guidance_scale",
-    stacks=(Stack(path="layers", depth_key="n_layers", image="x", text=None, returns=("image",)),),
-)
 
 
 def z_image_pipeline() -> ZImagePipeline:
@@ -175,21 +98,13 @@ def z_image_pipeline() -> ZImagePipeline:
         axes_dims=[4, 6, 6],
         axes_lens=[64, 32, 32],
     )
-    return finished(
+    return parts.finished(
         ZImagePipeline,
         vae=parts.vae(4),
-        text_encoder=qwen3_encoder(),
-        tokenizer=chat_tokenizer(),
+        text_encoder=parts.qwen3_encoder(),
+        tokenizer=parts.chat_tokenizer(),
         transformer=parts.randomize(transformer),
     )
-
-
-WAN = Adapter(
-    family="wan",
-    transformer="WanTransformer3DModel",
-    guidance="guidance_scale",
-    stacks=(Stack(path="blocks", depth_key="num_layers", text=None, returns=("image",)),),
-)
 
 
 def wan_pipeline() -> WanPipeline:
@@ -216,7 +131,7 @@ def wan_pipeline() -> WanPipeline:
         latents_mean=[0.1] * 4,
         latents_std=[1.5] * 4,
     )
-    return finished(
+    return parts.finished(
         WanPipeline,
         tokenizer=parts.t5_tokenizer(),
         text_encoder=parts.t5_encoder(),
@@ -225,15 +140,27 @@ def wan_pipeline() -> WanPipeline:
     )
 
 
-TINY = {"height": 8, "width": 8, "guidance_scale": 1.0}
+TINY = {"height": 8, "width": 8, "guidance_scale": 1.0, "max_sequence_length": 16}
+SQUARE = {**TINY, "height": 32, "width": 32, "use_resolution_binning": False}
 STRANGERS = {
-    "aura_flow": (aura_flow_pipeline, AURA_FLOW, TINY),
-    "flux2": (
-        flux2_pipeline,
-        FLUX2,
-        {"height": 8, "width": 8, "guidance_scale": 1.0, "text_encoder_out_layers": (0, 1, 2)},
+    "aura_flow": (aura_flow_pipeline, TINY),
+    "flux2": (flux2_pipeline, {**TINY, "text_encoder_out_layers": (0, 1, 2)}),
+    "z_image": (z_image_pipeline, {**TINY, "guidance_scale": 0.0}),
+    "wan": (wan_pipeline, {**TINY, "height": 16, "width": 16, "num_frames": 5}),
+    "ovis_image": (pictures.ovis_image, {**TINY, "max_sequence_length": 160}),
+    "longcat_image": (
+        pictures.longcat_image,
+        {"height": 8, "width": 8, "guidance_scale": 1.0, "enable_prompt_rewrite": False},
     ),
-    "z_image": (z_image_pipeline, Z_IMAGE, {**TINY, "guidance_scale": 0.0}),
-    "wan": (wan_pipeline, WAN, {"height": 16, "width": 16, "num_frames": 5, "guidance_scale": 1.0}),
+    "lumina2": (pictures.lumina2, {**TINY, "height": 16, "width": 16, "system_prompt": "x", "max_sequence_length": 40}),
+    "cogview4": (pictures.cogview4, {**TINY, "height": 16, "width": 16}),
+    "sana": (pictures.sana, SQUARE),
+    "pixart": (pictures.pixart, {**SQUARE, "height": 8, "width": 8}),
+    "cogvideox": (videos.cogvideox, {**TINY, "height": 16, "width": 16, "num_frames": 9}),
+    "ltx_video": (videos.ltx_video, {**TINY, "height": 32, "width": 32, "num_frames": 9}),
+    "hunyuan_video": (
+        videos.hunyuan_video,
+        {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16},
+    ),
 }
-"""How a family's pipeline is made, its adapter, and what the pipeline is asked for."""
+"""By the name of its adapter, how a family's pipeline is made, and what the pipeline is asked for."""

@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 
 from ppcl_toolkit.adapter import available_adapters, load_adapter
 from ppcl_toolkit.budget import Machine, check_fits, check_machine, dry_run, report
-from ppcl_toolkit.budget.model import Model
+from ppcl_toolkit.budget.model import Model, is_known
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Recipe, shipped_recipes
 
@@ -23,7 +23,34 @@ TEACHERS = {
     "Qwen/Qwen-Image-Edit-2509": 20_430_401_088,
     "stabilityai/stable-diffusion-3.5-large": 8_056_627_520,
     "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520,
+    "black-forest-labs/FLUX.1-Kontext-dev": 11_901_408_320,
+    "black-forest-labs/FLUX.1-schnell": 11_891_178_560,
+    "Qwen/Qwen-Image-Edit-2511": 20_430_401_088,
+    "black-forest-labs/FLUX.2-klein-4B": 3_875_544_576,
+    "black-forest-labs/FLUX.2-klein-base-4B": 3_875_544_576,
+    "black-forest-labs/FLUX.2-klein-9B": 9_078_581_248,
+    "black-forest-labs/FLUX.2-klein-base-9B": 9_078_581_248,
+    "black-forest-labs/FLUX.2-dev": 32_223_281_152,
+    "Tongyi-MAI/Z-Image-Turbo": 6_154_908_736,
+    "Tongyi-MAI/Z-Image": 6_154_908_736,
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1_418_996_800,
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14_288_491_584,
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 4_999_787_712,
+    "fal/AuraFlow-v0.3": 6_858_605_568,
+    "AIDC-AI/Ovis-Image-7B": 7_370_449_728,
+    "meituan-longcat/LongCat-Image": 6_270_668_864,
+    "zai-org/CogView4-6B": 6_369_118_272,
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": 1_604_462_752,
+    "Efficient-Large-Model/Sana_600M_1024px_diffusers": 591_747_872,
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": 610_856_096,
+    "zai-org/CogVideoX-2b": 1_693_783_872,
+    "zai-org/CogVideoX-5b": 5_570_283_072,
+    "Lightricks/LTX-Video": 1_923_385_472,
+    "hunyuanvideo-community/HunyuanVideo": 12_821_012_544,
 }
+"""Every published model that an adapter lists, to the last parameter."""
+UNSEEN = ("Alpha-VLLM/Lumina-Image-2.0",)
+"""Those whose call has no shapes without numbers."""
 
 
 @functools.cache
@@ -170,10 +197,30 @@ def test_guidance_runs_every_picture_twice():
     assert guided.hours["depth"] == plain.hours["depth"]
 
 
-def test_every_shipped_family_can_be_planned_without_a_download():
-    for family in available_adapters():
-        adapter = load_adapter(family)
-        assert adapter.models and adapter.example, family
+@pytest.mark.parametrize("path", sorted(path for name in available_adapters() for path in load_adapter(name).models))
+def test_every_listed_model_can_be_planned_without_a_download(path):
+    """Its weights are counted, and one call of it runs, on the meta device."""
+    recipe = Recipe.model_validate({"teacher": {"path": path}, "targets": [{"name": "a", "params": "75%"}]})
+    if path in UNSEEN:
+        with pytest.raises(PpclError, match="no `example`"):
+            Model.of(recipe)
+        assert not is_known(recipe)
+        return
+    model = Model.of(recipe)
+    assert sum(parameter.numel() for parameter in model.transformer.parameters()) == TEACHERS[path]
+    assert len(model.others) > 1 and model.costs(model.plan).flops > 1e12
+    assert is_known(recipe)
+
+
+def test_every_shipped_family_lists_models():
+    assert all(load_adapter(family).models for family in available_adapters())
+
+
+def test_a_model_that_is_told_its_guidance_runs_every_picture_once():
+    call = {"guidance_scale": 4.0}
+    for path, forwards in (("black-forest-labs/FLUX.2-dev", 1), ("black-forest-labs/FLUX.2-klein-base-4B", 2)):
+        data = {"teacher": {"path": path, "call": call}, "targets": [{"name": "a", "params": "75%"}]}
+        assert Model.of(Recipe.model_validate(data)).forwards == forwards
 
 
 def test_a_folder_with_a_config_is_enough(tmp_path):

@@ -71,10 +71,12 @@ class Model:
         call = _call(recipe, known=recipe.teacher.path in adapter.models)
         shapes = adapter.example(transformer.config, call, int(recipe.samples.edits is not None))
         example = {name: _empty(shape, transformer.dtype) for name, shape in shapes.items()} | {"return_dict": False}
-        forwards = 2 if float(recipe.teacher.call.get(adapter.guidance, 1) or 1) > 1 else 1
+        # A distilled model is told `guidance_scale`, and not run twice for it.
+        told = adapter.guidance == "guidance_scale" and transformer.config.get("guidance_embeds")
+        forwards = 2 if float(recipe.teacher.call.get(adapter.guidance, 1) or 1) > 1 and not told else 1
         folder = Path(resolve(recipe.teacher.path))
         in_place = (_dtype(folder / "transformer") or adapter.dtype) == recipe.teacher.dtype
-        others = _parts(folder) or adapter.others
+        others = _parts(folder) or adapter.others_of(recipe.teacher.path)
         return cls(
             transformer=transformer,
             adapter=adapter,
@@ -129,8 +131,8 @@ def count(module: nn.Module) -> int:
 
 
 def is_known(recipe: Recipe) -> bool:
-    """Tell whether the teacher is a published model that an adapter lists."""
-    return bool(_listed(recipe.teacher.path, recipe.adapter))
+    """Tell whether the teacher is a published model that an adapter lists, with the shapes of its call."""
+    return any(adapter.example for adapter in _listed(recipe.teacher.path, recipe.adapter))
 
 
 def _listed(path: str, wanted: str) -> list[Adapter]:

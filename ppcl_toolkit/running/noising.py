@@ -6,6 +6,7 @@ x = a_k x_0 + (1 - a_k^2)^1/2 n, and the transformer is told k.
 """
 
 import contextlib
+import functools
 import inspect
 import math
 from collections.abc import Iterator, Mapping
@@ -86,6 +87,8 @@ def stepping(scheduler: Any, after: Any) -> Iterator[None]:
     own = scheduler.step
     signature = inspect.signature(own)
 
+    # Pipelines look at the signature: what is not in it (`generator`, `eta`) they do not pass.
+    @functools.wraps(own)
     def step(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         result = own(*args, **kwargs)
@@ -195,7 +198,9 @@ def _plain(value: float) -> float:
 
 def _level(scheduler: Any, timestep: float) -> float:
     numbers = (scheduler.timesteps.double().cpu() - timestep).abs()
-    return float(scheduler.sigmas[int(numbers.argmin())])
+    sigma = float(scheduler.sigmas[int(numbers.argmin())])
+    # Mochi's count what is left of the picture.
+    return 1 - sigma if scheduler.config.get("invert_sigmas") else sigma
 
 
 def _told(value: Any, adapter: Adapter) -> float:

@@ -45,7 +45,23 @@ def test_every_available_adapter_loads_and_knows_its_stacks():
             assert known.stack(stack.path) is stack
 
 
-@pytest.mark.parametrize("family", ["flux", "qwen_image", "sd3"])
+@pytest.mark.parametrize(
+    ("family", "ffn", "text", "modulation"),
+    [
+        ("flux", "image, text", "yes", "yes"),
+        ("flux2", "image, text", "yes", "-"),
+        ("aura_flow", "-", "yes", "yes"),
+        ("cogview4", "-", "-", "yes"),
+        ("wan", "image", "-", "-"),
+    ],
+)
+def test_what_may_go_of_a_family_is_told(family, ffn, text, modulation):
+    said = load_adapter(family).allows
+    assert (said["FFN"], said["text"], said["modulation"]) == (ffn, text, modulation)
+    assert said["depth"].split(", ") == [stack.path for stack in load_adapter(family).stacks]
+
+
+@pytest.mark.parametrize("family", available_adapters())
 def test_a_shipped_family_is_picked_by_the_class_of_the_transformer(family):
     known = load_adapter(family)
     assert adapter_for(known.transformer) is known

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import odd
+import pictures
 import pytest
 import tiny
 import torch
@@ -11,6 +12,7 @@ from families import FLUX, QWEN_IMAGE, SD3
 from runs import DUAL
 from strangers import STRANGERS
 
+from ppcl_toolkit.adapter import Adapter, Stack, load_adapter
 from ppcl_toolkit.checking.dead import check_dead
 from ppcl_toolkit.checking.dropped import check_dropped, intervals
 from ppcl_toolkit.checking.in_place import called_in_place
@@ -163,13 +165,33 @@ def test_a_check_leaves_the_teacher_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in run.transformer.state_dict().items())
 
 
+THOUSANDS = ("wan", "cogview4", "sana", "ltx_video", "hunyuan_video")
+REVERSED = ("z_image", "lumina2")
+
+
 @pytest.mark.parametrize("name", STRANGERS)
-def test_nothing_is_said_of_what_others_wrote(name):
-    """Z-Image's blocks know their number, and make no use of it; it is told how much there is of the picture."""
-    build, adapter, asked = STRANGERS[name]
-    pipeline, call = build(), {**asked, "num_inference_steps": 3, "max_sequence_length": 16}
+def test_nothing_is_said_of_pipelines_of_other_make(name):
+    """Z-Image's blocks know their number, and make no use of it."""
+    build, asked = STRANGERS[name]
+    adapter, pipeline = load_adapter(name), build()
+    call = {**asked, "num_inference_steps": 3}
     steps = observed(pipeline, adapter, lambda: run_pipeline(pipeline, ["a"], None, call, "latent"))
-    told = {"z_image": (1.0, -1.0), "wan": (0.0, 1000.0)}.get(name, (0.0, 1.0))
+    told = (0.0, 1000.0) if name in THOUSANDS else (1.0, -1.0) if name in REVERSED else (0.0, 1.0)
     found = noising_of(pipeline.scheduler, adapter, steps)
     assert (found.offset, found.scale) == told
+    assert found.kind == ("diffusion" if name in ("pixart", "cogvideox") else "flow")
     checked(Runner(pipeline.transformer, adapter), {**steps[-1].call, "return_dict": False})
+
+
+def test_chroma_is_refused():
+    """Its modulation is a table by the numbers of blocks, whose length is a buffer's."""
+    single = Stack(path="single_transformer_blocks", depth_key="num_single_layers", text=None, returns=("image",))
+    adapter = Adapter(
+        family="chroma",
+        transformer="ChromaTransformer2DModel",
+        shared=("img_ids", "txt_ids"),
+        stacks=(dataclasses.replace(FLUX.stacks[0], modulation=()), single),
+    )
+    call = {k: v for k, v in tiny.flux_inputs().items() if k not in ("pooled_projections", "guidance")}
+    with pytest.raises(PpclError, match=r"mod_proj is \[.*it depends on the numbers of blocks"):
+        checked(Runner(pictures.chroma_transformer(), adapter), call)

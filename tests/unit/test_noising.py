@@ -68,6 +68,15 @@ def test_any_affine_map_will_do():
     assert torch.allclose(found.level(found.told(levels)), levels, atol=1e-6)
 
 
+def test_sigmas_that_count_what_is_left_are_turned_round():
+    """Mochi's scheduler begins at 0, where latents are noise alone."""
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    found = noising_of(scheduler, FLUX, steps_of(scheduler, lambda t, _: t))
+    assert scheduler.sigmas[0] == 0 and found.told(torch.ones(1)).item() == 0
+    assert (found.offset, found.scale) == (1000.0, -1000.0)
+    assert torch.equal(found.noised(torch.zeros(1), torch.ones(1), found.level(torch.zeros(1))), torch.ones(1))
+
+
 def test_a_solver_of_another_name_may_follow_a_flow():
     scheduler = FLOWS[3]
     assert noising_of(scheduler, FLUX, steps_of(scheduler, lambda t, _: t)).kind == "flow"

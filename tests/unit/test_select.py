@@ -1,13 +1,15 @@
 """Selection: errors are measured in the whole teacher, sizes are exact, and targets are nested."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 from runs import DUAL, SINGLE, batches, desk, equal, identity, plan_of, runner
-from strangers import AURA_FLOW, aura_flow_transformer
+from strangers import aura_flow_transformer
 
+from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, ModulationSwap, Plan, TextRun
@@ -513,6 +515,12 @@ def test_candidates_of_several_groups_are_measured_as_those_of_one(teacher, meas
     assert again == [(each.operation, each.error) for each in measured]
 
 
+SHIPPED = load_adapter("aura_flow")
+JOINT = SHIPPED.stacks[0].path
+WITH_FFN = replace(SHIPPED.stacks[0], ffn={"image": "ff", "text": "ff_context"})
+AURA_FLOW = replace(SHIPPED, stacks=(WITH_FFN, SHIPPED.stacks[1]))
+
+
 @pytest.fixture(scope="module")
 def aura_flow():
     """AuraFlow adds its FFN to what enters the block: in place of the FFN, a linear map would delete the attention."""
@@ -526,9 +534,6 @@ def aura_flow():
         for _ in range(4)
     ]
     return Runner(transformer, AURA_FLOW), Batches(samples=samples, adapter=AURA_FLOW, size=2, seed=0)
-
-
-JOINT = AURA_FLOW.stacks[0].path
 
 
 def test_what_an_architecture_refuses_is_left_out_and_said(aura_flow, tmp_path):

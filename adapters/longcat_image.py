@@ -1,0 +1,43 @@
+"""LongCat-Image: dual-stream blocks, then single-stream blocks that still take and return two streams."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ppcl_toolkit.adapter import Adapter, Stack
+
+
+def example(config: Mapping[str, Any], call: Mapping[str, Any], references: int) -> dict[str, Any]:
+    """Shapes of one call: a token is 16x16 pixels, the text is padded."""
+    assert not references, "LongCat-Image-Edit is another pipeline"
+    image = call.get("height", 1024) // 16 * (call.get("width", 1024) // 16)
+    return {
+        "hidden_states": (1, image, config["in_channels"]),
+        "encoder_hidden_states": (1, 512, config["joint_attention_dim"]),
+        "timestep": (1,),
+        "img_ids": (image, 3),
+        "txt_ids": (512, 3),
+    }
+
+
+ADAPTER = Adapter(
+    family="longcat_image",
+    transformer="LongCatImageTransformer2DModel",
+    packs=True,
+    shared=("img_ids", "txt_ids"),
+    guidance="guidance_scale",
+    models={"meituan-longcat/LongCat-Image": {"num_layers": 10, "num_single_layers": 20}},
+    others=(8_292_166_656, 83_819_683),
+    example=example,
+    stacks=(
+        Stack(
+            path="transformer_blocks",
+            depth_key="num_layers",
+            ffn={"image": "ff", "text": "ff_context"},
+            joint_attention="attn",
+            text_query=("attn.add_q_proj", "attn.norm_added_q"),
+            text_out=("attn.to_add_out",),
+            modulation=("norm1.linear", "norm1_context.linear"),
+        ),
+        Stack(path="single_transformer_blocks", depth_key="num_single_layers", modulation=("norm.linear",)),
+    ),
+)

@@ -1,0 +1,189 @@
+"""Tiny pipelines that make pictures."""
+
+import parts
+import torch
+from diffusers import (
+    AutoencoderDC,
+    ChromaTransformer2DModel,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    LongCatImagePipeline,
+    LongCatImageTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    OvisImagePipeline,
+    OvisImageTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
+
+DUAL_SINGLE = {
+    "patch_size": 1,
+    "in_channels": 4,
+    "num_layers": 3,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+}
+
+
+def ovis_image() -> OvisImagePipeline:
+    torch.manual_seed(0)
+    transformer = OvisImageTransformer2DModel(
+        **DUAL_SINGLE, out_channels=4, joint_attention_dim=16, axes_dims_rope=(4, 4, 8)
+    )
+    return parts.finished(
+        OvisImagePipeline,
+        vae=parts.vae(),
+        text_encoder=parts.qwen3_encoder().model,
+        tokenizer=parts.chat_tokenizer(),
+        transformer=parts.randomize(transformer),
+    )
+
+
+def longcat_image() -> LongCatImagePipeline:
+    torch.manual_seed(0)
+    transformer = LongCatImageTransformer2DModel(
+        **{**DUAL_SINGLE, "in_channels": 64}, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8)
+    )
+    return parts.finished(
+        LongCatImagePipeline,
+        vae=parts.vae(16),
+        text_encoder=parts.qwen_encoder(),
+        tokenizer=parts.chat_tokenizer(),
+        text_processor=parts.qwen_processor(),
+        transformer=parts.randomize(transformer),
+    )
+
+
+def lumina2() -> Lumina2Pipeline:
+    """Two refiners, and four blocks."""
+    torch.manual_seed(0)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=4,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(64, 16, 16),
+        cap_feat_dim=16,
+    )
+    return parts.finished(
+        Lumina2Pipeline,
+        vae=parts.vae(4),
+        text_encoder=parts.qwen3_encoder().model,
+        tokenizer=parts.chat_tokenizer(),
+        transformer=parts.randomize(transformer),
+    )
+
+
+def cogview4() -> CogView4Pipeline:
+    torch.manual_seed(0)
+    transformer = CogView4Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        text_embed_dim=16,
+        time_embed_dim=16,
+        condition_dim=8,
+        pos_embed_max_size=16,
+        sample_size=8,
+        rope_axes_dim=(8, 8),
+    )
+    return parts.finished(
+        CogView4Pipeline,
+        vae=parts.vae(4),
+        text_encoder=parts.qwen3_encoder().model,
+        tokenizer=parts.chat_tokenizer(),
+        transformer=parts.randomize(transformer),
+    )
+
+
+def sana() -> SanaPipeline:
+    """By its own solver, of a rectified flow."""
+    torch.manual_seed(0)
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=3,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=16,
+    )
+    kinds, widths, scales = ("ResBlock", "EfficientViTBlock"), (8, 8), ((), (5,))
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=kinds,
+        decoder_block_types=kinds,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_qkv_multiscales=scales,
+        decoder_qkv_multiscales=scales,
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+    )
+    return parts.finished(
+        SanaPipeline,
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2
+        ),
+        vae=vae.eval(),
+        text_encoder=parts.qwen3_encoder().model,
+        tokenizer=parts.chat_tokenizer(),
+        transformer=parts.randomize(transformer),
+    )
+
+
+def pixart() -> PixArtSigmaPipeline:
+    """PixArt-Sigma: a diffusion process, which learns its variance, too."""
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=3,
+        cross_attention_dim=16,
+        sample_size=8,
+        use_additional_conditions=False,
+        caption_channels=32,
+    )
+    return parts.finished(
+        PixArtSigmaPipeline,
+        scheduler=DDPMScheduler(),
+        vae=parts.vae(4),
+        text_encoder=parts.t5_encoder(),
+        tokenizer=parts.t5_tokenizer(),
+        transformer=parts.randomize(transformer),
+    )
+
+
+def chroma_transformer() -> ChromaTransformer2DModel:
+    """Not of a shipped family: what modulates a block is told by its number."""
+    torch.manual_seed(0)
+    transformer = ChromaTransformer2DModel(
+        **DUAL_SINGLE,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    return parts.randomize(transformer).requires_grad_(False)
