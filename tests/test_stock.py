@@ -104,15 +104,15 @@ def handing_on(block, names):
 
 def by_hand(transformer, skipped, call):
     """The teacher's velocity without the blocks, and how many parameters it has then."""
-    whole = sum(weight.numel() for weight in transformer.parameters())
+    params = sum(weight.numel() for weight in transformer.parameters())
     for path, (numbers, names) in skipped.items():
         for number in numbers:
             block = transformer.get_submodule(path)[number]
-            whole -= sum(weight.numel() for weight in block.parameters())
+            params -= sum(weight.numel() for weight in block.parameters())
             block.forward = handing_on(block, names)
     with torch.no_grad():
         made = transformer(**call)[0]
-    return torch.stack(made) if isinstance(made, list) else made, whole
+    return torch.stack(made) if isinstance(made, list) else made, params
 
 
 def recipe_for(folder, asked, given, params, width=()):
@@ -197,7 +197,9 @@ def test_depth_alone_is_the_teacher_without_the_blocks(name, elsewhere, tmp_path
     pipeline.save_pretrained(tmp_path / "teacher")
     (tmp_path / "prompts.txt").write_text("a red circle\nanother\n")
     call = recorded(pipeline, asked)
+    whole, _ = by_hand(pipeline.transformer, {}, call)
     expected, params = by_hand(pipeline.transformer, skipped, call)
+    assert not torch.allclose(whole, expected, rtol=1e-2)
     summary = compress(recipe_for(tmp_path, asked, [*intervals_of(skipped)], params), tmp_path / "run")
     (made,) = summary["variants"]
     assert (made["opens"], made["params"]) == ("stock", params)
