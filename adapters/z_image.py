@@ -30,6 +30,7 @@ ADAPTER = Adapter(
     latents="x",
     timestep="t",
     guidance="guidance_scale",
+    negatives_last=True,
     models={"Tongyi-MAI/Z-Image-Turbo": {}, "Tongyi-MAI/Z-Image": {}},
     dtype="float32",
     others=(4_022_468_096, 83_819_683),

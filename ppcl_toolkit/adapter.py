@@ -107,6 +107,8 @@ class Adapter:
     """Hub ids, and where their config differs from the class's defaults: `ppcl plan` needs no download for these."""
     guidance: str = "true_cfg_scale"
     """Argument of the pipeline that, above 1, makes it run every picture twice: classifier-free guidance."""
+    negatives_last: bool = False
+    """Whether, where one call has the rows of negative prompts too, they are behind those of the prompts."""
     distilled: str = "guidance"
     """Argument by which a guidance-distilled model is told its guidance, where it is one."""
     others: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()

@@ -20,7 +20,7 @@ from torch import Tensor
 from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.capture import map_tensors
-from ppcl_toolkit.running.rows import as_given, stacked
+from ppcl_toolkit.running.rows import as_given, stacked, unlike_rows
 
 _TOLD = ((0.0, 1.0), (0.0, 1000.0), (1.0, -1.0), (1000.0, -1000.0))
 """Offset and scale of the maps that pipelines are known to use."""
@@ -167,6 +167,22 @@ def noising_of(scheduler: Any, adapter: Adapter, steps: list[Step]) -> Noising:
     if wrong := [pair for pair in zip(told, [step.timestep for step in steps], strict=True) if pair[0] != pair[1]]:
         raise PpclError(f"the transformer is told {wrong[0][0]:g} where {name} is at step {wrong[0][1]:g}")
     return Noising(kind="diffusion", signal=tuple(signal.double().tolist()))
+
+
+def check_negatives(step: Step, other: Step, adapter: Adapter) -> None:
+    """Compare the calls of two prompts: the rows of negatives are those that they share.
+
+    Raises `PpclError` where they are not where the adapter has them.
+    """
+    given, count = step.call[adapter.latents], len(step.sample)
+    one, two = ({n: v for n, v in each.call.items() if n not in adapter.shared} for each in (step, other))
+    rows = unlike_rows(one, two, len(given), listed=isinstance(given, list))
+    expected = list(range(count)) if adapter.negatives_last else list(range(len(given) - count, len(given)))
+    if len(given) > count and rows and rows != expected:
+        raise PpclError(
+            f"adapter {adapter.family}: of {len(given)} rows of a call, {rows} belong to the prompts, and "
+            f"negatives_last is {adapter.negatives_last}"
+        )
 
 
 def _flow(scheduler: Any, told: list[float], levels: list[float], call: Mapping[str, Any]) -> Noising:

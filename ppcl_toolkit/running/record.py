@@ -60,8 +60,8 @@ def encoded(pipeline: Any, adapter: Adapter, text: str, picture: Image.Image, ca
         latents = pipeline._pack_latents(latents, rows, channels, height, width)
     with _recording(pipeline.transformer, adapter, first_only=True) as calls, contextlib.suppress(_Recorded):
         run_pipeline(pipeline, [text], None, call, "latent")
-    # Under classifier-free guidance in one call, the row of the prompt itself is the last.
-    return _split(adapter, calls[0], latents.cpu())[-1]
+    # Under classifier-free guidance in one call, there is a row of the negative prompt, too.
+    return next(sample for sample in _split(adapter, calls[0], latents.cpu()) if not sample.negative)
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def clean_latents(vae: Any, pixels: Tensor) -> Tensor:
 def _split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor, *, negative: bool = False) -> list[Sample]:
     """Return a sample for each row; guidance may put a second call for the same latents behind the first.
 
-    All rows are of the `negative` prompt, or its rows come before as many of the prompts themselves.
+    All rows are of the `negative` prompt, or its rows come before as many of the prompts themselves, or behind them.
     """
     arguments = dict(arguments)
     tokens = arguments.pop(adapter.latents)
@@ -106,7 +106,7 @@ def _split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor, *, nega
             arguments={n: v if n in adapter.shared else _one(v, n, i, tokens, listed) for n, v in arguments.items()},
             reference=None if reference is None else reference[i : i + 1],
             listed=listed,
-            negative=negative or i < rows - count,
+            negative=negative or (i >= count if adapter.negatives_last else i < rows - count),
         )
         for i in range(rows)
     ]

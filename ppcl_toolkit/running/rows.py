@@ -4,7 +4,8 @@ A tensor has its samples along its first dimension, a list of plain values one i
 tensors are taken apart tensor by tensor; where the latents come as a list of samples (Z-Image), so do other lists.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,24 @@ from torch import Tensor
 
 from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.running.capture import map_tensors
+
+
+def unlike_rows(one: Mapping[str, Any], other: Mapping[str, Any], rows: int, *, listed: bool = False) -> list[int]:
+    """Return which of the `rows` of two calls differ in any of their tensors."""
+
+    def told(call: Mapping[str, Any], index: int) -> list[Tensor]:
+        found: list[Tensor] = []
+        for value in call.values():
+            with contextlib.suppress(Uneven):
+                map_tensors(row(value, index, rows, listed=listed), found.append)
+        return found
+
+    def same(index: int) -> bool:
+        pairs = list(zip(told(one, index), told(other, index), strict=False))
+        return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+    return [index for index in range(rows) if not same(index)]
 
 
 class Uneven(Exception):

@@ -54,12 +54,14 @@ def record_samples(runner: Runner, teacher: Teacher, recipe: Recipe, desk: Desk)
             save_tree(path, [{name: getattr(s, name) for name in Sample.__slots__} for s in samples])
 
 
-def rehearse(teacher: Teacher, recipe: Recipe) -> None:
-    """Run the pipeline for the first source, and keep nothing of it."""
+def rehearse(teacher: Teacher, recipe: Recipe, prompt: str | None = None) -> None:
+    """Run the pipeline for the first source, or another prompt in its place, and keep nothing of it."""
     (text, path), *_ = sources(recipe.samples, recipe.seed)
     image = {"image": read_image(path, "samples.edits")} if recipe.samples.edits and path is not None else {}
     generators = [torch.Generator().manual_seed(recipe.seed)]
-    run_pipeline(teacher.pipeline, [text], generators, {**recipe.teacher.call, **image}, "latent")
+    run_pipeline(
+        teacher.pipeline, [text if prompt is None else prompt], generators, {**recipe.teacher.call, **image}, "latent"
+    )
 
 
 def load_samples(folder: Path, name: str = "*") -> Recorded:

@@ -221,8 +221,8 @@ def test_an_unknown_stack_lists_the_known_ones():
 def test_the_readme_says_what_may_go_of_each_family():
     rows = [line.split(" | ") for line in (Path(__file__).parents[2] / "README.md").read_text().splitlines()]
     told = {row[0].strip("| `"): [cell.strip(" |") for cell in row[1:]] for row in rows if len(row) == 6}
-    for name, adapter in installed_adapters().items():
-        depth, *others = adapter.allows.values()
-        models = ", ".join(model.rpartition("/")[2] for model in adapter.models)
+    for name, family in installed_adapters().items():
+        depth, *others = family.allows.values()
+        models = ", ".join(model.rpartition("/")[2] for model in family.models)
         stacks = ", ".join(f"`{path}`" for path in depth.split(", "))
         assert told.get(name) == [models, stacks, *others], name

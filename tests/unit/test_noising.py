@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import strangers
 import tiny
 import torch
 from diffusers import (
@@ -16,9 +17,11 @@ from diffusers import (
 from families import FLUX, SD3
 from runs import batches
 
+from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.images import run_pipeline
-from ppcl_toolkit.running.noising import Noising, Step, noising_of, observed
+from ppcl_toolkit.running.noising import Noising, Step, check_negatives, noising_of, observed
+from ppcl_toolkit.running.record import denoised
 
 CALL = {"height": 8, "width": 8, "num_inference_steps": 4, "max_sequence_length": 8}
 
@@ -155,3 +158,31 @@ def test_sd3_is_told_a_thousand_times_sigma():
     call = {**CALL, "guidance_scale": 3.0}
     steps = observed(pipeline, SD3, lambda: run_pipeline(pipeline, ["a"], None, call, "latent"))
     assert noising_of(pipeline.scheduler, SD3, steps) == Noising(scale=1000.0)
+
+
+GUIDED = {
+    "sd3": (tiny.sd3_pipeline, SD3, {**CALL, "guidance_scale": 3.0}),
+    "z_image": (strangers.z_image_pipeline, load_adapter("z_image"), {**CALL, "guidance_scale": 3.0}),
+}
+
+
+@pytest.mark.parametrize("family", GUIDED)
+def test_where_negatives_are_is_seen(family):
+    """SD3's pipeline puts them before the prompts, Z-Image's behind."""
+    build, adapter, call = GUIDED[family]
+    pipeline = build()
+    steps = [
+        observed(pipeline, adapter, lambda text=text: run_pipeline(pipeline, [text], seeds(), call, "latent"), 1)[0]
+        for text in ("a circle", "something else")
+    ]
+    assert len(steps[0].call[adapter.latents]) == 2 * len(steps[0].sample)
+    check_negatives(*steps, adapter)
+    wrong = dataclasses.replace(adapter, negatives_last=not adapter.negatives_last)
+    with pytest.raises(PpclError, match="of 2 rows of a call, .* belong to the prompts, and negatives_last is"):
+        check_negatives(*steps, wrong)
+    samples = denoised(pipeline, adapter, ["a circle"], call, 0)
+    assert [sample.negative for sample in samples] == ([False, True] if family == "z_image" else [True, False])
+
+
+def seeds():
+    return [torch.Generator().manual_seed(0)]
