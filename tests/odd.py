@@ -10,20 +10,6 @@ from ppcl_toolkit.adapter import Adapter, Stack
 from ppcl_toolkit.running.schedule import Runner
 
 WIDTH = 8
-KINDS = (
-    "plain",
-    "skip",
-    "changed",
-    "tap",
-    "table",
-    "gain",
-    "numbered",
-    "captions",
-    "buffer",
-    "twice",
-    "sides",
-    "refiners",
-)
 _SIDES = ("sides", "refiners")
 """Kinds with two more stacks."""
 KINDS = ("plain", "skip", "changed", "tap", "table", "gain", "numbered", "captions", "buffer", "twice", *_SIDES)

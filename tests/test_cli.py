@@ -121,7 +121,18 @@ def test_a_plan_says_what_a_recipe_asks_for():
     slower = CliRunner().invoke(cli.app, ["plan", "--recipe", "tiny_paper", "--json", "--tflops", "0.1"])
     found = json.loads(slower.stdout)
     assert found["teacher"]["params"] == 5_025_760
-    trained = ["samples", "probe", "intervals", "select", "depth", "width", "velocities", "finetune", "evaluate"]
+    trained = [
+        "check",
+        "samples",
+        "probe",
+        "intervals",
+        "select",
+        "depth",
+        "width",
+        "velocities",
+        "finetune",
+        "evaluate",
+    ]
     assert list(found["hours"]) == trained
     assert all(found["hours"].values())
 

@@ -136,6 +136,11 @@ def load_pipeline(
             pipeline = _from_pretrained(path, settings, known)
     if getattr(pipeline, "transformer", None) is None:
         raise PpclError(f"{path} is a {type(pipeline).__name__} without a transformer: nothing here to compress")
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise PpclError(
+            f"{path} is a {type(pipeline).__name__} with two transformers, each for its own levels of noise: one alone "
+            "would learn at levels that it never sees"
+        )
     if missing := [name for name, value in pipeline.transformer.named_parameters() if value.is_meta]:
         raise PpclError(f"{path}: the transformer's files lack {len(missing)} of its weights: {', '.join(missing[:3])}")
     pipeline.set_progress_bar_config(disable=True)

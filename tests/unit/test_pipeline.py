@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import strangers
 import tiny
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -254,3 +255,11 @@ def test_a_narrow_variant_is_a_teacher_of_which_depth_can_go(tmp_path):
     assert not any(stack.ffn or stack.joint_attention for stack in teacher.adapter.stacks)
     assert [stack.path for stack in teacher.adapter.stacks] == [DUAL.path, SINGLE.path]
     assert not teacher.whole(teacher.plan()).is_depth_only
+
+
+def test_a_pipeline_of_two_transformers_is_refused(tmp_path):
+    """Wan 2.2 A14B: one of them would learn at levels of noise that it is never given."""
+    pipeline = strangers.wan_pipeline()
+    pipeline.register_modules(transformer_2=pipeline.transformer)
+    pipeline.save_pretrained(tmp_path)
+    assert "is a WanPipeline with two transformers" in refusal(tmp_path)
