@@ -50,9 +50,9 @@ def test_a_shipped_adapter_is_what_is_found_of_its_class(shipped):
     assert (found.latents, found.timestep) == (shipped.latents, shipped.timestep)
 
 
-@pytest.mark.parametrize("family", strangers.STRANGERS)
-def test_families_that_are_not_shipped_are_found_as_written_by_hand(family):
-    build, by_hand, call = strangers.STRANGERS[family]
+@pytest.mark.parametrize("family", ("aura_flow", "flux2", "z_image", "wan"))
+def test_other_families_are_found_as_written_by_hand(family):
+    by_hand, (build, call) = load_adapter(family), strangers.STRANGERS[family]
     found, _ = of_pipeline(build(), {**call, "max_sequence_length": 19})
     assert (found.latents, found.timestep) == (by_hand.latents, by_hand.timestep)
     for mine, own in zip(found.stacks, by_hand.stacks, strict=True):
