@@ -36,7 +36,7 @@ CHANGES = (
     "evaluate.count=1",
     "evaluate.batch=1",
 )
-STAGES = ("samples", "modulation", "probe", "intervals", "select", "depth", "width", "low_rank", "evaluate")
+STAGES = ("check", "samples", "modulation", "probe", "intervals", "select", "depth", "width", "low_rank", "evaluate")
 
 
 @pytest.fixture(scope="module")

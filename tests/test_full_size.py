@@ -337,7 +337,7 @@ def test_a_machine_that_is_too_small_is_told_what_would_do():
     found = {stage.name: stage for stage in dry_run(recipe, machine=small).stages}
     assert not found["depth"].fits and "teacher.streamed: true would" in found["depth"].otherwise
     check_fits(recipe, large.card, large.host)
-    with pytest.raises(PpclError, match=r"samples does not fit a device of 4.0 GB and a host of 256.0 GB"):
+    with pytest.raises(PpclError, match=r"check does not fit a device of 4.0 GB and a host of 256.0 GB"):
         check_fits(recipe, 4 * 10**9, small.host)
 
 

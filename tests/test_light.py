@@ -84,7 +84,7 @@ def test_alone_it_needs_no_training_and_removes_no_block(light):
     assert variant["params"] == summary["teacher"]["params"] - whole + low == loaded_size(variant["path"])
     assert variant["velocity_error"] < 0.05
     stages = {path.name for path in out.iterdir() if path.is_dir()}
-    assert stages == {"samples", "modulation", "select", "export", "variants", "evaluate"}
+    assert stages == {"check", "samples", "modulation", "select", "export", "variants", "evaluate"}
     assert not [*out.rglob("*.partial"), *out.rglob("*.tmp")]
     card = (Path(variant["path"]) / "README.md").read_text()
     assert "guidance 1, 3.5; the empty prompt; no negative prompt" in card

@@ -70,7 +70,7 @@ def test_compress_says_which_call_the_teacher_does_not_take(monkeypatch, capfd, 
     assert message in said(monkeypatch, capfd, "compress", "--recipe", "tiny", *asked)
     assert not list(tmp_path.glob("run/*/*.safetensors"))
     # Sizes are known before the first stage begins.
-    assert (tmp_path / "run" / "samples.partial").exists() == ("latents" in argument)
+    assert (tmp_path / "run" / "check.partial").exists() == ("latents" in argument)
 
 
 @pytest.mark.parametrize("deeper", ["", "run"])

@@ -15,11 +15,14 @@ from giants import Giant, giant, operations
 from torch import nn
 
 from ppcl_toolkit import algorithm
+from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.pipeline import Teacher
 from ppcl_toolkit.artifacts.storage import save_tree
 from ppcl_toolkit.artifacts.workspace import Job, Workspace
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.running.noise import Batches, Sample
+from ppcl_toolkit.running.noising import Noising
+from ppcl_toolkit.stages.check import check_call
 
 _MAY_FAIL = ("finetune", "export", "evaluate")
 """Stages without whose results others can be run."""
@@ -77,6 +80,8 @@ def _watched(found: list[Stage], model: Giant, run: Workspace, job: Job[Any], **
     found.append(Stage(kind))
     if kind == "samples":
         job = job._replace(make=functools.partial(_write_samples, model))
+    if kind == "check":
+        job = job._replace(make=functools.partial(_check, model, job.make.args[0]))
     if kind == "evaluate":
         job = job._replace(make=functools.partial(_velocity, *job.make.args))
     if kind in ("export", "evaluate"):
@@ -100,6 +105,12 @@ def _watched(found: list[Stage], model: Giant, run: Workspace, job: Job[Any], **
 def _write_samples(model: Giant, desk: Any) -> None:
     fields = [{name: getattr(sample, name) for name in Sample.__slots__} for sample in model.samples]
     save_tree(desk.folder / "000000.safetensors", fields)
+
+
+def _check(model: Giant, runner: Any, desk: Any) -> None:
+    """Stand for the check: all of it but the pipeline's steps, of which there is none."""
+    check_call(runner, model.call(), desk)
+    write_json(desk.folder / "noising.json", Noising().model_dump())
 
 
 def _run_student(*given: Any, device: torch.device, **_: Any) -> None:

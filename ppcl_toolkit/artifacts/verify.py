@@ -67,7 +67,18 @@ def _compared(folder: Path, name: str, files: Files | None) -> Finding:
 
 def _without_record(run: Path) -> set[Path]:
     """Return the folders of stages that have lost their record."""
-    names = ("samples", "modulation", "probe", "intervals", "select", "depth", "width", "low_rank", "velocities")
+    names = (
+        "check",
+        "samples",
+        "modulation",
+        "probe",
+        "intervals",
+        "select",
+        "depth",
+        "width",
+        "low_rank",
+        "velocities",
+    )
     places = [*(run / name for name in (*names, "evaluate")), *run.glob("finetune/*"), *run.glob("export/*")]
     return {path for path in places if path.is_dir() and not _at_work(path) and not (path / RECORD).exists()}
 

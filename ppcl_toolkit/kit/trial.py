@@ -21,6 +21,7 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.kit.building import small
 from ppcl_toolkit.plan import FfnSwap, ModulationSwap, Plan, TextRun
 from ppcl_toolkit.running.capture import answer
+from ppcl_toolkit.running.conditioning import Layer, vectors
 from ppcl_toolkit.running.fields import check_fields
 from ppcl_toolkit.running.images import check_call, run_pipeline
 from ppcl_toolkit.running.noising import noising_of, observed
@@ -28,6 +29,7 @@ from ppcl_toolkit.running.placement import HOST
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import reshape
 from ppcl_toolkit.surgery.graph import sharing_copy
+from ppcl_toolkit.surgery.narrow import modulation_layers
 
 _PROMPT = "a red circle"
 _ABSENT = "-"
@@ -108,6 +110,15 @@ def _noise(pipeline: Any, adapter: Adapter, call: Mapping[str, Any], found: dict
     return f"a rectified flow, told {joined}"
 
 
+def _layers(runner: Runner) -> list[Layer]:
+    return [
+        Layer(stack.path, index, path)
+        for stack in runner.adapter.stacks
+        for index, block in enumerate(runner.blocks(stack.path))
+        for path in modulation_layers(block, stack)
+    ]
+
+
 def _one_by_one(runner: Runner, call: dict[str, Any], seen: list[Witness]) -> None:
     seen.append(witnessed(runner, call))
     check_blocks(runner, seen[0])
@@ -133,6 +144,8 @@ def _made(runner: Runner, pipeline: Any, whole: Plan, operations: list[Any], wit
     plan = whole.with_operations(operations)
     if plan.intervals:
         check_dropped(runner, witness)
+    if plan.modulation_swaps:
+        vectors(runner, _layers(runner), call, prove=True)
     student = sharing_copy(transformer)
     reshape(student, adapter, plan, call)
     expected = called_in_place(transformer, adapter, plan, student, call, HOST)

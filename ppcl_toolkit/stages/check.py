@@ -19,7 +19,7 @@ from ppcl_toolkit.checking.dropped import check_dropped
 from ppcl_toolkit.checking.witness import check_blocks, witnessed
 from ppcl_toolkit.records import read_record
 from ppcl_toolkit.running.noising import Noising, check_negatives, noising_of, observed
-from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.running.schedule import Batch, Runner
 
 _FILE = "noising.json"
 _PARTS = 4
@@ -43,14 +43,19 @@ def check(runner: Runner, pipeline: Any, run: Callable[..., None], desk: Desk) -
     desk.progress(1, _PARTS, "noise")
     call = {**steps[-1].call, "return_dict": False}
     del steps
-    with torch.no_grad():
-        witness = witnessed(runner, call)
-        check_blocks(runner, witness)
-        desk.progress(2, _PARTS, "block by block")
-        check_dead(runner, witness)
-        desk.progress(3, _PARTS, "text")
-        check_dropped(runner, witness)
+    check_call(runner, call, desk)
     write_json(desk.folder / _FILE, noising.model_dump())
+
+
+@torch.no_grad()
+def check_call(runner: Runner, call: Batch, desk: Desk) -> None:
+    """Check the runner's adapter on one call of its transformer; raises `PpclError` with what would go wrong."""
+    witness = witnessed(runner, call)
+    check_blocks(runner, witness)
+    desk.progress(2, _PARTS, "block by block")
+    check_dead(runner, witness)
+    desk.progress(3, _PARTS, "text")
+    check_dropped(runner, witness)
     desk.progress(4, _PARTS, "depth")
 
 

@@ -90,5 +90,5 @@ def test_a_card_that_is_too_small_is_refused_before_anything_is_loaded(tmp_path)
     done = subprocess.run(command, env=ends, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: samples does not fit a device of 8.0 GB, of which a tenth is spare: it takes 9.")
+    assert line.startswith("error: check does not fit a device of 8.0 GB, of which a tenth is spare: it takes 9.")
     assert not (tmp_path / "run").exists()
