@@ -20,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from pydantic import BaseModel
@@ -230,6 +231,10 @@ def open_with(
         stock = type(transformer)
         index = {**index, "transformer": [library_of(stock), stock.__name__]}
         Path(place, "model_index.json").write_text(json.dumps(index))
+        # Which parts may be given a pipeline's own class knows: Wan's transformer is an optional one.
+        own = getattr(diffusers, str(index.get("_class_name")), None)
+        if kind is DiffusionPipeline and isinstance(own, type) and issubclass(own, DiffusionPipeline):
+            kind = own
         pipeline: Any = kind.from_pretrained(place, transformer=transformer, **options)
     pipeline.register_to_config(_name_or_path=str(folder))
     opened: DiffusionPipeline = pipeline
