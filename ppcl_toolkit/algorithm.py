@@ -21,7 +21,8 @@ from ppcl_toolkit.budget import Schedules, check_machine
 from ppcl_toolkit.budget.model import Model
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import ModulationSwap, Plan, low_rank_forms, trained_forms
-from ppcl_toolkit.recipe import Recipe, Target, read_recipe
+from ppcl_toolkit.recipe import Recipe, Target
+from ppcl_toolkit.recipe_files import read_recipe
 from ppcl_toolkit.running.noise import Batches, Calibration, Sample, share_of_negatives
 from ppcl_toolkit.running.noising import Noising
 from ppcl_toolkit.running.placement import Placement, host_bytes

@@ -338,7 +338,7 @@ def new_adapter(
 @recipes_app.command("list")
 def list_recipes() -> None:
     """List the shipped recipes."""
-    from ppcl_toolkit.recipe import shipped_comparisons, shipped_recipes
+    from ppcl_toolkit.recipe_files import shipped_comparisons, shipped_recipes
 
     for name in [*shipped_recipes(), *shipped_comparisons()]:
         typer.echo(name)
@@ -347,7 +347,7 @@ def list_recipes() -> None:
 @recipes_app.command()
 def show(name: Annotated[str, typer.Argument(help="Shipped recipe; or slurm, a job for several machines.")]) -> None:
     """Print a shipped recipe, comments and all: a start for one of your own."""
-    from ppcl_toolkit.recipe import shipped_text
+    from ppcl_toolkit.recipe_files import shipped_text
 
     typer.echo(shipped_text(name), nl=False)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ppcl_toolkit.budget import Machine
 from ppcl_toolkit.budget.report import Budget, DryRun, dry_run
-from ppcl_toolkit.recipe import Recipe, shipped_recipes
+from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.recipe_files import shipped_recipes
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PLANNED = [name for name in shipped_recipes() if not name.startswith("tiny")]

@@ -21,7 +21,7 @@ from ppcl_toolkit import Recipe
 from ppcl_toolkit.artifacts.variant import load_compressed
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan, trained_forms
-from ppcl_toolkit.recipe import shipped_recipes, shipped_text
+from ppcl_toolkit.recipe_files import shipped_recipes, shipped_text
 
 COUNT = 400
 SECONDS, MEMORY = 5, 10**9

@@ -13,7 +13,7 @@ import pytest
 from runs import CHECKPOINTED, job
 from test_end_to_end import contents
 
-from ppcl_toolkit.recipe import shipped_text
+from ppcl_toolkit.recipe_files import shipped_text
 
 RUN = """
 import os, signal, sys

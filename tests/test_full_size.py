@@ -13,7 +13,8 @@ from ppcl_toolkit.adapter import available_adapters, load_adapter
 from ppcl_toolkit.budget import Machine, check_fits, check_machine, dry_run, report
 from ppcl_toolkit.budget.model import Model, is_known
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.recipe import Recipe, shipped_recipes
+from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.recipe_files import shipped_recipes
 
 TEACHERS = {
     "black-forest-labs/FLUX.1-dev": 11_901_408_320,

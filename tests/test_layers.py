@@ -10,7 +10,7 @@ FILES = sorted([*(ROOT / "ppcl_toolkit").rglob("*.py"), *(ROOT / "adapters").glo
 PLACES = {
     "typer": ("ppcl_toolkit/cli.py",),
     "rich": ("ppcl_toolkit/console.py",),
-    "yaml": ("ppcl_toolkit/recipe.py", "ppcl_toolkit/values.py"),
+    "yaml": ("ppcl_toolkit/recipe_files.py", "ppcl_toolkit/values.py"),
     "accelerate": ("ppcl_toolkit/processes.py", "ppcl_toolkit/running/placement.py", "ppcl_toolkit/shapes/"),
     "torch.fx": ("ppcl_toolkit/surgery/graph.py", "ppcl_toolkit/surgery/source.py"),
     "diffusers": (

@@ -17,7 +17,7 @@ assert Path(ppcl_toolkit.__file__).is_relative_to(place), ppcl_toolkit.__file__
 from ppcl_toolkit import Plan, Recipe, compress, load_compressed
 from ppcl_toolkit.adapter import available_adapters, load_adapter
 from ppcl_toolkit.artifacts.pipeline import resolve
-from ppcl_toolkit.recipe import shipped_recipes, shipped_text
+from ppcl_toolkit.recipe_files import shipped_recipes, shipped_text
 assert load_adapter("flux").transformer == "FluxTransformer2DModel"
 assert "flux" in available_adapters()
 assert "tiny" in shipped_recipes()

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from ppcl_toolkit.recipe import Name, Recipe, Section, Seed, Target, read_recipe
+from ppcl_toolkit.recipe import Recipe, Target
+from ppcl_toolkit.recipe_files import Section, read_recipe
+from ppcl_toolkit.values import Name, Seed
 
 
 class Scoring(Section):

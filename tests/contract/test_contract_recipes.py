@@ -9,7 +9,8 @@ from strangers import STRANGERS
 from worlds import FAMILIES
 
 from ppcl_toolkit import algorithm, compress
-from ppcl_toolkit.recipe import Recipe, find_recipe, shipped_recipes
+from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.recipe_files import find_recipe, shipped_recipes
 from ppcl_toolkit.stages import evaluate
 from ppcl_toolkit.units import UNITS
 

@@ -8,7 +8,8 @@ import yaml
 from pydantic import ValidationError
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.recipe import PRESETS, Finetune, Recipe, Samples, shipped_recipes
+from ppcl_toolkit.recipe import PRESETS, Finetune, Recipe, Samples
+from ppcl_toolkit.recipe_files import shipped_recipes
 
 SMALLEST = "teacher: {path: shapes}\ntargets:\n  - {name: a, params: 70%}\n"
 
