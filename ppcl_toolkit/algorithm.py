@@ -51,7 +51,7 @@ from ppcl_toolkit.units import Cost, is_share
 _RECORDING = {"teacher": {"path", "revision", "dtype", "call"}, "samples": True, "seed": True}
 _DETECTION = {"intervals": True, "width": {"text_threshold"}}
 _EXPORTED = {"export": {"dtype"}}
-_ANSWERS = {"finetune": {"steps", "batch", "features"}}
+_ANSWERS = {"steps", "batch", "features"}
 _CHOICE = {"targets": True, "select": True, "width": {"given", "text_threshold", "text_blocks", "ffn_blocks"}}
 
 _BANKS = ("depth", "width", "modulation", "low_rank")
@@ -174,15 +174,16 @@ class Run:
         velocities = Velocities(self._workspace.path / "velocities")
         if recipe.tuned:
             wanted = [plans[name] for name in recipe.tuned]
-            answer = partial(record_velocities, self._runner("velocities", plans), wanted, batches, recipe.finetune)
-            velocities = self._stage("velocities", _part(recipe, _ANSWERS), answer, Velocities, pieces=True)
+            answer = partial(record_velocities, self._runner("velocities", plans), wanted, batches, recipe.answered)
+            asked = {"finetune": recipe.answered.model_dump(include=_ANSWERS)}
+            velocities = self._stage("velocities", asked, answer, Velocities, pieces=True)
         exports = []
         for name, plan in plans.items():
             tuned = None
             if name in recipe.tuned:
                 runner = self._runner("finetune", plans)
-                tune = partial(finetune, runner, plan, bank, batches, velocities, recipe.finetune)
-                tuned = self._stage(f"finetune/{name}", recipe.finetune, tune, Path)
+                tune = partial(finetune, runner, plan, bank, batches, velocities, recipe.tuning(name))
+                tuned = self._stage(f"finetune/{name}", recipe.tuning(name), tune, Path)
             variant = _variant(recipe, self._workspace.path, name, self._teacher, plan, low)
             runner = self._runner("export", plans)
             make = partial(_export, self._teacher, runner, variant, plan, (bank, tuned), batches[0])

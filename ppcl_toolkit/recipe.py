@@ -125,6 +125,13 @@ class Modulation(Section):
         return self
 
 
+class Tuning(Section):
+    """How one target is fine-tuned, where it is not as all are: the smaller a student, the more it has to learn."""
+
+    steps: PositiveInt | None = None
+    learning_rate: PositiveFloat | None = None
+
+
 class Target(Section):
     """One size to export."""
 
@@ -143,13 +150,18 @@ class Target(Section):
     """Whether text streams and FFNs may go; without it, and modulation, the variant is a stock diffusers folder."""
     modulation: bool = False
     """Whether the modulation of all blocks is of low rank, before anything else goes; sizes may then be left out."""
-    finetune: bool = True
-    """Whether its student is fine-tuned as a whole; without it, it is what the bank holds."""
+    finetune: Tuning | None = Tuning()
+    """How its student is fine-tuned as a whole, in what differs from all; `false`: it is what the bank holds."""
 
     @property
     def asked(self) -> dict[str, str]:
         """The sizes that are asked for, by unit."""
         return {unit: size for unit in UNITS if (size := getattr(self, unit)) is not None}
+
+    @field_validator("finetune", mode="before")
+    @classmethod
+    def _whether(cls, finetune: Any) -> Any:
+        return ({} if finetune else None) if isinstance(finetune, bool) else finetune
 
     @field_validator("params", "bytes", "flops", "depth")
     @classmethod
@@ -330,8 +342,18 @@ class Recipe(Section):
     @property
     def tuned(self) -> tuple[str, ...]:
         """Targets whose students are fine-tuned; where modulation is all that changes, 0 steps are none."""
-        worth = self.searches or self.finetune.steps > 0
-        return tuple(target.name for target in self.targets if target.finetune and worth)
+        worth = (target for target in self.targets if self.searches or self.tuning(target.name).steps > 0)
+        return tuple(target.name for target in worth if target.finetune is not None)
+
+    def tuning(self, name: str) -> Finetune:
+        """Return how a target is fine-tuned: by what it says itself, else by the section."""
+        (own,) = (target.finetune for target in self.targets if target.name == name)
+        return self.finetune.model_copy(update=own.model_dump(exclude_none=True) if own else {})
+
+    @property
+    def answered(self) -> Finetune:
+        """The fine-tuning that asks the teacher most: its answers serve all targets."""
+        return max((self.tuning(name) for name in self.tuned), key=lambda own: own.steps, default=self.finetune)
 
     @classmethod
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":

@@ -32,7 +32,7 @@ compress(Recipe.load(recipe, overrides), out, progress=progress)
 """
 SIZES = (
     "targets=[{name: light, modulation: true, finetune: false}, {name: large, params: 90%, width: false}, "
-    "{name: small, params: 60%, modulation: true}]"
+    "{name: small, params: 60%, modulation: true, finetune: {steps: 3, learning_rate: 1.0e-3}}]"
 )
 
 
@@ -139,6 +139,12 @@ def test_blocks_go_after_it(sizes):
     assert plan.modulation_swaps and (plan.intervals or plan.ffn_swaps)
     assert loaded_size(small["path"]) == small["params"]
     assert list((out / "low_rank").glob("*.modulation_3.safetensors"))
+
+
+def test_a_target_is_tuned_as_it_says_itself(sizes):
+    _, out = sizes
+    curves = {name: json.loads((out / "finetune" / name / "losses.json").read_text()) for name in ("large", "small")}
+    assert {name: curve[-1][0] for name, curve in curves.items()} == {"large": 2, "small": 3}
 
 
 def test_another_size_has_it_too(sizes):

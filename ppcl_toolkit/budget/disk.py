@@ -18,7 +18,7 @@ def disk(memory: Memory) -> dict[str, int]:
     itemsize = blocks.model.dtype.itemsize
     variants = [whole.params(plan) * itemsize for plan in memory.plans.values()]
     tuned = [whole.params(memory.plans[name]) for name in recipe.tuned]
-    students = max(tuned, default=0) if recipe.finetune.steps else 0
+    students = max(tuned, default=0) if recipe.answered.steps else 0
     found = {
         "samples": recipe.samples.count * blocks.model.forwards * blocks.model.sample_bytes,
         "probes": squares * FITTED,
@@ -34,6 +34,6 @@ def disk(memory: Memory) -> dict[str, int]:
 
 def _answered(memory: Memory) -> int:
     """Bytes of what the teacher says to every batch of fine-tuning, kept until all students have learned."""
-    section, model = memory.recipe.finetune, memory.blocks.model
+    section, model = memory.recipe.answered, memory.blocks.model
     latents = model.example[model.adapter.latents]
     return section.steps * section.batch * memory.devices * int(latents.nbytes)

@@ -42,7 +42,7 @@ def reading_hours(memory: Memory, stage: Stage, machine: Machine) -> float:
 def passes(memory: Memory, stage: str) -> float:
     """Return how many times all blocks of the teacher come to a device in turn, when `stage` is streamed."""
     recipe, devices, chunk = memory.recipe, memory.devices, memory.recipe.teacher.chunk
-    shown, low, tuned = recipe.evaluate, recipe.modulation, recipe.finetune.steps
+    shown, low, tuned = recipe.evaluate, recipe.modulation, recipe.answered.steps
     steps = int(recipe.teacher.call.get("num_inference_steps", STEPS)) * memory.blocks.model.forwards
     candidates = ceil(memory.candidates / devices)
     waves = len({form.narrow_text and bool(form.ffn) for form in memory.forms if not form.is_stock})

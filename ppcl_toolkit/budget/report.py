@@ -155,7 +155,7 @@ class Budget:
     def idle(self) -> set[str]:
         """Stages with nothing to do."""
         deep = all(form.is_stock for form in Memory(self.recipe, self.blocks, self.plans).forms)
-        untuned = set() if self.recipe.finetune.steps else {"velocities", "finetune"}
+        untuned = set() if self.recipe.answered.steps else {"velocities", "finetune"}
         return absent(self.recipe) | untuned | ({"width"} if deep else set())
 
     def _otherwise(self, name: str, machine: Machine, *, streamed: bool) -> str:

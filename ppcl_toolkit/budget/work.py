@@ -38,7 +38,7 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
     image = int(recipe.teacher.call.get("num_inference_steps", STEPS)) * blocks.model.forwards
     again = _BACKWARD + 1 if recipe.finetune.gradient_checkpointing else _BACKWARD
     students = sum(size.teraflops for size in sizes[1:]) * 1e12
-    tuned = sum(size.teraflops for size in sizes[1:] if size.name in recipe.tuned) * 1e12
+    tuned = [size.teraflops * recipe.tuning(size.name).steps for size in sizes[1:] if size.name in recipe.tuned]
     probed = recipe.probe.batches * recipe.probe.batch, recipe.probe.steps * recipe.probe.batch
     compared = recipe.intervals.batches * recipe.intervals.batch
     measured = recipe.select.batches * recipe.select.batch
@@ -61,8 +61,8 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
         "select": Work(measured * (2 + Memory(recipe, blocks, plans).candidates) * forward),
         "depth": distilled(recipe.depth.model_dump(include={"steps", "batch"}), True),
         "width": distilled(recipe.width.model_dump(include={"steps", "batch"}), False),
-        "velocities": Work(recipe.finetune.steps * recipe.finetune.batch * forward),
-        "finetune": Work(recipe.finetune.steps * recipe.finetune.batch * again * tuned),
+        "velocities": Work(recipe.answered.steps * recipe.finetune.batch * forward),
+        "finetune": Work(recipe.finetune.batch * again * sum(tuned) * 1e12),
         "evaluate": Work(pictures * image * (forward + students)),
     }
     return {stage: each for stage, each in found.items() if stage not in absent(recipe)}

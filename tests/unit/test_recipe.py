@@ -146,6 +146,18 @@ def test_the_preset_paper_has_the_papers_values_and_can_be_overridden(load):
     assert load(SMALLEST).probe.steps == 0
 
 
+def test_a_target_may_be_tuned_otherwise_than_the_rest(load):
+    own = "{name: b, params: 50%, finetune: {steps: 90}}, {name: c, params: 60%, finetune: false}"
+    targets = f"targets=[{{name: a, params: 70%, finetune: true}}, {own}]"
+    recipe = load(SMALLEST, targets, "finetune.steps=30", "finetune.learning_rate=0.1")
+    assert recipe.tuned == ("a", "b") and recipe.tuning("a") == recipe.finetune
+    assert recipe.tuning("b") == recipe.finetune.model_copy(update={"steps": 90}) == recipe.answered
+    assert "did you mean 'steps'?" in refusal(load, SMALLEST, "targets=[{name: a, params: 70%, finetune: {step: 3}}]")
+    assert "finetune" in refusal(load, SMALLEST, "targets=[{name: a, params: 70%, finetune: maybe}]")
+    alone = load(SMALLEST, "targets=[{name: a, params: 70%, finetune: false}]")
+    assert alone.tuned == () and alone.answered == alone.finetune
+
+
 def test_a_dumped_recipe_loads_as_itself(load):
     recipe = load(
         SMALLEST
