@@ -130,7 +130,7 @@ def narrow_class(base: type, blueprint: Blueprint) -> type[NarrowBlock]:
     return type(base.__name__, (base, NarrowBlock), attributes)
 
 
-# The next two are also copied into generated modelling files: torch only, and nothing from this package.
+# The next three are also copied into generated modelling files: torch only, and nothing from this package.
 
 
 def bypass(value: Tensor) -> Tensor:
@@ -173,6 +173,14 @@ def reshape_block(
         for value in (down.weight, up.weight, up.bias):
             nn.init.zeros_(value)
         setattr(block.get_submodule(parent), name, nn.Sequential(down, up))
+
+
+def keep_tables(transformer: nn.Module, paths: Iterable[str]) -> None:
+    """Have buffers among the weights that are saved and loaded."""
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        owner = transformer.get_submodule(parent)
+        owner.register_buffer(name, getattr(owner, name))
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
