@@ -1,6 +1,5 @@
 """Tensors on the meta device that keep their numbers: some transformers look at those of a mask."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -21,7 +20,7 @@ class Numbers(Tensor):
     def __new__(cls, known: Tensor) -> "Numbers":
         """Keep `known`, which is on the host."""
         layout = {"strides": known.stride(), "storage_offset": known.storage_offset(), "dtype": known.dtype}
-        made: Numbers = Tensor._make_wrapper_subclass(cls, known.shape, **layout, device=META)  # type: ignore[attr-defined]
+        made: Numbers = Tensor._make_wrapper_subclass(cls, known.shape, **layout, device=META)
         made.known = known
         return made
 
@@ -34,9 +33,7 @@ class Numbers(Tensor):
         return self.known.tolist()
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute with the numbers where every operand has them, and without where one has none."""
         del types
         given, named = list(args), dict(kwargs or {})

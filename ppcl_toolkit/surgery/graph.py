@@ -5,7 +5,6 @@ read data. Attention, plain norms and feed-forward networks are single nodes; ev
 rewrite checks what it assumes: every check stands for a real architecture where it would silently give a wrong block.
 """
 
-import contextlib
 import copy
 import functools
 import inspect
@@ -16,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental import _config
 from torch.fx.node import Node, map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
@@ -175,11 +173,6 @@ def trace(block: nn.Module, call: Mapping[str, Any], leaves: Collection[str]) ->
         raise PpclError(f"{type(block).__name__} cannot be traced: {error}") from error
 
 
-def without_numbers() -> contextlib.AbstractContextManager[None]:
-    """Let code on the meta device ask which entries of a mask hold: all do. Shapes must not depend on it."""
-    return _config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined, no-any-return]
-
-
 def meta_copy(block: nn.Module) -> nn.Module:
     """Copy a module to the meta device without touching its weights."""
     return _copy(block, lambda tensor: torch.empty_like(tensor, device="meta"))
@@ -294,7 +287,7 @@ def _record(block: nn.Module, values: Mapping[str, Any], leaves: Collection[str]
         for name, value in values.items()
     }
     tracer.attach(without_weights, leaves)
-    with torch.no_grad(), without_numbers():
+    with torch.no_grad():
         output = type(block).forward(without_weights, **given)
     tracer.graph.output(tracer.create_arg(output))
     _sweep(tracer.graph)

@@ -19,6 +19,7 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form
 from ppcl_toolkit.running.capture import Arguments, Streams
 from ppcl_toolkit.surgery import graph
+from ppcl_toolkit.surgery.masks import all_hold
 from ppcl_toolkit.surgery.source import write_forward
 
 
@@ -88,7 +89,8 @@ def draw(block: nn.Module, stack: Stack, form: Form, arguments: Arguments, strea
     call = arguments | {stack.argument(name): given[name] for name in stack.streams}
     attention = () if stack.joint_attention is None else (stack.joint_attention,)
     weightless = graph.meta_copy(block).to(streams.image.dtype)
-    trace = graph.trace(weightless, call, {*stack.ffn.values(), *attention})
+    with all_hold():
+        trace = graph.trace(weightless, call, {*stack.ffn.values(), *attention})
     before = trace.used()
     try:
         if form.text != "own":
