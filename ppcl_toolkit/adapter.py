@@ -22,6 +22,7 @@ from ppcl_toolkit.errors import PpclError, PpclWarning
 
 Stream = Literal["image", "text"]
 Remap = Callable[[dict[str, Any], dict[str, Tensor], Mapping[str, Sequence[int]]], None]
+Rows = Callable[[Mapping[str, Sequence[int]], Mapping[str, int]], Sequence[int]]
 Example = Callable[[Mapping[str, Any], Mapping[str, Any], int], dict[str, Any]]
 Noised = Callable[[Mapping[str, Any]], int]
 
@@ -103,6 +104,9 @@ class Adapter:
     """`noised(call)` counts the noised tokens of a call; None where reference tokens never follow them."""
     remap: Remap | None = None
     """`remap(config, state_dict, kept)`, in place, for families whose other weights depend on block numbers."""
+    tables: Mapping[str, Rows] = field(default_factory=dict)
+    """Buffers with rows for every block, which the class makes of its depth and no file of weights has; of each,
+    `rows(kept, depths)`: those that stay with the blocks that do. A shorter model has them along, and is `custom`."""
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Hub ids, and where their config differs from the class's defaults: `ppcl plan` needs no download for these."""
     guidance: str = "true_cfg_scale"
@@ -118,7 +122,7 @@ class Adapter:
     """Of the published weights: a run in this one leaves them in their files, and the system reads pages of those."""
     example: Example | None = None
     """`example(config, call, references)`: the arguments of one call of the transformer for a recipe's `teacher.call`
-    and so many reference images, shapes in place of tensors; for `ppcl plan`."""
+    and so many reference images, shapes in place of tensors but of masks whose numbers matter; for `ppcl plan`."""
 
     @property
     def class_name(self) -> str:

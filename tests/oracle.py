@@ -1,7 +1,7 @@
 """A process that knows diffusers alone: it opens variants and answers recorded calls, one line of JSON each.
 
-Run as `python oracle.py`; a line `{"folder", "call", "answer"}` names a variant, and files of one call of a transformer
-and of what this one makes of it. What comes back is `{"kind", "error"}`.
+Run as `python oracle.py`; a line `{"folder", "call", "answer", "trust"}` names a variant, files of one call of a
+transformer and of what this one makes of it, and whether its own code may run. What comes back is `{"kind", "error"}`.
 """
 
 import json
@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 
 
 @torch.no_grad()
-def answer(folder: str, call: str, into: str) -> str:
-    pipeline: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+def answer(folder: str, call: str, into: str, *, trust: bool) -> str:
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, trust_remote_code=trust)
     made = pipeline.transformer(**torch.load(call))[0]
     torch.save(torch.stack(made) if isinstance(made, list) else made, into)
     return type(pipeline.transformer).__module__
@@ -25,7 +25,7 @@ def main() -> None:
         asked = json.loads(line)
         said = {"kind": "", "error": ""}
         try:
-            said["kind"] = answer(asked["folder"], asked["call"], asked["answer"])
+            said["kind"] = answer(asked["folder"], asked["call"], asked["answer"], trust=asked["trust"])
         except Exception as error:  # reported where the test is
             said["error"] = f"{type(error).__name__}: {error}"
         assert not any(name.startswith("ppcl") for name in sys.modules)

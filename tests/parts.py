@@ -75,9 +75,11 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces + [(chr(c), -3.0) for c in range(33, 127)], extra_ids=0, model_max_length=64)
 
 
-def t5_encoder() -> T5EncoderModel:
+def t5_encoder(vocabulary: int = 200) -> T5EncoderModel:
     torch.manual_seed(0)
-    return T5EncoderModel(T5Config(vocab_size=200, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)).eval()
+    return T5EncoderModel(
+        T5Config(vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    ).eval()
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:

@@ -4,11 +4,17 @@ import parts
 import torch
 from diffusers import (
     AutoencoderDC,
+    AutoencoderKLHunyuanImage,
+    BriaPipeline,
+    BriaTransformer2DModel,
+    ChromaPipeline,
     ChromaTransformer2DModel,
     CogView4Pipeline,
     CogView4Transformer2DModel,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    HunyuanImagePipeline,
+    HunyuanImageTransformer2DModel,
     LongCatImagePipeline,
     LongCatImageTransformer2DModel,
     Lumina2Pipeline,
@@ -20,6 +26,7 @@ from diffusers import (
     SanaPipeline,
     SanaTransformer2DModel,
 )
+from transformers import ByT5Tokenizer
 
 DUAL_SINGLE = {
     "patch_size": 1,
@@ -175,8 +182,65 @@ def pixart() -> PixArtSigmaPipeline:
     )
 
 
+def bria() -> BriaPipeline:
+    torch.manual_seed(0)
+    transformer = BriaTransformer2DModel(
+        in_channels=16,
+        num_layers=3,
+        num_single_layers=4,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    )
+    return parts.finished(
+        BriaPipeline,
+        transformer=parts.randomize(transformer),
+        vae=parts.vae(4),
+        text_encoder=parts.t5_encoder(),
+        tokenizer=parts.t5_tokenizer(),
+    )
+
+
+def hunyuan_image(*, use_meanflow: bool = False) -> HunyuanImagePipeline:
+    """Without a guider; what stands in quotes goes through a second text encoder."""
+    torch.manual_seed(0)
+    transformer = HunyuanImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=3,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=32,
+        text_embed_2_dim=32,
+        rope_axes_dim=(4, 4),
+        use_meanflow=use_meanflow,
+    )
+    vae = AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        scaling_factor=0.5,
+        spatial_compression_ratio=2,
+        sample_size=16,
+    )
+    return parts.finished(
+        HunyuanImagePipeline,
+        vae=vae.eval(),
+        text_encoder=parts.qwen_encoder(),
+        tokenizer=parts.qwen_tokenizer(),
+        text_encoder_2=parts.t5_encoder(400),
+        tokenizer_2=ByT5Tokenizer(),
+        transformer=parts.randomize(transformer),
+    )
+
+
 def chroma_transformer() -> ChromaTransformer2DModel:
-    """Not of a shipped family: what modulates a block is told by its number."""
+    """What modulates a block is told by its number."""
     torch.manual_seed(0)
     transformer = ChromaTransformer2DModel(
         **DUAL_SINGLE,
@@ -187,3 +251,13 @@ def chroma_transformer() -> ChromaTransformer2DModel:
         approximator_layers=1,
     )
     return parts.randomize(transformer).requires_grad_(False)
+
+
+def chroma() -> ChromaPipeline:
+    return parts.finished(
+        ChromaPipeline,
+        vae=parts.vae(),
+        text_encoder=parts.t5_encoder(),
+        tokenizer=parts.t5_tokenizer(),
+        transformer=chroma_transformer(),
+    )

@@ -162,5 +162,9 @@ STRANGERS = {
         videos.hunyuan_video,
         {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16},
     ),
+    "mochi": (videos.mochi, {**TINY, "height": 16, "width": 16, "num_frames": 7}),
+    "bria": (pictures.bria, {**TINY, "max_sequence_length": 24}),
+    "chroma": (pictures.chroma, TINY),
+    "hunyuan_image": (pictures.hunyuan_image, {"height": 8, "width": 8}),
 }
 """By the name of its adapter, how a family's pipeline is made, and what the pipeline is asked for."""

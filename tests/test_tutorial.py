@@ -6,36 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import parts
-import torch
-from diffusers import BriaPipeline, BriaTransformer2DModel
+import pictures
+from diffusers import BriaPipeline
 
 PAGE = Path(__file__).parents[1] / "adapters" / "README.md"
 
 
-def teacher(folder):
-    torch.manual_seed(0)
-    transformer = BriaTransformer2DModel(
-        in_channels=16,
-        num_layers=3,
-        num_single_layers=4,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=[4, 4, 8],
-    )
-    pipeline = parts.finished(
-        BriaPipeline,
-        transformer=parts.randomize(transformer),
-        vae=parts.vae(4),
-        text_encoder=parts.t5_encoder(),
-        tokenizer=parts.t5_tokenizer(),
-    )
-    pipeline.save_pretrained(folder)
-
-
 def test_a_family_from_zero(tmp_path):
-    teacher(tmp_path / "teacher")
+    pictures.bria().save_pretrained(tmp_path / "teacher")
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\ntwo green ones\nnothing\n")
     blocks = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 4

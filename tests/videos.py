@@ -6,13 +6,17 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLLTXVideo,
+    AutoencoderKLMochi,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
 )
 
 
@@ -113,5 +117,31 @@ def hunyuan_video() -> HunyuanVideoPipeline:
         tokenizer=parts.chat_tokenizer(),
         text_encoder_2=parts.clip_encoder(),
         tokenizer_2=parts.clip_tokenizer(),
+        transformer=parts.randomize(transformer),
+    )
+
+
+def mochi() -> MochiPipeline:
+    """Its scheduler counts what is left of the picture, not the noise; the last block only reads the text."""
+    torch.manual_seed(0)
+    transformer = MochiTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=4,
+        pooled_projection_dim=16,
+        text_embed_dim=32,
+        time_embed_dim=8,
+        max_sequence_length=16,
+    )
+    widths = (32, 32, 32, 32)
+    vae = AutoencoderKLMochi(
+        encoder_block_out_channels=widths, decoder_block_out_channels=widths, layers_per_block=(1,) * 5
+    )
+    return parts.finished(
+        MochiPipeline,
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        vae=vae.eval(),
+        text_encoder=parts.t5_encoder(),
+        tokenizer=parts.t5_tokenizer(),
         transformer=parts.randomize(transformer),
     )

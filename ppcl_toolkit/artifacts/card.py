@@ -6,9 +6,12 @@ from typing import Any
 from ppcl_toolkit.plan import Plan
 
 
-def write_card(name: str, plan: Plan, covered: Mapping[str, Any]) -> str:
-    """Return the card as Markdown; `covered` is what `Calibration.covered` says, empty without low-rank modulation."""
-    opens = "" if plan.is_depth_only else ", trust_remote_code=True"
+def write_card(name: str, plan: Plan, covered: Mapping[str, Any], *, stock: bool) -> str:
+    """Return the card as Markdown; `covered` is what `Calibration.covered` says, empty without low-rank modulation.
+
+    A `stock` variant opens without code of its own.
+    """
+    opens = "" if stock else ", trust_remote_code=True"
     lines = [
         f"# {name}",
         "",

@@ -1,8 +1,8 @@
 """Variants on disk: complete diffusers pipeline folders, saved, opened and verified.
 
-A depth-only variant is `stock`: plain diffusers opens it. A width-pruned one is `custom`: it carries a generated
-modelling file for `trust_remote_code=True`, and `load_compressed` rebuilds it from its plan without running any code
-from the folder.
+A depth-only variant is `stock`: plain diffusers opens it. A width-pruned one is `custom`, and so is a shorter one whose
+class has tables by the numbers of blocks: it carries a generated modelling file for `trust_remote_code=True`, and
+`load_compressed` rebuilds it from its plan without running any code from the folder.
 """
 
 import copy
@@ -37,10 +37,12 @@ from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.records import FileName, check_configs, read_record, reading
 from ppcl_toolkit.running.capture import Streams, map_tensors
 from ppcl_toolkit.running.placement import HOST, has_room
-from ppcl_toolkit.surgery.assemble import Calls, example_calls, narrow_blocks, student_blocks
+from ppcl_toolkit.surgery.assemble import Calls, example_calls, is_stock, narrow_blocks, own_tables, student_blocks
 from ppcl_toolkit.surgery.modelling import write_modelling
 
 Opens = Literal["stock", "custom"]
+_CALLS = "block_calls.json"
+"""Which only a custom variant has."""
 
 
 class ShardIndex(BaseModel):
@@ -81,22 +83,22 @@ def save_variant(
     for config in [partial / "model_index.json", *partial.glob("*/config.json")]:
         _edit_json(config, {"_name_or_path": None})
     plan.save(partial / "plan.json")
-    if not plan.is_depth_only:
-        module, source = write_modelling(stock, blocks)
+    if not is_stock(known, plan):
+        module, source = write_modelling(stock, blocks, own_tables(known, plan))
         (partial / "transformer" / f"{module}.py").write_text(source)
         name = f"Narrow{stock.__name__}"
         auto_map = {"AutoModel": f"{module}.{name}"}
         _edit_json(partial / "transformer" / "config.json", {"_class_name": name, "auto_map": auto_map})
         _edit_json(partial / "model_index.json", {"transformer": [module, name]})
         calls = example_calls(transformer, known, kwargs)
-        (partial / "block_calls.json").write_text(json.dumps(_to_json(calls), indent=1) + "\n")
+        (partial / _CALLS).write_text(json.dumps(_to_json(calls), indent=1) + "\n")
     for name, text in texts.items():
         (partial / name).write_text(text)
     write_manifest(partial)
     for path in partial.rglob("*"):
         sync(path)
     put(partial, folder)
-    return "stock" if plan.is_depth_only else "custom"
+    return "stock" if is_stock(known, plan) else "custom"
 
 
 def load_compressed(
@@ -121,7 +123,7 @@ def load_compressed(
     _check_weights(folder)
     _check_libraries(folder, index)
     try:
-        if plan.is_depth_only:
+        if plan.is_depth_only and not (folder / _CALLS).is_file():
             check_source(folder / "model_index.json", index.get("transformer"), adapter)
             opened: DiffusionPipeline = pipeline_class(adapter).from_pretrained(folder, **options)
             return opened
@@ -180,7 +182,7 @@ def verify_variant(
 def _rebuild(folder: Path, plan: Plan, adapter: Adapter, options: Mapping[str, Any]) -> nn.Module:
     """Let diffusers load the weights into a class that narrows its blocks when it is made."""
     stock = stock_class(adapter)
-    stored = folder / "block_calls.json"
+    stored = folder / _CALLS
     with reading(stored):
         found = _from_json(read_record(stored, dict[str, list[Any]]))
         calls = {path: (arguments, Streams(*streams)) for path, (arguments, streams) in found.items()}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ppcl_toolkit.adapter import Adapter, adapter_for, installed_adapters, load_adapter
 from ppcl_toolkit.artifacts.classes import stock_class
 from ppcl_toolkit.artifacts.pipeline import default_call, resolve
+from ppcl_toolkit.budget.numbers import Numbers
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
@@ -192,4 +193,6 @@ def _call(recipe: Recipe, *, known: bool) -> dict[str, Any]:
 
 
 def _empty(shape: Any, dtype: torch.dtype) -> Any:
+    if isinstance(shape, Tensor):
+        return Numbers(shape)
     return torch.empty(shape, device="meta", dtype=dtype) if isinstance(shape, tuple) else shape

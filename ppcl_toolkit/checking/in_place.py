@@ -33,7 +33,9 @@ def called_in_place(
     own = {**dict(student.named_parameters()), **dict(student.named_buffers())}
     inside = tuple(f"{stack.path}." for stack in adapter.stacks)
     for name, tensor in [*whole.named_parameters(), *whole.named_buffers()]:
-        if not name.startswith(inside) and name in own and own[name].shape == tensor.shape:
+        if name.startswith(inside) or name in adapter.tables:
+            continue
+        if name in own and own[name].shape == tensor.shape:
             tensor.data = own[name].data
     with computing_on(whole, device):
         return answer(whole, moved(dict(call), device)).cpu()

@@ -43,6 +43,9 @@ def _check_transformer(adapter: Adapter, transformer: nn.Module) -> None:
             why = "are those of one stack" if key == "path" else "change together: name one of the stacks"
             raise PpclError(f"two stacks have the {key} {twice!r}; its blocks {why}")
     taken, kind = _arguments(transformer), type(transformer).__name__
+    buffers = [name for name, _ in transformer.named_buffers()]
+    if unknown := [name for name in adapter.tables if name not in buffers]:
+        raise PpclError(f"tables: {kind} has no buffer {_near(unknown[0], buffers, 'buffers')}")
     text = () if adapter.padded is None else (("text", adapter.padded[0]), ("text_mask", adapter.padded[1]))
     named = [("latents", adapter.latents), ("timestep", adapter.timestep), *text]
     for field, name in [*named, *(("shared", name) for name in adapter.shared)]:

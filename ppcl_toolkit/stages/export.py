@@ -29,6 +29,7 @@ from ppcl_toolkit.records import read_record
 from ppcl_toolkit.running.capture import map_tensors
 from ppcl_toolkit.running.placement import HOST
 from ppcl_toolkit.running.schedule import Batch
+from ppcl_toolkit.surgery.assemble import is_stock
 from ppcl_toolkit.surgery.graph import sharing_copy
 
 _RECORD = "variant.json"
@@ -116,7 +117,7 @@ def _export(
     expected = called_in_place(pipeline.transformer, adapter, variant.step, student, example, device)
     texts = {
         CALL: json.dumps(dict(variant.call), indent=2) + "\n",
-        CARD: write_card(variant.name, variant.plan, variant.covered),
+        CARD: write_card(variant.name, variant.plan, variant.covered, stock=is_stock(adapter, variant.plan)),
     }
     opens = save_variant(pipeline, student, variant.plan, example, variant.folder, adapter=variant.adapter, texts=texts)
     desk.progress(1, 2, "written")

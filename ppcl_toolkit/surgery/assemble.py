@@ -13,7 +13,7 @@ from ppcl_toolkit.plan import Form, Interval, Plan
 from ppcl_toolkit.running.capture import Arguments, Streams, stack_calls
 from ppcl_toolkit.running.placement import device_of, moved
 from ppcl_toolkit.surgery.graph import meta_copy, sharing_copy
-from ppcl_toolkit.surgery.narrow import NarrowBlock, low_rank, narrow
+from ppcl_toolkit.surgery.narrow import NarrowBlock, keep_tables, low_rank, narrow
 
 Calls = dict[str, tuple[Arguments, Streams]]
 """An example call of a block of each stack, by the stack's path."""
@@ -64,6 +64,8 @@ def student_of(
 def drop_blocks(transformer: nn.Module, adapter: Adapter, plan: Plan) -> None:
     """Keep one block of each interval of `plan`, in place; what is left is a stock model of the config it then has.
 
+    A table of the adapter is the exception: its rows are not those of the stock class, and are weights from then on.
+
     Raises `PpclError` when the plan was made for another depth, or when the stock class of the new depth has other
     weights and the adapter has no `remap`.
     """
@@ -82,6 +84,7 @@ def drop_blocks(transformer: nn.Module, adapter: Adapter, plan: Plan) -> None:
             if index not in kept[stack.path]:
                 del blocks[index]
         config.update(_renumbered(stack, config, kept[stack.path]))
+    _cut_tables(transformer, adapter, plan)
     state = transformer.state_dict()
     if adapter.remap is not None:
         adapter.remap(config, state, kept)
@@ -115,8 +118,19 @@ def narrow_blocks(transformer: nn.Module, adapter: Adapter, plan: Plan, calls: C
     for block, form in student_blocks(transformer, adapter, plan):
         arguments, streams = calls[form.stack]
         narrow(block, adapter.stack(form.stack), form, arguments, streams)
-    if not plan.is_depth_only:
+    keep_tables(transformer, own_tables(adapter, plan))
+    if not is_stock(adapter, plan):
         vars(transformer)["save_pretrained"] = _refuse_to_save
+
+
+def is_stock(adapter: Adapter, plan: Plan) -> bool:
+    """Whether the stock class is the student of `plan`, once its config says how many blocks there are."""
+    return plan.is_depth_only and not own_tables(adapter, plan)
+
+
+def own_tables(adapter: Adapter, plan: Plan) -> tuple[str, ...]:
+    """Return the buffers in which the student of `plan` has other rows than the stock class, by path."""
+    return tuple(adapter.tables) if plan.intervals else ()
 
 
 def student_blocks(transformer: nn.Module, adapter: Adapter, plan: Plan) -> list[tuple[nn.Module, Form]]:
@@ -170,7 +184,16 @@ def _banked(
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
-    raise PpclError("a width-pruned transformer is saved by save_variant: no stock class fits it")
+    raise PpclError("this transformer is saved by save_variant: no stock class fits it")
+
+
+def _cut_tables(transformer: nn.Module, adapter: Adapter, plan: Plan) -> None:
+    kept, depths = plan.kept(), plan.depths
+    for path, rows in adapter.tables.items():
+        parent, _, name = path.rpartition(".")
+        owner = transformer.get_submodule(parent)
+        setattr(owner, name, getattr(owner, name)[list(rows(kept, depths))])
+    keep_tables(transformer, adapter.tables)
 
 
 def _renumbered(stack: Stack, config: Mapping[str, Any], kept: list[int]) -> dict[str, Any]:

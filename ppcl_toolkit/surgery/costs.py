@@ -16,6 +16,7 @@ from ppcl_toolkit.running.flops import counting
 from ppcl_toolkit.running.placement import device_of, moved
 from ppcl_toolkit.surgery.assemble import example_calls, standing_in
 from ppcl_toolkit.surgery.graph import meta_copy
+from ppcl_toolkit.surgery.masks import all_hold
 from ppcl_toolkit.surgery.narrow import narrow
 from ppcl_toolkit.units import Cost
 
@@ -88,7 +89,8 @@ class Costs:
             arguments, streams = self.calls[stack.path]
             for block in stack.blocks(self._transformer):
                 found.setdefault(stack.path, []).append(streams)
-                streams = run_block(meta_copy(block), stack, arguments, streams)
+                with all_hold():
+                    streams = run_block(meta_copy(block), stack, arguments, streams)
         return found
 
     @property
@@ -121,7 +123,7 @@ class Costs:
         if form.narrow_text and streams.text is not None:
             # The text and the z of the run's reference, behind one another.
             streams = Streams(streams.image, torch.cat([streams.text, streams.text], dim=1))
-        with counting() as counter:
+        with counting() as counter, all_hold():
             run_block(block, stack, self.calls[form.stack][0], streams)
         return counter
 

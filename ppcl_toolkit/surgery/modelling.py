@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 from ppcl_toolkit.plan import Form
-from ppcl_toolkit.surgery.narrow import Blueprint, NarrowBlock, bypass, reshape_block
+from ppcl_toolkit.surgery.narrow import Blueprint, NarrowBlock, bypass, keep_tables, reshape_block
 
 _WIDTH = 116
 _FILE = string.Template('''\
@@ -38,10 +38,11 @@ $classes
 NARROW_BLOCKS = {
 $table
 }
+TABLES = $tables
 
 
 class $name($stock):
-    """$stock whose blocks in NARROW_BLOCKS are narrow."""
+    """$stock whose blocks in NARROW_BLOCKS are narrow, and whose TABLES lie with the weights."""
 
     _auto_class = "AutoModel"
 
@@ -52,6 +53,7 @@ class $name($stock):
                 block = self.get_submodule(path)[index]
                 reshape_block(block, kind.removed, kind.bypassed, kind.shrunk, kind.added, kind.factored)
                 block.__class__ = kind
+        keep_tables(self, TABLES)
 
     # diffusers reads off the signature which entries of config.json belong here.
     __init__.__signature__ = inspect.signature($stock.__init__)
@@ -80,8 +82,12 @@ $forward
 $name.__name__ = "$base"  # diffusers knows blocks by the name of their class''')
 
 
-def write_modelling(stock: type, blocks: Sequence[tuple[object, Form]]) -> tuple[str, str]:
+def write_modelling(
+    stock: type, blocks: Sequence[tuple[object, Form]], tables: tuple[str, ...] = ()
+) -> tuple[str, str]:
     """Return the name of a module that defines `Narrow<stock>` and its source; `blocks` are a student's, in order.
+
+    `tables` are the paths of buffers that its file of weights has.
 
     The name contains a hash, because diffusers keeps the modelling files of all variants in one place.
     """
@@ -101,11 +107,12 @@ def write_modelling(stock: type, blocks: Sequence[tuple[object, Form]]) -> tuple
         name=f"Narrow{stock.__name__}",
         stock=stock.__name__,
         library="diffusers" if stock.__module__.startswith("diffusers.") else stock.__module__,
-        what=_summarise([form for _, form in blocks]),
+        what=_summarise([form for _, form in blocks], tables),
         imports="\n".join(f"from {module} import {name}" for module, name in bases),
-        helpers="\n\n".join(inspect.getsource(function) for function in (bypass, reshape_block)).rstrip(),
+        helpers="\n\n".join(inspect.getsource(function) for function in (bypass, reshape_block, keep_tables)).rstrip(),
         classes="\n\n\n".join(_write_class(name, *kind, found[name]) for kind, name in names.items()),
         table="\n".join(_write_row(path, row) for path, row in table.items()),
+        tables=repr(tables),
     )
     module = f"modeling_narrow_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
     return module, source.replace("@MODULE@", module)
@@ -130,7 +137,7 @@ def _write_row(path: str, row: dict[int, str]) -> str:
     return f'    "{path}": {{\n{entries}    }},'
 
 
-def _summarise(forms: Sequence[Form]) -> str:
+def _summarise(forms: Sequence[Form], tables: tuple[str, ...]) -> str:
     said = []
     if any(form.narrow_text or form.ffn for form in forms):
         said.append(
@@ -139,6 +146,8 @@ def _summarise(forms: Sequence[Form]) -> str:
         )
     if any(form.modulation for form in forms):
         said.append("Modulation layers of blocks are of low rank: two small linear maps in place of a large one.")
+    if tables:
+        said.append(f"Blocks are gone, and {', '.join(tables)} has the rows of those that are left.")
     return textwrap.fill(" ".join(said), _WIDTH)
 
 

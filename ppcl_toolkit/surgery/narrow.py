@@ -19,6 +19,7 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form
 from ppcl_toolkit.running.capture import Arguments, Streams
 from ppcl_toolkit.surgery import graph
+from ppcl_toolkit.surgery.masks import all_hold
 from ppcl_toolkit.surgery.source import write_forward
 
 
@@ -88,7 +89,8 @@ def draw(block: nn.Module, stack: Stack, form: Form, arguments: Arguments, strea
     call = arguments | {stack.argument(name): given[name] for name in stack.streams}
     attention = () if stack.joint_attention is None else (stack.joint_attention,)
     weightless = graph.meta_copy(block).to(streams.image.dtype)
-    trace = graph.trace(weightless, call, {*stack.ffn.values(), *attention})
+    with all_hold():
+        trace = graph.trace(weightless, call, {*stack.ffn.values(), *attention})
     before = trace.used()
     try:
         if form.text != "own":
@@ -130,7 +132,7 @@ def narrow_class(base: type, blueprint: Blueprint) -> type[NarrowBlock]:
     return type(base.__name__, (base, NarrowBlock), attributes)
 
 
-# The next two are also copied into generated modelling files: torch only, and nothing from this package.
+# The next three are also copied into generated modelling files: torch only, and nothing from this package.
 
 
 def bypass(value: Tensor) -> Tensor:
@@ -173,6 +175,14 @@ def reshape_block(
         for value in (down.weight, up.weight, up.bias):
             nn.init.zeros_(value)
         setattr(block.get_submodule(parent), name, nn.Sequential(down, up))
+
+
+def keep_tables(transformer: nn.Module, paths: Iterable[str]) -> None:
+    """Have buffers among the weights that are saved and loaded."""
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        owner = transformer.get_submodule(parent)
+        owner.register_buffer(name, getattr(owner, name))
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:

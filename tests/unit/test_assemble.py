@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+import videos
 from diffusers import FluxTransformer2DModel
 from families import SD3, TRANSFORMERS
 from tiny import flux_inputs, flux_transformer, randomize, sd3_inputs, sd3_transformer
@@ -188,6 +189,28 @@ def test_position_dependent_block_needs_a_remap():
         streams = dict(zip(("hidden_states", "encoder_hidden_states"), calls.streams, strict=True))
         arguments = calls.arguments[0]
         assert torch.allclose(last(**arguments, **streams)[1], kept(**arguments, **streams)[1], atol=1e-6)
+
+
+@torch.no_grad()
+def test_an_interval_that_ends_with_mochi_makes_no_text():
+    """Its last block only reads the text: what another one has to make text goes, and the velocity is as it was."""
+    transformer, adapter = videos.mochi().transformer, load_adapter("mochi")
+    torch.manual_seed(1)
+    kwargs = {
+        "hidden_states": torch.randn(2, 12, 2, 4, 4),
+        "encoder_hidden_states": torch.randn(2, 16, 32),
+        "timestep": torch.full((2,), 300.0),
+        "encoder_attention_mask": torch.arange(16).expand(2, 16) < 9,
+        "return_dict": False,
+    }
+    plan = plan_for(transformer, adapter, Interval(stack=STACK, first=2, last=3))
+    teacher = copy.deepcopy(transformer)
+    last = teacher.transformer_blocks[3]
+    last.forward = lambda hidden_states, encoder_hidden_states, **_: (hidden_states, encoder_hidden_states)
+    reshape(transformer, adapter, plan, kwargs)
+    assert transformer.transformer_blocks[2].ff_context is None
+    assert size(transformer) < size(teacher) - size(last)
+    assert torch.equal(run(transformer, kwargs), run(teacher, kwargs))
 
 
 @pytest.mark.parametrize("last", [2, 3])

@@ -4,10 +4,12 @@ import dataclasses
 import re
 
 import odd
+import parts
 import pictures
 import pytest
 import tiny
 import torch
+from diffusers import BriaFiboTransformer2DModel, HiDreamImageTransformer2DModel
 from families import FLUX, QWEN_IMAGE, SD3
 from runs import DUAL
 from strangers import STRANGERS
@@ -26,6 +28,8 @@ from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import drop_blocks, reshape
 from ppcl_toolkit.surgery.graph import sharing_copy
 
+CHROMA = load_adapter("chroma")
+(CHROMA_ROWS,) = CHROMA.tables.values()
 SAID = {
     "skip": r"blocks\[3\].* is called with another skip.*between the blocks",
     "changed": r"blocks\[1\].*is called with another hidden_states",
@@ -165,8 +169,13 @@ def test_a_check_leaves_the_teacher_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in run.transformer.state_dict().items())
 
 
-THOUSANDS = ("wan", "cogview4", "sana", "ltx_video", "hunyuan_video")
-REVERSED = ("z_image", "lumina2")
+THOUSANDS = ("wan", "cogview4", "sana", "ltx_video", "hunyuan_video", "hunyuan_image", "bria")
+TOLD = {
+    **dict.fromkeys(THOUSANDS, (0.0, 1000.0)),
+    **dict.fromkeys(("z_image", "lumina2"), (1.0, -1.0)),
+    "mochi": (1000.0, -1000.0),
+}
+"""Offset and scale; of others, the level itself."""
 
 
 @pytest.mark.parametrize("name", STRANGERS)
@@ -176,22 +185,118 @@ def test_nothing_is_said_of_pipelines_of_other_make(name):
     adapter, pipeline = load_adapter(name), build()
     call = {**asked, "num_inference_steps": 3}
     steps = observed(pipeline, adapter, lambda: run_pipeline(pipeline, ["a"], None, call, "latent"))
-    told = (0.0, 1000.0) if name in THOUSANDS else (1.0, -1.0) if name in REVERSED else (0.0, 1.0)
     found = noising_of(pipeline.scheduler, adapter, steps)
-    assert (found.offset, found.scale) == told
+    assert (found.offset, found.scale) == TOLD.get(name, (0.0, 1.0))
     assert found.kind == ("diffusion" if name in ("pixart", "cogvideox") else "flow")
     checked(Runner(pipeline.transformer, adapter), {**steps[-1].call, "return_dict": False})
 
 
-def test_chroma_is_refused():
-    """Its modulation is a table by the numbers of blocks, whose length is a buffer's."""
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({}, r"mod_proj is \[.*it depends on the numbers of blocks"),
+        ({"time_text_embed.mod_proj": lambda kept, _: range(3 * len(kept[CHROMA.stacks[1].path]))}, r"mod_proj is \["),
+        (
+            {"time_text_embed.mod_proj": lambda kept, depths: range(len(CHROMA_ROWS(kept, depths)))},
+            r"with transformer_blocks\[0,1\] one block, transformer_blocks\[0\] is called with another \[0\] temb",
+        ),
+    ],
+)
+def test_a_table_by_block_numbers_is_refused_unless_its_rows_are_those_of_the_blocks(tables, message):
+    """Chroma's has a shape that depends on the depth, and values that depend on the numbers."""
+    call = {k: v for k, v in tiny.flux_inputs().items() if k not in ("pooled_projections", "guidance")}
+    checked(Runner(pictures.chroma_transformer(), CHROMA), call)
+    with pytest.raises(PpclError, match=message):
+        checked(Runner(pictures.chroma_transformer(), dataclasses.replace(CHROMA, tables=tables)), call)
+
+
+@pytest.mark.parametrize("kind", ("table", "buffer"))
+def test_rows_of_a_table_go_with_their_blocks(kind):
+    run = odd.runner(kind)
+    adapter = dataclasses.replace(run.adapter, tables={"table": lambda kept, _: kept["blocks"]})
+    checked(Runner(run.transformer, adapter), odd.call())
+    wrong = dataclasses.replace(run.adapter, tables={"table": lambda kept, _: range(len(kept["blocks"]))})
+    with pytest.raises(PpclError, match=r"blocks\[2\] is called with another \[0\] captions"):
+        checked(Runner(run.transformer, wrong), odd.call())
+
+
+def test_texts_that_blocks_are_given_anew_are_refused():
+    """HiDream puts another layer of its language model behind the text of every block."""
+    torch.manual_seed(0)
+    transformer = HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        num_layers=3,
+        num_single_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=[32, 16],
+        text_emb_dim=32,
+        axes_dims_rope=(4, 2, 2),
+        max_resolution=(8, 8),
+        llama_layers=[0, 1, 2, 3, 3, 3],
+    )
+    dual = Stack(path="double_stream_blocks", depth_key="num_layers", returns=("image", "text"))
+    single = Stack(path="single_stream_blocks", depth_key="num_single_layers", text=None, returns=("image",))
+    adapter = Adapter(
+        family="hidream",
+        transformer="HiDreamImageTransformer2DModel",
+        timestep="timesteps",
+        stacks=(dual, single),
+    )
+    call = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "timesteps": torch.full((2,), 300.0),
+        "encoder_hidden_states_t5": torch.randn(2, 5, 32),
+        "encoder_hidden_states_llama3": torch.randn(4, 2, 5, 16),
+        "pooled_embeds": torch.randn(2, 32),
+        "return_dict": False,
+    }
+    run = Runner(parts.randomize(transformer).requires_grad_(False), adapter)
+    with pytest.raises(PpclError, match=r"double_stream_blocks\[1\].* is called with another encoder_hidden_s"):
+        checked(run, call)
+
+
+def test_texts_that_are_changed_between_blocks_are_refused():
+    """FIBO writes a layer of its language model over half of the features of every block's text."""
+    torch.manual_seed(0)
+    transformer = BriaFiboTransformer2DModel(
+        in_channels=4,
+        num_layers=3,
+        num_single_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        text_encoder_dim=8,
+        axes_dims_rope=[0, 4, 4],
+    )
+    own = dataclasses.replace(FLUX.stacks[0], modulation=())
     single = Stack(path="single_transformer_blocks", depth_key="num_single_layers", text=None, returns=("image",))
     adapter = Adapter(
-        family="chroma",
-        transformer="ChromaTransformer2DModel",
+        family="fibo",
+        transformer="BriaFiboTransformer2DModel",
         shared=("img_ids", "txt_ids"),
-        stacks=(dataclasses.replace(FLUX.stacks[0], modulation=()), single),
+        stacks=(own, single),
     )
-    call = {k: v for k, v in tiny.flux_inputs().items() if k not in ("pooled_projections", "guidance")}
-    with pytest.raises(PpclError, match=r"mod_proj is \[.*it depends on the numbers of blocks"):
-        checked(Runner(pictures.chroma_transformer(), adapter), call)
+    call = {
+        "hidden_states": torch.randn(2, 6, 4),
+        "timestep": torch.full((2,), 300.0),
+        "encoder_hidden_states": torch.randn(2, 5, 16),
+        "text_encoder_layers": [torch.randn(2, 5, 8) for _ in range(6)],
+        "img_ids": torch.zeros(6, 3),
+        "txt_ids": torch.zeros(5, 3),
+        "return_dict": False,
+    }
+    run = Runner(parts.randomize(transformer).requires_grad_(False), adapter)
+    with pytest.raises(PpclError, match=r"transformer_blocks\[1\].* is called with another encoder_hidden_states"):
+        checked(run, call)
+
+
+def test_what_changes_from_step_to_step_is_refused():
+    """A distilled HunyuanImage is told the next level, too: of one recorded call that is another one."""
+    pipeline, adapter = pictures.hunyuan_image(use_meanflow=True), load_adapter("hunyuan_image")
+    _, asked = STRANGERS["hunyuan_image"]
+    call = {**asked, "num_inference_steps": 3}
+    steps = observed(pipeline, adapter, lambda: run_pipeline(pipeline, ["a"], None, call, "latent"))
+    with pytest.raises(PpclError, match="'timestep_r' changes from step to step"):
+        noising_of(pipeline.scheduler, adapter, steps)

@@ -67,6 +67,7 @@ WHOLE = [
     ),
     ({"timestep": "timesteps"}, "timestep: .* no argument 'timesteps', did you mean 'timestep'"),
     ({"shared": ("img_ids", "text_ids")}, "shared: .* no argument 'text_ids', did you mean 'txt_ids'"),
+    ({"tables": {"mod_proj": sorted}}, "tables: FluxTransformer2DModel has no buffer 'mod_proj'; buffers: none"),
     ({"stacks": ()}, r"stacks is empty; lists of modules of FluxTransformer2DModel: transformer_blocks \(4 of Flux"),
     ({"stacks": (DUAL, DUAL)}, "two stacks have the path 'transformer_blocks'; its blocks are those of one stack"),
     (
@@ -82,9 +83,8 @@ def transformer():
 
 
 def changed(change) -> Adapter:
-    return (
-        replace(FLUX, **change) if change.keys() & {"latents", "timestep", "shared", "stacks"} else with_stack(change)
-    )
+    whole = {"latents", "timestep", "shared", "tables", "stacks"}
+    return replace(FLUX, **change) if change.keys() & whole else with_stack(change)
 
 
 def with_stack(change) -> Adapter:
