@@ -85,6 +85,12 @@ def print_rows(header: Sequence[str], *rows: Sequence[str]) -> None:
     _wide().print(table)
 
 
+def markdown(header: Sequence[str], *rows: Sequence[str]) -> str:
+    """Return a table in Markdown: the first column to the left, figures to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _needs(memory: Any) -> Table:
     """Draw what every stage takes under every schedule."""
     table = Table("stage", *memory, box=None)

@@ -1,11 +1,10 @@
 """The plans that a recipe comes to: its own operations where it lists them, assumed ones where the run is to find them.
 
 Assumed are runs of two and of three blocks in turn, so that three blocks go for every two that learn: as in the plans
-that the paper published.
+that the paper published. Stacks lose blocks alike, their first ones first; what becomes linear goes before blocks.
 """
 
 import itertools
-from collections.abc import Iterator
 
 from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.budget.model import Model
@@ -60,15 +59,17 @@ def _modulation(recipe: Recipe, model: Model) -> tuple[ModulationSwap, ...]:
     return swaps(model.adapter, recipe.modulation.rank or min(RANK, limit))
 
 
-def _intervals(recipe: Recipe, model: Model, longer: int) -> Iterator[Interval]:
+def _intervals(recipe: Recipe, model: Model, longer: int) -> list[Interval]:
+    found: list[tuple[float, Interval]] = []
     for stack, depth in model.plan.depths.items():
         first = recipe.intervals.first_block.get(stack, 0)
         for length in itertools.cycle((2 + longer, 3 + longer)):
             last = min(first + length, depth) - 1
             if last <= first:
                 break
-            yield Interval(stack=stack, first=first, last=last)
+            found.append((first / depth, Interval(stack=stack, first=first, last=last)))
             first = last + 1
+    return [interval for _, interval in sorted(found, key=lambda place: place[0])]
 
 
 def _width(recipe: Recipe, model: Model) -> list[Candidate]:

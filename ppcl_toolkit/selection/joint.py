@@ -12,7 +12,7 @@ from ppcl_toolkit.units import Cost
 
 Together = Callable[[Sequence[Candidate]], tuple[float, Sequence[float]]]
 """Returns the error of several operations in place together, and that without each of the first of them."""
-_ROUNDS = 4
+ROUNDS = 4
 """Choices of a program that are measured together, for each target."""
 _LEAST = 0.01
 """Share of its error alone that an operation adds at least: others may undo what it does by chance."""
@@ -71,7 +71,7 @@ def _improved(
     operations, adds = [m.operation for m in measured], [m.error**2 for m in measured]
     chosen = program.solve(adds)
     seen: dict[tuple[int, ...], float] = {}
-    while chosen and tuple(chosen) not in seen and len(seen) < _ROUNDS:
+    while chosen and tuple(chosen) not in seen and len(seen) < ROUNDS:
         error, without = together([*(operations[number] for number in chosen), *(m.operation for m in fixed)])
         seen[tuple(chosen)] = error
         for number, each in zip(chosen, without, strict=False):
