@@ -1,6 +1,6 @@
 """A dry run: what a recipe would remove, need and take, and whether a machine has it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -73,6 +73,8 @@ class DryRun:
     basis: tuple[str, ...]
     stages: tuple[Stage, ...] = ()
     """With a machine: what it has to say to each stage."""
+    calling: tuple[str, ...] = ()
+    """How it would call the pipeline of the teacher, and of each variant."""
     fits: bool | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -211,6 +213,7 @@ def dry_run(recipe: Recipe, tflops: float = 400.0, machine: Machine | None = Non
         tflops=tflops,
         basis=_basis(memory, tflops),
         stages=stages,
+        calling=_calling(memory, machine, (teacher, *variants)),
         fits=all(stage.fits for stage in stages) if machine else None,
     )
 
@@ -268,6 +271,10 @@ def _table(budget: Budget) -> dict[str, dict[str, dict[str, int]]]:
             for stage, need in needs.items()
         }
     return table
+
+
+def _calling(memory: Memory, machine: Machine | None, sizes: Sequence[Size]) -> tuple[str, ...]:
+    return tuple(Whole(memory, machine.card, machine.host).calling(size.bytes) for size in sizes) if machine else ()
 
 
 def _told(need: Need, devices: int) -> str:
