@@ -285,7 +285,10 @@ def _told(need: Need, devices: int) -> str:
 def _basis(memory: Memory, tflops: float) -> tuple[str, ...]:
     recipe, model = memory.recipe, memory.blocks.model
     tokens = {name: tuple(v.shape) for name, v in model.example.items() if isinstance(v, Tensor) and v.ndim > 1}
-    assumed = "assumed, runs of two and three blocks in turn as in the paper's, in all stacks: the run finds its own"
+    assumed = (
+        "assumed, runs of two and three blocks in turn as in the paper's, in all stacks, and text streams and FFNs in "
+        "turn with them, as far as they may go: the run finds its own"
+    )
     found = "the recipe's operations, in its order" if are_given(recipe) or not recipe.searches else assumed
     if recipe.modulation is not None and recipe.modulation.rank is None:
         found += f"; modulation of rank {RANK}, assumed"

@@ -7,7 +7,7 @@ from ppcl_toolkit.budget.blocks import Blocks
 from ppcl_toolkit.budget.memory import TOGETHER, Memory
 from ppcl_toolkit.budget.model import Size
 from ppcl_toolkit.plan import Form, Plan, trained_forms
-from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.recipe import Distillation, Recipe
 
 STEPS = 28
 """Denoising steps per picture where the recipe names none."""
@@ -45,9 +45,9 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
     learning = {stock: _share(blocks, [f for f in forms if f.is_stock is stock]) for stock in (True, False)}
     pictures = recipe.evaluate.count * len(recipe.evaluate.seeds)
 
-    def distilled(section: Mapping[str, int], stock: bool) -> Work:
-        pictures = section["steps"] * section["batch"]
-        return Work(pictures * forward * (1 + _BACKWARD * learning[stock]) if learning[stock] else 0.0)
+    def distilled(section: Distillation, stock: bool, fitted: int = 0) -> Work:
+        learned = section.steps * section.batch * (1 + _BACKWARD * learning[stock])
+        return Work((learned + fitted * section.batch) * forward if learning[stock] else 0.0)
 
     found = {
         # Three steps of the pipeline, and twice a forward; without blocks, hardly anything.
@@ -58,8 +58,8 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
         "probe": Work(sum(probed) * forward + (probed[0] + probed[1] / 2) * _sums(blocks)),
         "intervals": Work(compared * (forward + _chains(blocks))),
         "select": _selected(Memory(recipe, blocks, plans), forward),
-        "depth": distilled(recipe.depth.model_dump(include={"steps", "batch"}), True),
-        "width": distilled(recipe.width.model_dump(include={"steps", "batch"}), False),
+        "depth": distilled(recipe.depth, True),
+        "width": distilled(recipe.width, False, recipe.width.batches),
         "velocities": Work(recipe.finetune.steps * recipe.finetune.batch * forward),
         "finetune": Work(recipe.finetune.steps * recipe.finetune.batch * again * tuned),
         "evaluate": Work(pictures * image * (forward + students)),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, ModulationSwap, Plan, TextRun
 from ppcl_toolkit.recipe import Target, Width
 from ppcl_toolkit.selection.choice import Choice, Goal
@@ -30,8 +31,8 @@ def choose_by_program(
 ) -> Choice:
     """Choose for the largest target from all that was `measured`, and for smaller ones what goes beside that.
 
-    A target that nothing reaches beside
-    what larger ones lose is chosen for by itself; one that is out of reach is a `PpclError`, as `choose` says it.
+    A target that nothing reaches beside what larger ones lose is chosen for by itself; one that is out of reach is a
+    `PpclError` with the nearest that any combination comes to.
     """
     total = costs(plan)
     goals = {target.name: Goal(target, total) for target in targets}
@@ -54,7 +55,11 @@ def choose_by_program(
                 taken += [m for m in added if m not in taken]
                 break
         else:
-            plans |= choose(plan, measured, [target], costs, width, modulation=modulation).plans
+            try:
+                plans |= choose(plan, measured, [target], costs, width, modulation=modulation).plans
+            except PpclError as error:
+                nearest = costs(program.with_chosen(program.nearest()))
+                raise goal.out_of_reach(nearest, total) from error
     return Choice(plans={t.name: plans[t.name] for t in targets}, order=tuple(m.operation for m in taken))
 
 
