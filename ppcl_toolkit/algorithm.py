@@ -83,7 +83,7 @@ def compress(
     for target in recipe.targets:
         Goal(target, whole)
     if recipe.modulation is not None:
-        check_modulation(runner, recipe.modulation)
+        check_modulation(runner, recipe.modulation, call=recipe.teacher.call)
     check_intervals(teacher.adapter, teacher.adapter.depths(teacher.transformer), recipe.intervals)
     check_given(recipe, teacher.plan())
 

@@ -116,7 +116,7 @@ def compress(
 
 
 @app.command()
-def plan(
+def plan(  # noqa: PLR0913 - options
     recipe: Annotated[str, typer.Option(help="YAML file, or the name of a shipped recipe.")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, any number of times.")] = None,
     card: Annotated[str | None, typer.Option(help="Memory of a GPU: 24GB. Default: this machine's.")] = None,
@@ -124,14 +124,23 @@ def plan(
     devices: Annotated[int, typer.Option(min=1, help="GPUs of that machine.")] = 1,
     tflops: Annotated[float, typer.Option(min=1e-6, help="What one device sustains, for the time estimate.")] = 400.0,
     as_json: Annotated[bool, typer.Option("--json", help="Plain data instead of tables.")] = False,
+    against: Annotated[
+        str | None, typer.Option(help="Another recipe, of the same teacher: a table of its plans, and of equal ones.")
+    ] = None,
 ) -> None:
     """Say what a recipe would remove, need and take, and whether a machine has it: in seconds and without weights."""
     from ppcl_toolkit import Recipe
     from ppcl_toolkit.artifacts.pipeline import quiet
-    from ppcl_toolkit.budget import dry_run, machine_of
+    from ppcl_toolkit.budget import HEADER, dry_run, machine_of, side_by_side
 
+    asked = Recipe.load(recipe, set_ or [])
+    if against is not None:
+        with quiet():
+            rows = side_by_side(asked, Path(recipe).stem, Recipe.load(against), Path(against).stem)
+        typer.echo(console.markdown(HEADER, *rows))
+        return
     with quiet():
-        found = dry_run(Recipe.load(recipe, set_ or []), tflops, machine_of(card, host, devices))
+        found = dry_run(asked, tflops, machine_of(card, host, devices))
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return

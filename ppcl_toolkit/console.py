@@ -61,13 +61,23 @@ def print_table(summary: Mapping[str, Any]) -> None:
 
 def print_plan(found: Any) -> None:
     """Show what a recipe asks for, a `DryRun`."""
-    sizes = Table("model", "parameters", "share", "weights", "step", "share", "ms/step", "blocks", box=None)
-    for size in (found.teacher, *found.variants):
+    called = ["is called by"] if found.calling else []
+    sizes = Table("model", "parameters", "share", "weights", "step", "share", "ms/step", "blocks", *called, box=None)
+    for number, size in enumerate((found.teacher, *found.variants)):
         share = f"{size.params / found.teacher.params:.1%}"
         step = _step(size.teraflops * 1e12, found.teacher.teraflops * 1e12)
         blocks = " + ".join(map(str, size.blocks.values()))
         took = f"{1000 * size.teraflops / found.tflops:.3g}"
-        sizes.add_row(size.name, f"{size.params:,}", share, _scaled(size.bytes, "B"), *step, took, blocks)
+        sizes.add_row(
+            size.name,
+            f"{size.params:,}",
+            share,
+            _scaled(size.bytes, "B"),
+            *step,
+            took,
+            blocks,
+            *found.calling[number:][:1],
+        )
     _wide().print(sizes, _verdicts(found.stages) if found.stages else _needs(found.memory), sep="\n\n")
     hours = ", ".join(f"{stage} {_duration(value)}" for stage, value in found.hours.items() if value)
     written = ", ".join(f"{kind} {_scaled(size, 'B')}" for kind, size in found.disk.items() if size)
@@ -83,6 +93,12 @@ def print_rows(header: Sequence[str], *rows: Sequence[str]) -> None:
     for row in rows:
         table.add_row(*row)
     _wide().print(table)
+
+
+def markdown(header: Sequence[str], *rows: Sequence[str]) -> str:
+    """Return a table in Markdown: the first column to the left, figures to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _needs(memory: Any) -> Table:

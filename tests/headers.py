@@ -11,7 +11,7 @@ from ppcl_toolkit.recipe_files import shipped_recipes
 RECIPES = Path(__file__).parents[1] / "recipes"
 PLANNED = [name for name in shipped_recipes() if not name.startswith("tiny")]
 FIRST = "# Takes of a GPU: "
-TOLD = {"samples": "samples", "modulation": "modulation", "depth": "depth", "width": "width", "finetune": "fine-tuning"}
+TOLD = {stage: stage for stage in ("samples", "modulation", "select", "depth", "width")} | {"finetune": "fine-tuning"}
 
 
 def header(name: str, found: DryRun) -> str:

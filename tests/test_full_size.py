@@ -11,8 +11,11 @@ from diffusers import FluxTransformer2DModel
 
 from ppcl_toolkit.adapter import available_adapters, load_adapter
 from ppcl_toolkit.artifacts.classes import stock_class
-from ppcl_toolkit.budget import Machine, check_fits, check_machine, dry_run, report
+from ppcl_toolkit.budget import HEADER, Machine, check_fits, check_machine, dry_run, report, side_by_side
+from ppcl_toolkit.budget.blocks import Blocks
+from ppcl_toolkit.budget.memory import Memory
 from ppcl_toolkit.budget.model import Model, count, is_known
+from ppcl_toolkit.budget.whole import Whole
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.recipe_files import shipped_recipes
@@ -104,7 +107,7 @@ def test_a_rank_that_is_to_be_found_is_assumed():
 def test_what_is_not_fine_tuned_takes_no_memory_of_it():
     target, light = "{name: a, params: 8B, modulation: true}", "{name: light, modulation: true, finetune: false}"
     alone, beside = (
-        dry_run(Recipe.load("flux_8b", ["modulation.rank=32", f"targets=[{targets}]"]))
+        dry_run(Recipe.load("flux_8b", ["modulation={rank: 32}", f"targets=[{targets}]"]))
         for targets in (target, f"{light}, {target}")
     )
     for one, other in zip(alone.memory.values(), beside.memory.values(), strict=True):
@@ -113,9 +116,56 @@ def test_what_is_not_fine_tuned_takes_no_memory_of_it():
 
 def test_modulation_before_blocks():
     """8B is 0.7B below what modulation leaves: fewer blocks go than without it."""
-    changes = ["modulation.rank=32", "targets=[{name: a, params: 8B}, {name: b, params: 8B, modulation: true}]"]
+    changes = ["modulation={rank: 32}", "targets=[{name: a, params: 8B}, {name: b, params: 8B, modulation: true}]"]
     plain, low = dry_run(Recipe.load("flux_8b", changes)).variants
     assert low.params <= 8e9 and sum(low.blocks.values()) > sum(plain.blocks.values()) + 5
+
+
+CARDS = {
+    ("flux_light", "light"): 24,
+    ("flux_16gb", "24gb"): 24,
+    ("flux_16gb", "16gb"): 16,
+    ("flux_lite_12gb", "16gb"): 16,
+    ("flux_lite_12gb", "12gb"): 12,
+    ("qwen_image_10b", "10b"): 24,
+    ("qwen_image_edit_13b", "24gb"): 24,
+    ("qwen_image_edit_2509_13b", "24gb"): 24,
+    ("sd35_large_5b", "5b"): 12,
+    ("z_image_4_6b", "4.6b"): 12,
+}
+"""Models that are made for a card, and its gigabytes."""
+
+
+@pytest.mark.parametrize(("name", "target"), CARDS)
+def test_what_is_made_for_a_card_is_not_called_block_by_block_there(name, target):
+    card = CARDS[name, target] * 10**9
+    (variant,) = (variant for variant in planned(name).variants if variant.name == target)
+    recipe = Recipe.load(name)
+    memory = Memory(recipe, Blocks(Model.of(recipe)), {})
+    means = Whole(memory, card, 10**12).calling(variant.bytes)
+    assert means in ("parts in turn", "one part at a time")
+    # Half a gigabyte less of a card, and it would not be: the target is no smaller than it has to be.
+    if not Recipe.load(name).tuned or target in Recipe.load(name).tuned:
+        assert variant.bytes > 0.9 * 0.85 * card or name in ("z_image_4_6b", "flux_light")
+
+
+def test_plans_are_set_side_by_side_at_equal_parameters_and_at_equal_flops():
+    flux, published = Recipe.load("flux_8b"), Recipe.load("paper_flux")
+    rows = side_by_side(flux, "flux_8b", published, "paper_flux")
+    assert rows[0][:2] == ("teacher", "11,901,408,320") and len({len(row) for row in (HEADER, *rows)}) == 1
+    params = [int(row[1].replace(",", "")) for row in rows]
+    flops = [float(row[4].split()[0]) for row in rows]
+    assert [row[0] for row in rows[1:4]] == [
+        "paper_flux, 8b",
+        "flux_8b, at equal parameters (assumed)",
+        "flux_8b, at equal FLOPs (assumed)",
+    ]
+    assert params[4] == 6_520_810_048 and len(rows) == 7
+    for theirs in (1, 4):
+        assert 0.97 * params[theirs] < params[theirs + 1] <= params[theirs] and flops[theirs + 1] > flops[theirs]
+        assert 0.97 * flops[theirs] < flops[theirs + 2] <= flops[theirs] and params[theirs + 2] < params[theirs]
+    with pytest.raises(PpclError, match="--against: paper_qwen_image is of Qwen/Qwen-Image, flux_8b of black-forest-"):
+        side_by_side(flux, "flux_8b", Recipe.load("paper_qwen_image"), "paper_qwen_image")
 
 
 @pytest.mark.parametrize("rank", [2634, 3072, 5000])
@@ -153,7 +203,9 @@ def test_qwen_image_from_20b_to_10b():
 
 def test_the_smallest_qwen_image_is_reached_by_depth_and_then_by_width():
     """As in the paper: 12B by depth alone, the rest by text streams and FFNs."""
-    _, deep, small = planned("qwen_image_10b").variants
+    targets = "targets=[{name: 12b, params: 12B, width: false}, {name: 10b, params: 10.5B, depth: 12B}]"
+    asked = Recipe.load("qwen_image_10b", ["modulation=null", "select.order=paper", targets])
+    deep, small = dry_run(asked).variants
     assert [o for o in small.operations if "text" not in o and "ffn" not in o] == list(deep.operations)
     assert len(small.operations) > len(deep.operations)
     assert deep.params <= 12e9 and small.params <= 10.5e9
@@ -171,7 +223,8 @@ def test_flops_are_those_of_the_matrices():
 
 def test_a_target_in_flops():
     """Blocks of either stack cost the same: 60 % of 57 are 34, embedders and the last layer aside."""
-    found = planned("flux_fast")
+    changes = ["modulation=null", "targets=[{name: fast, flops: 60%, width: false}]"]
+    found = dry_run(Recipe.load("flux_twice_as_fast", changes))
     (fast,) = found.variants
     assert sum(fast.blocks.values()) == 34
     tokens, width = 4096 + 512, 3072
@@ -181,24 +234,24 @@ def test_a_target_in_flops():
     assert fast.teraflops <= 0.6 * found.teacher.teraflops
     # The same in numbers, and in bytes: whatever is asked for last has to hold.
     limit = int(0.6 * found.teacher.teraflops * 1e12)
-    several = [f"targets=[{{name: it, flops: {limit}, bytes: 13GB, params: 90%, width: false}}]"]
-    (variant,) = dry_run(Recipe.load("flux_fast", several)).variants
+    several = [changes[0], f"targets=[{{name: it, flops: {limit}, bytes: 13GB, params: 90%, width: false}}]"]
+    (variant,) = dry_run(Recipe.load("flux_twice_as_fast", several)).variants
     assert variant.bytes == 2 * variant.params <= 13e9 and variant.teraflops * 1e12 <= limit
 
 
 def test_modulation_does_not_serve_a_target_in_flops():
     """Whatever its rank, as many blocks go."""
     targets = "targets=[{name: a, flops: 70%, modulation: true, width: false}, {name: b, flops: 70%, width: false}]"
-    low, plain = dry_run(Recipe.load("flux_8b", ["modulation.rank=32", targets])).variants
+    low, plain = dry_run(Recipe.load("flux_8b", ["modulation={rank: 32}", targets])).variants
     assert low.blocks == plain.blocks and low.params < 0.8 * plain.params
     assert low.teraflops == pytest.approx(plain.teraflops, rel=0.002)
 
 
 def test_guidance_runs_every_picture_twice():
-    recipe = Recipe.load("sd35_medium_1_6b")
+    recipe = Recipe.load("sd35_medium_twice_as_fast")
     call = {**recipe.teacher.call, "guidance_scale": 1.0}
     plain = dry_run(recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"call": call})}))
-    guided = planned("sd35_medium_1_6b")
+    guided = planned("sd35_medium_twice_as_fast")
     assert guided.disk["samples"] == 2 * plain.disk["samples"]
     assert guided.hours["samples"] == pytest.approx(2 * plain.hours["samples"])
     assert guided.hours["depth"] == plain.hours["depth"]
@@ -302,7 +355,8 @@ def test_jobs_fit_machines_that_people_have(recipe, card, host, devices, stages)
         # 16.1 GB of transformer, 9.5 of T5, 1.4 and .2 of CLIP, .2 of autoencoder; .85 of a card for weights.
         ("sd35_large_light", 40, "resident", "resident", "resident"),
         ("sd35_large_light", 31, "parts in turn", "parts in turn", "resident"),
-        ("sd35_large_light", 28, "transformer by blocks", "transformer by blocks", "resident"),
+        ("sd35_large_light", 28, "one part at a time", "one part at a time", "resident"),
+        ("sd35_large_light", 18, "transformer by blocks", "transformer by blocks", "resident"),
         # 10.8 GB of the smaller transformer.
         ("sd35_large_light", 12, "transformer by blocks", "transformer by blocks", "transformer by blocks"),
     ],
@@ -323,10 +377,10 @@ def test_a_plan_says_by_what_means_pipelines_are_called(recipe, card, samples, e
 
 def test_weights_in_another_dtype_than_their_files_are_memory(tmp_path):
     """SD3.5 is published in fp16; a run in that leaves the weights in their files."""
-    recipe = Recipe.load("sd35_medium_1_6b")
+    recipe = Recipe.load("sd35_medium_twice_as_fast")
     half = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"dtype": "float16"})})
     converted, read = (dry_run(each).memory["streamed, 1 device"]["velocities"] for each in (recipe, half))
-    weights = sum(load_adapter("sd3").others) * 2 + planned("sd35_medium_1_6b").teacher.bytes
+    weights = sum(load_adapter("sd3").others) * 2 + planned("sd35_medium_twice_as_fast").teacher.bytes
     assert converted["host"] - read["host"] == weights == read["pages"]
     assert converted["pages"] == 0
     # Of a folder that is here, the files themselves say it.

@@ -9,13 +9,16 @@ a probe     sums in fp64: 16 bytes for every pair of features; in training 16 mo
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 from typing import NamedTuple
 
 from ppcl_toolkit.budget.blocks import Blocks, Trained
-from ppcl_toolkit.plan import Form, Plan, TextRun, trained_forms
+from ppcl_toolkit.plan import Form, ModulationSwap, Plan, TextRun, trained_forms
 from ppcl_toolkit.recipe import Distillation, Recipe
 from ppcl_toolkit.running.passage import Place
 from ppcl_toolkit.running.slices import block_costs, slices
+from ppcl_toolkit.selection.candidates import ffn_candidates
+from ppcl_toolkit.selection.joint import ROUNDS
 from ppcl_toolkit.stages.modulation import AT_ONCE, MOST_SHOWN
 
 WEIGHT, LEARNING, STEP = 4, 12, 8
@@ -127,15 +130,34 @@ class Memory:
         starts = range(0, len(sums), TOGETHER)
         return max((sum(sums[:s]) // 2 + sum(sums[s : s + TOGETHER]) for s in starts), default=0)
 
-    @property
+    @cached_property
     def candidates(self) -> int:
-        """About how many operations `select` measures: as many as there are blocks, where the recipe gives none."""
-        section, blocks = self.recipe.select, sum(map(len, self.blocks.params.values()))
+        """About how many operations `select` measures: as many as there are blocks, where the recipe gives none.
+
+        For a program, all intervals up to `longest`, and with width every FFN, with and without the text's, and the
+        parts of one run of text of as many blocks as may go.
+        """
+        section, width = self.recipe.select, self.recipe.width
         found = {str(operation) for plan in self.plans.values() for operation in plan.operations}
         if self.recipe.intervals.strategy == "given":
             return len(found)
-        # At most half as many intervals as blocks, and about as many FFNs and text streams.
-        return max(len(found), blocks * (section.longest if section.order == "program" else 1))
+        if section.order != "program":
+            # At most half as many intervals as blocks, and about as many FFNs and text streams.
+            return max(len(found), sum(map(len, self.blocks.params.values())))
+        depths = {s: len(own) - self.recipe.intervals.first_block.get(s, 0) for s, own in self.blocks.params.items()}
+        count = sum(max(0, left - n) for left in depths.values() for n in range(1, section.longest))
+        if any(target.width for target in self.recipe.targets) and not width.given:
+            count += sum(len(swap.streams) for swap in ffn_candidates(self.blocks.model.runner, width))
+            count += width.text_blocks * (width.text_blocks + 1) // 2
+        return max(len(found), count)
+
+    @cached_property
+    def together(self) -> int:
+        """How many times, at most, `select` runs the teacher with a choice in place, or all but one of it."""
+        if self.recipe.select.order != "program":
+            return 0
+        placed = [sum(not isinstance(o, TextRun | ModulationSwap) for o in p.operations) for p in self.plans.values()]
+        return sum(ROUNDS * (2 + count + ceil(count / TOGETHER)) for count in placed if count)
 
     def depth(self) -> Need:
         """Distillation of intervals: all students at once, or one on the device at a time."""

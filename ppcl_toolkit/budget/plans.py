@@ -1,11 +1,11 @@
 """The plans that a recipe comes to: its own operations where it lists them, assumed ones where the run is to find them.
 
 Assumed are runs of two and of three blocks in turn, so that three blocks go for every two that learn: as in the plans
-that the paper published.
+that the paper published. Stacks lose blocks alike, their first ones first; in turn with them, text streams and FFNs
+become linear, as many as may.
 """
 
 import itertools
-from collections.abc import Iterator
 
 from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.budget.model import Model
@@ -37,8 +37,8 @@ def plans(recipe: Recipe, model: Model) -> dict[str, Plan]:
     deepest = max(model.plan.depths.values())
     for longer in range(deepest):
         try:
-            # What a depth-only target may not take comes first, so that it is there where a target may.
-            return _chosen(recipe, model, [*_width(recipe, model), *_intervals(recipe, model, longer)])
+            pairs = itertools.zip_longest(_intervals(recipe, model, longer), _width(recipe, model))
+            return _chosen(recipe, model, [each for pair in pairs for each in pair if each is not None])
         except PpclError:
             if longer == deepest - 1:
                 raise
@@ -56,28 +56,31 @@ def _chosen(recipe: Recipe, model: Model, operations: list[Candidate]) -> dict[s
 def _modulation(recipe: Recipe, model: Model) -> tuple[ModulationSwap, ...]:
     if recipe.modulation is None:
         return ()
-    limit = check_modulation(model.runner, recipe.modulation)
+    limit = check_modulation(model.runner, recipe.modulation, call=recipe.teacher.call)
     return swaps(model.adapter, recipe.modulation.rank or min(RANK, limit))
 
 
-def _intervals(recipe: Recipe, model: Model, longer: int) -> Iterator[Interval]:
+def _intervals(recipe: Recipe, model: Model, longer: int) -> list[Interval]:
+    found: list[tuple[float, Interval]] = []
     for stack, depth in model.plan.depths.items():
         first = recipe.intervals.first_block.get(stack, 0)
         for length in itertools.cycle((2 + longer, 3 + longer)):
             last = min(first + length, depth) - 1
             if last <= first:
                 break
-            yield Interval(stack=stack, first=first, last=last)
+            found.append((first / depth, Interval(stack=stack, first=first, last=last)))
             first = last + 1
+    return [interval for _, interval in sorted(found, key=lambda place: place[0])]
 
 
 def _width(recipe: Recipe, model: Model) -> list[Candidate]:
     if recipe.width.given or not any(target.width for target in recipe.targets):
         return list(recipe.width.given)
-    found: list[Candidate] = []
+    runs: list[Candidate] = []
     for stack in model.adapter.stacks if recipe.width.text_blocks else ():
-        found += _text_runs(stack, model.plan.depths[stack.path])
-    found += reversed(ffn_candidates(model.runner, recipe.width))
+        runs += _text_runs(stack, model.plan.depths[stack.path])
+    # Of the first run, as much is taken as may go; the others are for what is left beside blocks that went.
+    found = [*runs[:1], *reversed(ffn_candidates(model.runner, recipe.width)), *runs[1:]]
     return allowed(found, model.plan, model.costs)[0]
 
 

@@ -61,7 +61,8 @@ def passes(memory: Memory, stage: str) -> float:
         "intervals": lambda: fed(ceil(recipe.intervals.batches / devices)),
         # Errors are those of whole calls, a batch at a time.
         "select": lambda: (
-            (1 + candidates) * recipe.select.batches + ceil(candidates / TOGETHER) * fed(recipe.select.batches)
+            (1 + candidates + memory.together) * recipe.select.batches
+            + ceil(candidates / TOGETHER) * fed(recipe.select.batches)
         ),
         "depth": lambda: fed(recipe.depth.steps),
         "width": lambda: waves * (fed(recipe.width.batches) + fed(recipe.width.steps)),

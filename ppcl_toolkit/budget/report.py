@@ -1,6 +1,6 @@
 """A dry run: what a recipe would remove, need and take, and whether a machine has it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.running.placement import RESIDENT, host_bytes
+from ppcl_toolkit.selection.joint import ROUNDS
 
 DEVICES = 8
 """Of a node: what several devices need is told for so many (paper: 8)."""
@@ -72,6 +73,8 @@ class DryRun:
     basis: tuple[str, ...]
     stages: tuple[Stage, ...] = ()
     """With a machine: what it has to say to each stage."""
+    calling: tuple[str, ...] = ()
+    """How it would call the pipeline of the teacher, and of each variant."""
     fits: bool | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -208,8 +211,9 @@ def dry_run(recipe: Recipe, tflops: float = 400.0, machine: Machine | None = Non
         disk=disk(memory),
         hours=hours,
         tflops=tflops,
-        basis=_basis(recipe, model, tflops),
+        basis=_basis(memory, tflops),
         stages=stages,
+        calling=_calling(memory, machine, (teacher, *variants)),
         fits=all(stage.fits for stage in stages) if machine else None,
     )
 
@@ -269,17 +273,30 @@ def _table(budget: Budget) -> dict[str, dict[str, dict[str, int]]]:
     return table
 
 
+def _calling(memory: Memory, machine: Machine | None, sizes: Sequence[Size]) -> tuple[str, ...]:
+    return tuple(Whole(memory, machine.card, machine.host).calling(size.bytes) for size in sizes) if machine else ()
+
+
 def _told(need: Need, devices: int) -> str:
     host = need.host * devices / 1e9
     return f"{need.device / 1e9:.1f} GB of a device" + (f" and {host:.1f} GB of the host" if host >= 0.05 else "")
 
 
-def _basis(recipe: Recipe, model: Model, tflops: float) -> tuple[str, ...]:
+def _basis(memory: Memory, tflops: float) -> tuple[str, ...]:
+    recipe, model = memory.recipe, memory.blocks.model
     tokens = {name: tuple(v.shape) for name, v in model.example.items() if isinstance(v, Tensor) and v.ndim > 1}
-    assumed = "assumed, runs of two and three blocks in turn as in the paper's: the run finds them itself"
+    assumed = (
+        "assumed, runs of two and three blocks in turn as in the paper's, in all stacks, and text streams and FFNs in "
+        "turn with them, as far as they may go: the run finds its own"
+    )
     found = "the recipe's operations, in its order" if are_given(recipe) or not recipe.searches else assumed
     if recipe.modulation is not None and recipe.modulation.rank is None:
         found += f"; modulation of rank {RANK}, assumed"
+    if recipe.searches and memory.together:
+        found += (
+            f"; `select` takes about {memory.candidates} candidates for it, and measures what it has chosen together, "
+            f"with and without each, {ROUNDS} times a target at most"
+        )
     return (
         f"plans: {found}",
         f"one call: {', '.join(f'{name} {list(shape)}' for name, shape in tokens.items())}",

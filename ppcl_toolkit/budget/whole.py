@@ -8,7 +8,7 @@ from ppcl_toolkit.budget.memory import Memory, Need
 from ppcl_toolkit.budget.tuning import Tuning
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
-from ppcl_toolkit.running.placement import BY_BLOCKS, IN_TURN, RESIDENT, ROOM, calling_means
+from ppcl_toolkit.running.placement import ALONE, BY_BLOCKS, IN_TURN, RESIDENT, ROOM, calling_means
 from ppcl_toolkit.training.means import Means
 
 _DECODED = 3500
@@ -29,7 +29,7 @@ class Whole:
             return f"{self.means.optimizer}, offload {self.means.offload}"
         called = {"samples": [self._teacher], "evaluate": [self._teacher, self._student]}.get(stage)
         if called:
-            return max(map(self._calling, called), key=(RESIDENT, IN_TURN, BY_BLOCKS).index)
+            return max(map(self.calling, called), key=(RESIDENT, IN_TURN, ALONE, BY_BLOCKS).index)
         if stage == "export":
             return RESIDENT if self._has(self._student) else BY_BLOCKS
         return ""
@@ -143,15 +143,18 @@ class Whole:
     def _has(self, weights: int) -> bool:
         return weights <= ROOM * self.card
 
-    def _calling(self, transformer: int) -> str:
+    def calling(self, transformer: int) -> str:
+        """Return how a pipeline is called whose transformer weighs so many bytes."""
         return calling_means(transformer, self._others, self._has, streamed=self.memory.streamed)
 
     def _called(self, transformer: int, batch: int, decoding: int = 0) -> int:
         """Bytes of a device on which a pipeline is called."""
-        means, others, blocks = self._calling(transformer), self._others, self.memory.blocks
+        means, others, blocks = self.calling(transformer), self._others, self.memory.blocks
         running, largest = self._running(batch * blocks.model.forwards), max(others, default=0)
         if means == RESIDENT:
             return transformer + sum(others) + max(running, decoding)
         if means == IN_TURN:
             return transformer + max(largest, running, decoding)
+        if means == ALONE:
+            return max(transformer + running, largest + decoding)
         return max(blocks.outside + 2 * blocks.largest + running, blocks.outside + max(largest, decoding))

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ppcl_toolkit.budget.blocks import Blocks
-from ppcl_toolkit.budget.memory import Memory
+from ppcl_toolkit.budget.memory import TOGETHER, Memory
 from ppcl_toolkit.budget.model import Size
 from ppcl_toolkit.plan import Form, Plan, trained_forms
-from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.recipe import Distillation, Recipe
 
 STEPS = 28
 """Denoising steps per picture where the recipe names none."""
@@ -41,14 +41,13 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
     tuned = [size.teraflops * recipe.tuning(size.name).steps for size in sizes[1:] if size.name in recipe.tuned]
     probed = recipe.probe.batches * recipe.probe.batch, recipe.probe.steps * recipe.probe.batch
     compared = recipe.intervals.batches * recipe.intervals.batch
-    measured = recipe.select.batches * recipe.select.batch
     forms = trained_forms(plans.values())
     learning = {stock: _share(blocks, [f for f in forms if f.is_stock is stock]) for stock in (True, False)}
     pictures = recipe.evaluate.count * len(recipe.evaluate.seeds)
 
-    def distilled(section: Mapping[str, int], stock: bool) -> Work:
-        pictures = section["steps"] * section["batch"]
-        return Work(pictures * forward * (1 + _BACKWARD * learning[stock]) if learning[stock] else 0.0)
+    def distilled(section: Distillation, stock: bool, fitted: int = 0) -> Work:
+        learned = section.steps * section.batch * (1 + _BACKWARD * learning[stock])
+        return Work((learned + fitted * section.batch) * forward if learning[stock] else 0.0)
 
     found = {
         # Three steps of the pipeline, and twice a forward; without blocks, hardly anything.
@@ -58,9 +57,9 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
         # A step of a probe is three products in fp32, where its sums are two of three parts each.
         "probe": Work(sum(probed) * forward + (probed[0] + probed[1] / 2) * _sums(blocks)),
         "intervals": Work(compared * (forward + _chains(blocks))),
-        "select": Work(measured * (2 + Memory(recipe, blocks, plans).candidates) * forward),
-        "depth": distilled(recipe.depth.model_dump(include={"steps", "batch"}), True),
-        "width": distilled(recipe.width.model_dump(include={"steps", "batch"}), False),
+        "select": _selected(Memory(recipe, blocks, plans), forward),
+        "depth": distilled(recipe.depth, True),
+        "width": distilled(recipe.width, False, recipe.width.batches),
         "velocities": Work(recipe.answered.steps * recipe.finetune.batch * forward),
         "finetune": Work(recipe.finetune.batch * again * sum(tuned) * 1e12),
         "evaluate": Work(pictures * image * (forward + students)),
@@ -83,6 +82,14 @@ def _factored(recipe: Recipe, blocks: Blocks, forward: float) -> Work:
     return Work(
         recipe.modulation.velocity_batches * recipe.modulation.batch * RANKS * forward, layers * _PARTS * _EXACT
     )
+
+
+def _selected(memory: Memory, forward: float) -> Work:
+    """Return the work of `select`: each candidate's sums and one run with it; one process measures choices together."""
+    pictures = memory.recipe.select.batches * memory.recipe.select.batch
+    sums = _sums(memory.blocks) / sum(map(len, memory.blocks.params.values()))
+    each = (1 + 1 / TOGETHER) * forward + sums
+    return Work(pictures * (2 * forward + memory.candidates * each), pictures * memory.together * forward)
 
 
 def _share(blocks: Blocks, forms: Sequence[Form]) -> float:

@@ -20,8 +20,9 @@ from ppcl_toolkit.running.capture import map_tensors
 HOST = torch.device("cpu")
 ROOM = 0.85
 """Share of a device's memory that weights may take when a pipeline is called: the rest is for activations."""
-RESIDENT, IN_TURN, BY_BLOCKS = "resident", "parts in turn", "transformer by blocks"
-"""How a pipeline is called: all of it is on the device, or what is called is, or a block of its transformer at most."""
+RESIDENT, IN_TURN, ALONE, BY_BLOCKS = "resident", "parts in turn", "one part at a time", "transformer by blocks"
+"""How a pipeline is called: all of it is on the device; or its transformer and one other part; or what is called alone;
+or a block of its transformer at most."""
 
 
 class Placed(Protocol):
@@ -167,9 +168,9 @@ def device_of(transformer: nn.Module, adapter: Adapter) -> torch.device:
 def callable_on(pipeline: Any, device: torch.device, *, streamed: bool = False) -> Iterator[None]:
     """Let a diffusers pipeline be called on `device`, with as many of its parts there as there is memory for.
 
-    Where all fit, all are there. Otherwise each part comes when it is called and leaves for the next one; a transformer
-    that does not fit beside the largest other part comes block by block (diffusers' group offloading), as it does
-    when `streamed`. Afterwards every part is where it was.
+    Where all fit, all are there. Otherwise each part comes when it is called and leaves for the next one, the
+    transformer, too, where it does not fit beside the largest other part. One that does not fit at all comes block by
+    block (diffusers' group offloading), as it does when `streamed`. Afterwards every part is where it was.
     """
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     others = [part for name, part in parts.items() if name != "transformer"]
@@ -193,6 +194,8 @@ def calling_means(
         return RESIDENT
     if not streamed and has(transformer + max(others, default=0)):
         return IN_TURN
+    if not streamed and has(max(transformer, *others)):
+        return ALONE
     return BY_BLOCKS
 
 
@@ -220,30 +223,31 @@ def has_room(weights: int, device: torch.device) -> bool:
 
 
 class _Turn(ModelHook):
-    """Brings a part to the device when it is called, and sends others to the host first."""
+    """Brings a part to the device when it is called, and sends others home first."""
 
-    def __init__(self, device: torch.device, leaving: list[nn.Module], *, comes: bool = True) -> None:
+    def __init__(self, device: torch.device, leaving: list[nn.Module], homes: Homes, *, comes: bool = True) -> None:
         self.execution_device = device
-        self._leaving, self._comes = leaving, comes
+        self._leaving, self._homes, self._comes = leaving, homes, comes
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         for other in self._leaving:
             if other is not module:
-                other.to(HOST)
+                self._homes.carry(other, HOST)
         if self._comes:
-            module.to(self.execution_device)
+            self._homes.carry(module, self.execution_device)
         return moved((args, kwargs), self.execution_device)
 
 
 def _take_turns(transformer: Any, others: list[nn.Module], device: torch.device, means: str) -> None:
-    if means == IN_TURN:
-        transformer.to(device)
-    else:
+    homes, alone = Homes(), means == ALONE
+    if means == BY_BLOCKS:
         _offload_blocks(transformer, device)
-    add_hook_to_module(transformer, _Turn(device, others, comes=False), append=True)
+    else:
+        homes.carry(transformer, HOST if alone else device)
+    add_hook_to_module(transformer, _Turn(device, others, homes, comes=alone), append=True)
     for part in others:
-        part.to(HOST)
-        add_hook_to_module(part, _Turn(device, others))
+        homes.carry(part, HOST)
+        add_hook_to_module(part, _Turn(device, [transformer, *others] if alone else others, homes))
 
 
 def _offload_blocks(transformer: Any, device: torch.device) -> None:

@@ -42,6 +42,14 @@ class Goal:
             for unit, most in self._most.items()
         )
 
+    def out_of_reach(self, nearest: Cost, total: Cost) -> PpclError:
+        """Return the error of a target that no candidates reach."""
+        held = f", intervals stop at depth {self._target.depth}" if self._target.depth else ""
+        return PpclError(
+            f"target {self._target.name!r}: {self.told(nearest, total)}{held}; "
+            "allow more intervals or width, or ask for that"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:

@@ -51,11 +51,7 @@ def choose(
                 chosen.append(most)
                 taken = wider
         if missing:
-            held = f", intervals stop at depth {target.depth}" if target.depth else ""
-            raise PpclError(
-                f"target {target.name!r}: {goal.told(costs(taken), total)}{held}; "
-                "allow more intervals or width, or ask for that"
-            )
+            raise goal.out_of_reach(costs(taken), total)
         already = [operation for earlier in plans.values() for operation in earlier.operations]
         deepest = max(goal.depth, costs(_depth(taken)).params) if target.depth else total.params
         for spare in sorted(chosen, key=lambda m: -m.error):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, ModulationSwap, Plan, TextRun
 from ppcl_toolkit.recipe import Target, Width
 from ppcl_toolkit.selection.choice import Choice, Goal
@@ -12,7 +13,7 @@ from ppcl_toolkit.units import Cost
 
 Together = Callable[[Sequence[Candidate]], tuple[float, Sequence[float]]]
 """Returns the error of several operations in place together, and that without each of the first of them."""
-_ROUNDS = 4
+ROUNDS = 4
 """Choices of a program that are measured together, for each target."""
 _LEAST = 0.01
 """Share of its error alone that an operation adds at least: others may undo what it does by chance."""
@@ -30,8 +31,8 @@ def choose_by_program(
 ) -> Choice:
     """Choose for the largest target from all that was `measured`, and for smaller ones what goes beside that.
 
-    A target that nothing reaches beside
-    what larger ones lose is chosen for by itself; one that is out of reach is a `PpclError`, as `choose` says it.
+    A target that nothing reaches beside what larger ones lose is chosen for by itself; one that is out of reach is a
+    `PpclError` with the nearest that any combination comes to.
     """
     total = costs(plan)
     goals = {target.name: Goal(target, total) for target in targets}
@@ -54,7 +55,11 @@ def choose_by_program(
                 taken += [m for m in added if m not in taken]
                 break
         else:
-            plans |= choose(plan, measured, [target], costs, width, modulation=modulation).plans
+            try:
+                plans |= choose(plan, measured, [target], costs, width, modulation=modulation).plans
+            except PpclError as error:
+                nearest = costs(program.with_chosen(program.nearest()))
+                raise goal.out_of_reach(nearest, total) from error
     return Choice(plans={t.name: plans[t.name] for t in targets}, order=tuple(m.operation for m in taken))
 
 
@@ -71,7 +76,7 @@ def _improved(
     operations, adds = [m.operation for m in measured], [m.error**2 for m in measured]
     chosen = program.solve(adds)
     seen: dict[tuple[int, ...], float] = {}
-    while chosen and tuple(chosen) not in seen and len(seen) < _ROUNDS:
+    while chosen and tuple(chosen) not in seen and len(seen) < ROUNDS:
         error, without = together([*(operations[number] for number in chosen), *(m.operation for m in fixed)])
         seen[tuple(chosen)] = error
         for number, each in zip(chosen, without, strict=False):

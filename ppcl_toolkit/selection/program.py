@@ -55,23 +55,37 @@ class Program:
             short = self.missing(cost)
             if not short:
                 return chosen
-            pairs = [
-                pair for pair in itertools.combinations(chosen, 2) if pair not in self._less and self._touch(*pair)
-            ]
-            for one, other in pairs:
-                both = self._whole - self.costs(self.with_chosen([one, other]))
-                self._less[one, other] = self._saves[one] + self._saves[other] - both
-            if not pairs:
+            if not self._learn(chosen):
                 # More than two have something in common.
                 margins |= {unit: margins[unit] + more / self._short[unit] for unit, more in short.items()}
         return None
+
+    def nearest(self) -> list[int]:
+        """Return the numbers of the operations that leave the least missing, in shares of it, of all units together."""
+        exact = dict.fromkeys(self._short, 0.0)
+        while (chosen := self._solved([0.0] * len(self.operations), exact, elastic=True)) and self._learn(chosen):
+            pass
+        return chosen or []
 
     def with_chosen(self, chosen: Sequence[int]) -> Plan:
         """Return the plan with the operations of these numbers."""
         return self.plan.with_operations([*self.plan.operations, *(self.operations[number] for number in chosen)])
 
-    def _solved(self, errors: Sequence[float], margins: Mapping[str, float]) -> list[int] | None:
+    def _learn(self, chosen: Sequence[int]) -> bool:
+        """Find out what pairs of a choice save less together than alone; tell whether any was not known."""
+        pairs = [p for p in itertools.combinations(chosen, 2) if p not in self._less and self._touch(*p)]
+        for one, other in pairs:
+            both = self._whole - self.costs(self.with_chosen([one, other]))
+            self._less[one, other] = self._saves[one] + self._saves[other] - both
+        return bool(pairs)
+
+    def _solved(
+        self, errors: Sequence[float], margins: Mapping[str, float], *, elastic: bool = False
+    ) -> list[int] | None:
+        """Solve for what is known; where that is `elastic`, for the least of what stays missing."""
         count, pairs = len(errors), list(self._less)
+        slacks = len(self._short) if elastic else 0
+        whole = count + len(pairs)
         if not self._short:
             return []
         if not count:
@@ -79,16 +93,17 @@ class Program:
         rows, least, most = [], [], []
 
         def constrain(weights: Mapping[int, float], low: float, high: float) -> None:
-            row = np.zeros(count + len(pairs))
+            row = np.zeros(whole + slacks)
             row[list(weights)] = list(weights.values())
             rows.append(row)
             least.append(low)
             most.append(high)
 
-        for unit, short in self._short.items():
+        for place, (unit, short) in enumerate(self._short.items()):
             saved = {number: cost.of(unit) / short for number, cost in enumerate(self._saves)}
             less = {count + number: -self._less[pair].of(unit) / short for number, pair in enumerate(pairs)}
-            constrain(saved | less, 1 + margins[unit], np.inf)
+            stays = {whole + place: 1.0} if elastic else {}
+            constrain(saved | less | stays, 1 + margins[unit], np.inf)
         for exclusive in self._forbidden:
             constrain(dict.fromkeys(exclusive, 1.0), -np.inf, 1.0)
         for number, (one, other) in enumerate(pairs):
@@ -96,8 +111,8 @@ class Program:
         for weights, limit in self.limits:
             constrain(dict(enumerate(weights)), -np.inf, limit)
         found = milp(
-            np.array([*errors, *[0.0] * len(pairs)]) / max([*errors, 1e-300]),
-            integrality=np.ones(count + len(pairs)),
+            np.array([*(e / max([*errors, 1e-300]) for e in errors), *[0.0] * len(pairs), *[1.0] * slacks]),
+            integrality=np.array([1] * whole + [0] * slacks),
             bounds=(0, 1),
             constraints=LinearConstraint(np.array(rows), np.array(least), np.array(most)),
             options={"mip_rel_gap": 0.0, "time_limit": _SECONDS},

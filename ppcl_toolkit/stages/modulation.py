@@ -7,6 +7,7 @@ or the smallest one whose measured velocity error stays below a bound.
     modulation: {error: 0.02, guidance: [1.0, 3.5, 7.0]}
 """
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,12 +74,14 @@ def swaps(adapter: Adapter, rank: int) -> tuple[ModulationSwap, ...]:
     return tuple(ModulationSwap(stack=stack.path, rank=rank) for stack in adapter.stacks if stack.modulation)
 
 
-def check_modulation(runner: Runner, section: Modulation) -> int:
+def check_modulation(runner: Runner, section: Modulation, *, call: Mapping[str, Any] | None = None) -> int:
     """Return the largest rank that saves parameters in every layer.
 
     Raises `PpclError` where the family has no modulation of its own, where the adapter names what is no linear layer,
-    or where the recipe's rank is larger: all of it known before anything is recorded.
+    where the recipe's rank is larger, or where its values of guidance are not those of `call`, the recipe's call of the
+    pipeline: all of it known before anything is recorded.
     """
+    _check_guidance(runner, section, call or {})
     layers = list(_layers(runner))
     if not layers:
         raise PpclError(
@@ -96,6 +99,23 @@ def check_modulation(runner: Runner, section: Modulation) -> int:
             f"modulation.rank: {section.rank} saves nothing, layers are {width} wide; from 1 to {limit} is possible"
         )
     return limit
+
+
+def _check_guidance(runner: Runner, section: Modulation, call: Mapping[str, Any]) -> None:
+    if not section.guidance:
+        return
+    transformer, told = runner.transformer, runner.adapter.distilled
+    takes = told in inspect.signature(transformer.forward).parameters
+    if not dict(transformer.config).get("guidance_embeds", takes):
+        raise PpclError(
+            f"modulation.guidance: a teacher of this config is not told its guidance by {told!r}; leave the values out"
+        )
+    asked, least, most = call.get("guidance_scale"), min(section.guidance), max(section.guidance)
+    if asked is not None and not least <= asked <= most:
+        raise PpclError(
+            f"modulation.guidance: {least:g} to {most:g} does not cover teacher.call.guidance_scale {asked:g}, at "
+            "which pictures are made; name a value on its other side"
+        )
 
 
 def find_modulation(runner: Runner, batches: Calibration, section: Modulation, desk: Desk) -> None:

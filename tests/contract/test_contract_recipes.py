@@ -52,8 +52,10 @@ def cut_down(name, world):
     data = yaml.safe_load(find_recipe(name).read_text())
     for section, changes in CUT.items():
         data.setdefault(section, {}).update(changes)
-    if name.endswith("_light"):
+    if "modulation" in data:
         data["modulation"] |= {"rank": 3, "batches": 3, "batch": 1, "velocity_batches": 1}
+        data["modulation"].pop("error", None)
+    if name.endswith("_light"):
         data["finetune"]["steps"] = 0
     call = {key: world.call.get(key, value) for key, value in data["teacher"]["call"].items()} | world.call
     data["teacher"].update(path=str(world.folder / f"teacher_{name}"), dtype="float32", call=call)

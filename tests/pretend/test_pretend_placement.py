@@ -14,4 +14,4 @@ def test_pipelines_are_called_on_devices_of_any_size():
     ends = {**device.environment(memory=200_000_000), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=ends, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert re.search(r"^[.]{10}\s", done.stdout, flags=re.M), done.stdout
+    assert re.search(r"^[.]{11}\s", done.stdout, flags=re.M), done.stdout

@@ -1,5 +1,6 @@
 """Stages `modulation` and `low_rank`: the rank, the curve and the bank, by hand and on every schedule."""
 
+import contextlib
 import copy
 import dataclasses
 
@@ -220,6 +221,25 @@ def zeros(run, form):
         found[f"{path}.1.weight"] = torch.zeros(len(layer.weight), form.modulation)
         found[f"{path}.1.bias"] = torch.zeros(len(layer.weight))
     return found
+
+
+@pytest.mark.parametrize(
+    ("guidance", "embeds", "message"),
+    [
+        ((1.0, 3.0), True, r"modulation.guidance: 1 to 3 does not cover teacher.call.guidance_scale 3.5, at which"),
+        ((4.0, 7.0), True, r"4 to 7 does not cover teacher.call.guidance_scale 3.5"),
+        ((1.0, 7.0), False, "modulation.guidance: a teacher of this config is not told its guidance by 'guidance'"),
+        ((1.0, 7.0), True, None),
+        ((), False, None),
+    ],
+)
+def test_guidance_that_does_not_cover_the_calls_is_known_before_anything_is_recorded(guidance, embeds, message):
+    transformer = runner().transformer
+    transformer.register_to_config(guidance_embeds=embeds)
+    asked = Modulation(rank=2, guidance=guidance)
+    expected = pytest.raises(PpclError, match=message) if message else contextlib.nullcontext()
+    with expected:
+        check_modulation(Runner(transformer, FLUX), asked, call={"guidance_scale": 3.5})
 
 
 def test_guidance_that_the_teacher_is_not_told():

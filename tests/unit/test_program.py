@@ -1,5 +1,6 @@
 """Selection by an integer program, against all subsets that there are."""
 
+import contextlib
 import itertools
 import random
 from functools import partial
@@ -170,10 +171,20 @@ def test_what_costs_more_together_is_left_for_another_choice(teacher, costs):
     assert set(plan.operations) in [{blocks[0], blocks[2]}, {blocks[1], blocks[2]}]
 
 
-def test_what_is_out_of_reach_names_the_nearest(teacher, costs):
-    found = measured(teacher, costs, 0, INTERVALS)
-    with pytest.raises(PpclError, match=r"target 't0': 5% is .* parameters, the candidates reach .* allow more"):
-        programmed(teacher, found, recipe({"params": "5%"}), costs, partial(apart, found))
+@pytest.mark.parametrize("unit", ["params", "flops"])
+@pytest.mark.parametrize("operations", [INTERVALS, [*INTERVALS[:4], INTERVALS[-1], *TEXTS, SWAPS[1]]])
+def test_what_is_out_of_reach_names_the_nearest_that_any_combination_comes_to(teacher, costs, operations, unit):
+    """What is cheapest goes first in a greedy choice, and is in the way of what saves more."""
+    found, plans = measured(teacher, costs, 0, operations), [plan_of(teacher)]
+    for size in range(1, 5):
+        for subset in itertools.combinations(operations, size):
+            with contextlib.suppress(ValueError):
+                plans.append(plan_of(teacher, *subset))
+    nearest = min(costs(plan).of(unit) for plan in plans)
+    with pytest.raises(PpclError, match=rf"target 't0': 5% is .*, the candidates reach {nearest:,} .* allow more"):
+        programmed(teacher, found, recipe({unit: "5%"}), costs, partial(apart, found))
+    # It can be asked for.
+    programmed(teacher, found, recipe({unit: str(nearest)}), costs, partial(apart, found))
 
 
 def test_savings_in_common_are_known(teacher, costs):
