@@ -7,8 +7,8 @@ import yaml
 
 from ppcl_toolkit.adapter import available_adapters
 from ppcl_toolkit.comparison.asked import Comparison
-from ppcl_toolkit.comparison.method import find_methods
 from ppcl_toolkit.recipe import PRESETS, Recipe, shipped_comparisons, shipped_recipes
+from ppcl_toolkit.rules.method import find_methods
 from ppcl_toolkit.units import parse_size
 
 
