@@ -124,8 +124,8 @@ def test_every_method_learns_at_the_best_of_the_rates_that_it_tried(whole):
         assert rate == pytest.approx(1e-4 * made["factor"])
     # No picture is drawn for a trial, and what did not win is in the table.
     assert not list((out / "trials").rglob("*.png"))
-    text = (out / "comparison.md").read_text()
-    assert text.count("×0.5 0.") == text.count("; ×2 0.") == 6
+    lines = (out / "comparison.md").read_text().splitlines()
+    assert sum("×0.5 " in line and "; ×2 " in line for line in lines) == 6
 
 
 def test_of_two_budgets_each_has_its_rows(world, tmp_path):
@@ -147,9 +147,16 @@ def test_what_diverges_is_made_once_more_with_a_third_of_its_rate(world, tmp_pat
     wild = "settings={finetune.learning_rate: 1.0e30, finetune.clip: null}"
     summary = compare(Comparison.load(world / "both.yaml", [*given, wild]), tmp_path / "run")
     (made,) = summary["runs"]
-    assert made["factor"] == pytest.approx(1 / 3)
-    assert "seed 0 broke off at ×1 and was made again with a third of it" in summary["rows"][0]["note"]
-    assert (tmp_path / "run/runs/2600/70/plain/velocity/0/again/finetune").is_dir()
+    assert made["factor"] == pytest.approx(1 / 3) and "broke off after 1 of" in made["failed"]
+    assert "seed 0 broke off at ×1, and is of a third of it" in summary["rows"][0]["note"]
+    runs = tmp_path / "run/runs/2600/70/plain/velocity/0"
+    rates = [
+        json.loads((folder / "finetune/made_from.json").read_text())["settings"]["learning_rate"]
+        for folder in (runs, runs / "again")
+    ]
+    assert rates[1] == pytest.approx(rates[0] / 3)
+    # A student that diverged is not measured.
+    assert not list(runs.rglob("evaluate"))
 
 
 def test_a_seed_changes_the_training_and_nothing_else(whole):

@@ -19,7 +19,7 @@ from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.artifacts.workspace import Progress, Workspace, silent, write_json
 from ppcl_toolkit.budget import Schedules
 from ppcl_toolkit.comparison.asked import Aim, Comparison
-from ppcl_toolkit.comparison.one import Exams, run_one
+from ppcl_toolkit.comparison.one import BrokeOff, Exams, run_one
 from ppcl_toolkit.comparison.page import write_page
 from ppcl_toolkit.comparison.table import results
 from ppcl_toolkit.comparison.trials import Cell, best_factors
@@ -159,17 +159,19 @@ class _Shared:
         ground = self._ground(one)
 
         def make(ground: Ground, where: str) -> dict[str, Any]:
-            return run_one(one.method, ground, low, self._teacher, exams, where, self._workspace.branch())
+            try:
+                found = run_one(one.method, ground, low, self._teacher, exams, where, self._workspace.branch())
+            except BrokeOff as error:
+                if one.trial or ground.factor != one.factor:
+                    return {"factor": ground.factor, "failed": str(error)}
+                found = make(replace(ground, factor=one.factor / 3), f"{where}/again")
+                said = f"seed {one.seed} broke off at ×{one.factor:g}, and is of a third of it"
+                found["warnings"] = [said, *found.get("warnings", ())]
+            except Unreachable as error:
+                return {"factor": ground.factor, "failed": str(error)}
+            return found
 
-        try:
-            found = make(ground, one.where)
-            if found["broke_off"] and not one.trial:
-                again = make(replace(ground, factor=one.factor / 3), f"{one.where}/again")
-                said = f"seed {one.seed} broke off at ×{one.factor:g} and was made again with a third of it"
-                found = {**again, "warnings": [*found["warnings"], said, *again["warnings"]]}
-        except Unreachable as error:
-            return {**facts, "factor": one.factor, "failed": str(error)}
-        return {**facts, **found}
+        return {**facts, **make(ground, one.where)}
 
     def _exams(self, one: _One, rank: int) -> Exams:
         evaluate, trials = self._job.evaluate, self._asked.trials

@@ -15,7 +15,7 @@ from ppcl_toolkit.artifacts.storage import Bank, Desk
 from ppcl_toolkit.artifacts.workspace import Workspace, write_json
 from ppcl_toolkit.comparison.spending import lever_passes, planned
 from ppcl_toolkit.plan import Plan
-from ppcl_toolkit.rules.method import Ground, Method, Pick
+from ppcl_toolkit.rules.method import Ground, Method, Pick, Unreachable
 from ppcl_toolkit.running.images import Exam
 from ppcl_toolkit.running.placement import callable_on
 from ppcl_toolkit.stages.depth import bank_starts, distill_depth
@@ -27,6 +27,10 @@ from ppcl_toolkit.surgery.assemble import student_of
 from ppcl_toolkit.training.targets import Velocities
 
 _RESULT = "result.json"
+
+
+class BrokeOff(Unreachable):
+    """A training diverged: its student is not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,10 @@ def run_one(
     where: str,
     run: Workspace,
 ) -> dict[str, Any]:
-    """Make one run in the folders `where/...` of a workspace, or go on with it; return its figures."""
+    """Make one run in the folders `where/...` of a workspace, or go on with it; return its figures.
+
+    Raises `BrokeOff` where a training diverged, and `Unreachable` where a rule cannot make what is asked for.
+    """
     asked = {"method": method.name, "aim": dataclasses.asdict(ground.window), "seed": ground.seed}
     told = len(run.warnings)
     settings = {**asked, "lever": [str(swap) for swap in ground.lever]}
@@ -73,6 +80,8 @@ def run_one(
         tuned = run.stage(f"{where}/finetune", section, tune, Path)
         if section.features:
             shutil.rmtree(own)
+    for name, (section, _) in sections.items():
+        _check(run.path / where / name, section.steps)
     make = partial(_evaluate, ground, pick.plan, (bank, tuned), teacher, exams)
     found: dict[str, Any] = run.stage(f"{where}/evaluate", {"stages": settled}, make, _load_result)
     spent = {"search": pick.passes, "modulation": before - pick.passes, **taken}
@@ -88,14 +97,15 @@ def run_one(
         "plan": [str(operation) for operation in pick.plan.operations],
         "warnings": run.warnings[told:],
         "factor": ground.factor,
-        "broke_off": any(_broke_off(run.path / where / name, section.steps) for name, (section, _) in sections.items()),
     }
 
 
-def _broke_off(folder: Path, steps: int) -> bool:
-    """Whether a training took fewer steps than it was to: a loss or a gradient was not finite."""
+def _check(folder: Path, steps: int) -> None:
+    """Raise `BrokeOff` where a training took fewer steps than it was to: a loss or a gradient was not finite."""
     found = json.loads((folder / "losses.json").read_text())
-    return any(len(curve) < steps for curve in (found.values() if isinstance(found, dict) else [found]))
+    taken = min((len(curve) for curve in (found.values() if isinstance(found, dict) else [found])), default=steps)
+    if taken < steps:
+        raise BrokeOff(f"{folder.name} broke off after {taken} of {steps} steps: a loss or a gradient was no number")
 
 
 def _pick(method: Method, ground: Ground, desk: Desk) -> None:

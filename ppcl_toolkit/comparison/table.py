@@ -119,7 +119,7 @@ def _row(name: str, runs: Sequence[Mapping[str, Any]], figure: str) -> dict[str,
     off = next((run["off"] for run in made if run["off"]), 0.0)
     notes = [f"off the target: {off:+.1%}"] if off else []
     notes += [f"{len(runs) - len(made)} of {len(runs)} failed: {why}" for why in failed]
-    notes += dict.fromkeys(said for run in made for said in run["warnings"])
+    notes += dict.fromkeys(said for run in runs for said in run.get("warnings", ()))
     row: dict[str, Any] = {"method": name, "seeds": len(made), "note": "; ".join(notes)}
     for key in ("params", "flops", "size", "score", "velocity_error", "rmse", "latency_ms"):
         row[key] = _mean([run[key] for run in made])

@@ -433,26 +433,21 @@ def test_what_is_left_of_a_budget_becomes_steps(teacher):
         planned(where, find_methods(["velocity"])[0], Pick(plan=plan), before=3990)
 
 
-def test_the_best_rate_is_that_of_the_least_error_that_did_not_break_off():
+def test_the_best_rate_is_that_of_the_least_error_that_did_not_fail():
     def trial(method, factor, error, **given):
         cell = {"budget": 10, "target": "a", "modulation": True, "method": method}
-        return {**cell, "factor": factor, "velocity_error": error, "broke_off": False, **given}
+        return {**cell, "factor": factor, "velocity_error": error, **given}
 
     tried = [
         trial("one", 0.3, 0.5),
         trial("one", 1.0, 0.2),
-        trial("one", 3.0, 0.1, broke_off=True),
-        trial("two", 0.3, float("nan")),
+        trial("one", 3.0, 0.1, failed="depth broke off"),
+        trial("two", 0.3, 0.9),
         trial("two", 1.0, 0.9),
-        {**trial("three", 0.3, 0.0), "failed": "too few passes"},
+        trial("three", 0.3, 0.0, failed="too few passes"),
     ]
-    assert best_factors(tried) == {(10, "a", True, "one"): 1.0, (10, "a", True, "two"): 1.0}
-    assert [told(each) for each in tried[2:]] == [
-        "×3 0.1000 broke off",
-        "×0.3 nan",
-        "×1 0.9000",
-        "×0.3 failed: too few passes",
-    ]
+    assert best_factors(tried) == {(10, "a", True, "one"): 1.0, (10, "a", True, "two"): 0.3}
+    assert [told(each) for each in tried[1:3]] == ["×1 0.2000", "×3 failed: depth broke off"]
 
 
 def test_rates_of_recovery_are_the_jobs_times_a_factor(teacher):
