@@ -23,6 +23,7 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import ModulationSwap, Plan, low_rank_forms, trained_forms
 from ppcl_toolkit.recipe import Recipe, Target
 from ppcl_toolkit.recipe_files import read_recipe
+from ppcl_toolkit.rules.choosing import choose_by_method, with_method
 from ppcl_toolkit.running.noise import Batches, Calibration, Sample, share_of_negatives
 from ppcl_toolkit.running.noising import Noising
 from ppcl_toolkit.running.placement import Placement, host_bytes
@@ -53,7 +54,7 @@ _DETECTION = {"intervals": True, "width": {"text_threshold"}}
 _EXPORTED = {"export": {"dtype"}}
 _ANSWERS = {"steps", "batch", "features"}
 _CHOICE = {"targets": True, "select": True, "width": {"given", "text_threshold", "text_blocks", "ffn_blocks"}}
-
+_SEARCHED = {"finetune": {"steps", "batch", "learning_rate"}}
 _BANKS = ("depth", "width", "modulation", "low_rank")
 _UNKNOWN = 10**30
 """FLOPs of a teacher that is not run yet: more than any target's."""
@@ -71,13 +72,14 @@ def compress(
     """
     device = processes.pick_device(recipe.device)
     check_optimizer(recipe.finetune.optimizer)
+    asked, recipe = recipe, with_method(recipe)
     workspace = Workspace(out, progress=progress, remake=remake, verify=verify)
     if not workspace.is_begun:
         check_machine(recipe, device)
         # What hours would end with is cheap to know now.
         sources(recipe.samples, recipe.seed)
         examine(recipe.evaluate, recipe.teacher.call)
-    workspace.open(recipe.dump())
+    workspace.open(asked.dump())
     teacher, runner = opened(recipe, device, workspace)
     whole = _whole(recipe, teacher)
     for target in recipe.targets:
@@ -90,12 +92,12 @@ def compress(
     run = Run(recipe, workspace, teacher, Schedules(recipe, runner))
     low = run.low_rank() if recipe.modulation is not None else None
     candidates = run.candidates() if recipe.searches else ()
-    plans = run.choice(candidates, low).plans
-    bank = run.bank(plans, low)
-    variants = run.variants(plans, bank, low)
-    summary = run.evaluated(plans, variants)
+    choice = run.choice(candidates, low)
+    bank = run.bank(choice, low)
+    variants = run.variants(choice, bank, low)
+    summary = run.evaluated(choice.plans, variants)
 
-    workspace.close(recipe.dump())
+    workspace.close(asked.dump())
     if processes.is_main():
         write_json(workspace.path / "summary.json", summary)
         write_report(workspace.path)
@@ -139,10 +141,17 @@ class Run:
         """Choose what goes for every target: stage `select`."""
         recipe, found = self._recipe, (candidates, low.swaps if low else ())
         held_out = self.noised("select", recipe.select.batch)
-        choose = partial(select, self._runner("select"), self._teacher.plan(), found, held_out, recipe)
+        choose: Any = partial(select, self._runner("select"), self._teacher.plan(), found, held_out, recipe)
+        if recipe.select.method is not None:
+            seen = Candidates.load(self._workspace.path / "intervals"), found[1]
+            choose = partial(choose_by_method, self._runner("select"), self._teacher.plan(), seen, self.noised, recipe)
         asked = _part(recipe, _CHOICE | (_EXPORTED if any(target.bytes for target in recipe.targets) else {}))
         if recipe.select.order != "program":
             del asked["select"]["longest"]
+        if recipe.select.method is None:
+            del asked["select"]["method"]
+        else:
+            asked |= _part(recipe, _SEARCHED)
         for target in asked["targets"]:
             # As runs have it that were begun before there were these keys; fine-tuning comes after the choice.
             del target["finetune"]
@@ -151,14 +160,15 @@ class Run:
                     del target[key]
         return self._stage("select", asked, choose, Choice.load)
 
-    def bank(self, plans: Mapping[str, Plan], low: LowRankChoice | None) -> Bank:
+    def bank(self, choice: Choice, low: LowRankChoice | None) -> Bank:
         """Make the blocks that stand in for others: stages `depth`, `width` and `low_rank`."""
-        recipe, wanted = self._recipe, list(plans.values())
+        recipe, plans, wanted = self._recipe, choice.plans, list(choice.plans.values())
         bank = Bank(*([self._workspace.path / "modulation"] if low else []))
         if not recipe.searches:
             return bank
         batches = self.noised("depth", recipe.depth.batch)
-        deep = partial(distill_depth, self._runner("depth", plans), wanted, batches, recipe.depth)
+        means = self._runner("depth", plans), wanted, batches, recipe.depth
+        deep = partial(distill_depth, *means, starts=choice.begun.starts)
         depth = self._stage("depth", recipe.depth, deep, Bank)
         batches = self.noised("width", recipe.width.batch)
         wide = partial(distill_width, self._runner("width", plans), wanted, depth, batches, recipe.width)
@@ -168,10 +178,10 @@ class Run:
             bank = self._stage("low_rank", {}, factor, bank.joined)
         return bank
 
-    def variants(self, plans: Mapping[str, Plan], bank: Bank, low: LowRankChoice | None) -> list[dict[str, Any]]:
+    def variants(self, choice: Choice, bank: Bank, low: LowRankChoice | None) -> list[dict[str, Any]]:
         """Fine-tune what learns, and export: stages `velocities`, `finetune/<target>` and `export/<target>`."""
         recipe, batches = self._recipe, self.noised("finetune", self._recipe.finetune.batch)
-        velocities = Velocities(self._workspace.path / "velocities")
+        velocities, plans = Velocities(self._workspace.path / "velocities"), choice.plans
         if recipe.tuned:
             wanted = [plans[name] for name in recipe.tuned]
             answer = partial(record_velocities, self._runner("velocities", plans), wanted, batches, recipe.answered)
@@ -182,8 +192,9 @@ class Run:
             tuned = None
             if name in recipe.tuned:
                 runner = self._runner("finetune", plans)
-                tune = partial(finetune, runner, plan, bank, batches, velocities, recipe.tuning(name))
-                tuned = self._stage(f"finetune/{name}", recipe.tuning(name), tune, Path)
+                tuning, frozen = recipe.tuning(name), choice.begun.frozen.get(name, 0)
+                tune = partial(finetune, runner, plan, bank, batches, velocities, tuning, frozen=frozen)
+                tuned = self._stage(f"finetune/{name}", tuning, tune, Path)
             variant = _variant(recipe, self._workspace.path, name, self._teacher, plan, low)
             runner = self._runner("export", plans)
             make = partial(_export, self._teacher, runner, variant, plan, (bank, tuned), batches[0])
@@ -197,8 +208,8 @@ class Run:
     def evaluated(self, plans: Mapping[str, Plan], variants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Set variants beside the teacher: stage `evaluate`."""
         recipe, batches = self._recipe, self.noised("evaluate", self._recipe.samples.batch)
-        compare = partial(evaluate, self._runner("evaluate", plans), self._teacher, recipe, variants, batches)
-        compare = partial(compare, verify=self._workspace.verifies)
+        means = self._runner("evaluate", plans), self._teacher, recipe, variants, batches
+        compare = partial(evaluate, *means, verify=self._workspace.verifies)
         summary = self._stage("evaluate", recipe.evaluate, compare, partial(summarise, variants))
         return {**summary, "warnings": [*self._schedules.said(), *self._workspace.warnings]}
 
@@ -216,8 +227,7 @@ def export_target(
 
     `params`, `bytes` and `flops` are shares of the teacher (`60%`) or numbers (`8B`, `12GB`, `40T`), one or several.
     Without `verify` the files that it is made of are compared by name and size alone.
-    Returns {"name", "path", "opens", "params", "flops"}. Raises `PpclError` where no plan of the bank is that small,
-    with the smallest there is.
+    Returns {"name", "path", "opens", "params", "flops"}. Raises `PpclError` where no plan is that small.
     """
     sizes = {"params": params, "bytes": bytes, "flops": flops}
     asked = {unit: size for unit, size in sizes.items() if size is not None}
@@ -230,6 +240,10 @@ def export_target(
     path = Path(out)
     # Not `Recipe.load`: no code is taken from the folder of a run.
     recipe = read_recipe(Recipe, path / "recipe.yaml") if (path / "select").is_dir() else None
+    if recipe is not None and recipe.select.method is not None:
+        raise PpclError(
+            f"{path}: the targets of select.method {recipe.select.method} do not nest; add one to the recipe"
+        )
     last = "width" if recipe is None or recipe.searches else "modulation"
     if recipe is None or not (path / last).is_dir():
         raise PpclError(f"{path} has no bank: run `ppcl compress --out {path}` until its {last} stage is done")

@@ -197,6 +197,8 @@ class Select(Section):
     """`price`: the least error per parameter saved first; `paper`: intervals, then deep text runs, then linear FFNs;
     `program`: the least sum of errors by an integer program, from all intervals up to `longest` and parts of text runs,
     measured together and solved again while that helps."""
+    method: str | None = None
+    """Instead of an order, a method of `ppcl compare` by name: its rule, its start, its losses; steps stay as here."""
     longest: Annotated[int, Field(ge=2)] = 4
     """Blocks of the longest interval that a program tries beside those of Algorithm 1."""
 

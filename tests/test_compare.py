@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from ppcl_toolkit.cli import app
 from ppcl_toolkit.comparison.asked import Comparison
 from ppcl_toolkit.comparison.main import compare
-from ppcl_toolkit.comparison.method import known_methods
 from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.rules.method import known_methods
 
 CHANGES = (
     "modulation={rank: 3, batches: 4, batch: 4, velocity_batches: 1, guidance: [1.0, 3.5]}",
@@ -31,6 +31,7 @@ modulation: {modulation}
 targets: [{{name: "70", params: 70%}}]
 seeds: [0, 1]
 passes: 2600
+trials: {{factors: [0.5, 2.0], seed: 7, batches: 1}}
 tolerance: 0.08
 scoring: {{batches: 2, batch: 2}}
 """
@@ -96,8 +97,9 @@ def test_the_table_says_all_of_it(whole):
     summary, out = whole
     text = (out / "comparison.md").read_text()
     page = (out / "comparison.html").read_text()
-    assert len(text.splitlines()) == 2 + len(summary["rows"])
-    assert page.count("<tr>") == 1 + len(summary["rows"]) and page.count("<svg") == 2
+    # A line for each row, and another for the trials of each.
+    assert len(text.splitlines()) == 2 * (2 + len(summary["rows"])) + 1
+    assert page.count("<tr>") == 2 * (1 + len(summary["rows"])) and page.count("<svg") == 2
     # No scorer here: the velocity error decides.
     assert summary["figure"] == "velocity_error"
     tested = [row for row in summary["rows"] if row["method"] != "default"]
@@ -105,6 +107,56 @@ def test_the_table_says_all_of_it(whole):
     for row in tested:
         assert ("not tested" in row["note"]) == (row["p"] is None) == (row["error"] is None)
     assert any(0 <= row["p"] <= 1 for row in tested if row["p"] is not None)
+
+
+def test_every_method_learns_at_the_best_of_the_rates_that_it_tried(whole):
+    summary, out = whole
+    tried = {}
+    for trial in summary["trials"]:
+        assert trial["seed"] == 7 and "score" not in trial and "failed" not in trial
+        tried.setdefault((trial["method"], trial["modulation"]), {})[trial["factor"]] = trial["velocity_error"]
+    assert len(tried) == 6 and all(set(own) == {0.5, 2.0} for own in tried.values())
+    for made in summary["runs"]:
+        errors = tried[made["method"], made["modulation"]]
+        assert made["factor"] == min(errors, key=errors.get)
+        record = f"runs/2600/70/{'modulation' if made['modulation'] else 'plain'}/{made['method']}/{made['seed']}"
+        rate = json.loads((out / record / "finetune/made_from.json").read_text())["settings"]["learning_rate"]
+        assert rate == pytest.approx(1e-4 * made["factor"])
+    # No picture is drawn for a trial, and what did not win is in the table.
+    assert not list((out / "trials").rglob("*.png"))
+    lines = (out / "comparison.md").read_text().splitlines()
+    assert sum("×0.5 " in line and "; ×2 " in line for line in lines) == 6
+
+
+def test_of_two_budgets_each_has_its_rows(world, tmp_path):
+    given = ["passes=[1000, 2600]", "seeds=[0]", "modulation=without", "methods=[default, uniform]", "trials=null"]
+    summary = compare(Comparison.load(world / "both.yaml", given), tmp_path / "run")
+    rows = {(row["budget"], row["method"]): row for row in summary["rows"]}
+    assert [*rows] == [(1000, "default"), (1000, "uniform"), (2600, "default"), (2600, "uniform")]
+    for method in ("default", "uniform"):
+        few, more = rows[1000, method], rows[2600, method]
+        assert few["spent"] <= 1000 < more["spent"] <= 2600 and few["factors"] == [1.0]
+    assert rows[1000, "uniform"]["difference"] != rows[2600, "uniform"]["difference"]
+    page = (tmp_path / "run/comparison.html").read_text()
+    assert "uniform, 1k" in page and "uniform, 3k" in page and "1,000 or 2,600 block passes" in page
+
+
+def test_what_diverges_is_made_once_more_with_a_third_of_its_rate(world, tmp_path):
+    """At such a rate the first steps end in what is no number."""
+    given = ["seeds=[0]", "modulation=without", "methods=[velocity]", "reference=velocity", "trials=null"]
+    wild = "settings={finetune.learning_rate: 1.0e30, finetune.clip: null}"
+    summary = compare(Comparison.load(world / "both.yaml", [*given, wild]), tmp_path / "run")
+    (made,) = summary["runs"]
+    assert made["factor"] == pytest.approx(1 / 3) and "broke off after 1 of" in made["failed"]
+    assert "seed 0 broke off at ×1, and is of a third of it" in summary["rows"][0]["note"]
+    runs = tmp_path / "run/runs/2600/70/plain/velocity/0"
+    rates = [
+        json.loads((folder / "finetune/made_from.json").read_text())["settings"]["learning_rate"]
+        for folder in (runs, runs / "again")
+    ]
+    assert rates[1] == pytest.approx(rates[0] / 3)
+    # A student that diverged is not measured.
+    assert not list(runs.rglob("evaluate"))
 
 
 def test_a_seed_changes_the_training_and_nothing_else(whole):
@@ -117,7 +169,7 @@ def test_a_seed_changes_the_training_and_nothing_else(whole):
 
 def test_a_killed_comparison_ends_with_the_same_figures(world, whole):
     out = world / "killed"
-    status, said = run(world, out, "runs/70/plain/velocity/0/finetune:3")
+    status, said = run(world, out, "runs/2600/70/plain/velocity/0/finetune:3")
     assert status == -signal.SIGKILL, said[-2000:]
     made = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
     assert made
@@ -156,6 +208,10 @@ def test_methods_may_be_added_later(world, whole):
         ("targets=[{name: a, params: 70%, flops: 70%}]", "give params or flops"),
         ("settings={modulation: null, 'targets': [{name: a, params: 50%}]}", "has no section modulation"),
         ("seeds=[1, 1]", "stands there twice"),
+        ("passes=[100, 100]", "stands there twice"),
+        ("trials.seed=1", "trials.seed 1 is one of the seeds"),
+        ("trials.factors=[1.0]", "trials.factors"),
+        ("settings={select.method: uniform}", "name it among the methods instead"),
         ("sedes=[1]", "unknown key, did you mean 'seeds'"),
     ],
 )
@@ -166,14 +222,14 @@ def test_bad_input_is_refused_before_anything_runs(world, tmp_path, override, sa
 
 
 def test_a_budget_that_the_search_uses_up_is_said_in_the_row(world, tmp_path):
-    few = Comparison.load(world / "both.yaml", ["passes=300", "modulation=without", "seeds=[0]"])
+    few = Comparison.load(world / "both.yaml", ["passes=300", "modulation=without", "seeds=[0]", "trials=null"])
     rows = {row["method"]: row for row in compare(few, tmp_path / "run")["rows"]}
     assert "300 block passes are too few for default" in rows["default"]["note"]
     assert rows["uniform"]["seeds"] == 1 and rows["default"]["seeds"] == 0
 
 
 def test_a_size_that_no_blocks_have_is_marked_and_not_tested(world, tmp_path):
-    given = ["tolerance=0.0001", "modulation=without", "seeds=[0]", "methods=[default, uniform]"]
+    given = ["tolerance=0.0001", "modulation=without", "seeds=[0]", "methods=[default, uniform]", "trials=null"]
     exact = Comparison.load(world / "both.yaml", [*given, "targets=[{name: a, params: 75%}]"])
     rows = {row["method"]: row for row in compare(exact, tmp_path / "run")["rows"]}
     assert all("off the target: " in row["note"] for row in rows.values())
@@ -185,7 +241,7 @@ NARROW = ("table2_wp_text", "table2_wp_ffn", "paper")
 
 
 def few(world, out, methods, *overrides):
-    given = [f"methods=[{', '.join(methods)}]", "seeds=[0]", "passes=1200", "tolerance=0.15", *overrides]
+    given = [f"methods=[{', '.join(methods)}]", "seeds=[0]", "passes=1200", "tolerance=0.15", "trials=null", *overrides]
     summary = compare(Comparison.load(world / "both.yaml", given), out)
     return {made["method"]: made for made in summary["runs"]}
 

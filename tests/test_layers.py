@@ -57,8 +57,9 @@ FLOORS = (
     ("ppcl_toolkit/selection/",),
     ("ppcl_toolkit/stages/",),
     ("ppcl_toolkit/budget/", "ppcl_toolkit/kit/"),
+    ("ppcl_toolkit/rules/", "ppcl_toolkit/methods/"),
     ("ppcl_toolkit/algorithm.py",),
-    ("ppcl_toolkit/comparison/", "ppcl_toolkit/methods/"),
+    ("ppcl_toolkit/comparison/",),
     ("ppcl_toolkit/console.py",),
     ("ppcl_toolkit/cli.py",),
 )

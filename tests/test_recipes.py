@@ -7,9 +7,9 @@ import yaml
 
 from ppcl_toolkit.adapter import available_adapters
 from ppcl_toolkit.comparison.asked import Comparison
-from ppcl_toolkit.comparison.method import find_methods
 from ppcl_toolkit.recipe import PRESETS, Recipe
 from ppcl_toolkit.recipe_files import shipped_comparisons, shipped_recipes
+from ppcl_toolkit.rules.method import find_methods
 from ppcl_toolkit.units import parse_size
 
 

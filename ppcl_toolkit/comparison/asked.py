@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ppcl_toolkit.recipe import Recipe, Target
 from ppcl_toolkit.recipe_files import Section, read_recipe
@@ -18,6 +18,17 @@ class Scoring(Section):
     batches: PositiveInt = 4
     batch: PositiveInt = 16
     """Samples per batch."""
+
+
+class Trials(Section):
+    """Learning rates that every method tries at every size before its runs; the best of them is the runs' own."""
+
+    factors: Annotated[tuple[PositiveFloat, ...], Field(min_length=2)] = (0.3, 1.0, 3.0)
+    """Of the learning rates of the job."""
+    seed: Seed = 7
+    """Of training; no run has it."""
+    batches: PositiveInt = 8
+    """Noised batches of their own, on which the least velocity error decides: no trial sees what runs are scored by."""
 
 
 class Aim(Section):
@@ -58,15 +69,31 @@ class Comparison(Section):
     targets: Annotated[tuple[Aim, ...], Field(min_length=1)]
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     """Of training; the unit of the test."""
-    passes: PositiveInt
-    """Block passes of every run, searches and all: a block forward on a sample is one, forward and backward three."""
+    passes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    """Block passes of every run, searches and all: a block forward on a sample is one, forward and backward three.
+
+    Of several budgets, every method has every one.
+    """
+    trials: Trials | None = None
+    """Without them, all methods learn at the rates of the job."""
     tolerance: PositiveFloat = 0.01
     """Runs whose size is further off the target are marked; off the reference's, not tested."""
     scoring: Scoring = Scoring()
 
+    @field_validator("passes", mode="before")
+    @classmethod
+    def _one_budget(cls, passes: Any) -> Any:
+        return passes if isinstance(passes, (list, tuple)) else (passes,)
+
+    @model_validator(mode="after")
+    def _trials_are_held_out(self) -> "Comparison":
+        if self.trials is not None and self.trials.seed in self.seeds:
+            raise ValueError(f"trials.seed {self.trials.seed} is one of the seeds, which are for runs alone")
+        return self
+
     @model_validator(mode="after")
     def _can_be_told_apart(self) -> "Comparison":
-        for what in (self.methods, self.seeds, tuple(target.name.lower() for target in self.targets)):
+        for what in (self.methods, self.seeds, self.passes, tuple(target.name.lower() for target in self.targets)):
             if len(set(what)) < len(what):
                 raise ValueError(f"one of these stands there twice: {what}")
         return self

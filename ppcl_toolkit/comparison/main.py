@@ -1,5 +1,6 @@
 """The main path of a comparison: what is shared is measured once, then every run is made, then they are told apart."""
 
+import itertools
 import json
 import shutil
 import zlib
@@ -18,17 +19,17 @@ from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.artifacts.workspace import Progress, Workspace, silent, write_json
 from ppcl_toolkit.budget import Schedules
 from ppcl_toolkit.comparison.asked import Aim, Comparison
-from ppcl_toolkit.comparison.method import Ground, Method, Unreachable, Window, find_methods
-from ppcl_toolkit.comparison.one import Exams, run_one
+from ppcl_toolkit.comparison.one import BrokeOff, Exams, run_one
 from ppcl_toolkit.comparison.page import write_page
-from ppcl_toolkit.comparison.scores import Scores, score_blocks
 from ppcl_toolkit.comparison.table import results
+from ppcl_toolkit.comparison.trials import Cell, best_factors
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.plan import Interval
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.rules.choosing import what_may_go
+from ppcl_toolkit.rules.method import Ground, Method, Unreachable, Window, find_methods
+from ppcl_toolkit.rules.scores import Scores, score_blocks
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
-from ppcl_toolkit.selection.candidates import allowed, ffn_candidates, more_candidates
 from ppcl_toolkit.selection.choice import Goal
 from ppcl_toolkit.stages.evaluate import examine, load_measurement, measure
 from ppcl_toolkit.stages.intervals import Candidates
@@ -51,6 +52,8 @@ def compare(asked: Comparison, out: str | Path, *, progress: Progress = silent) 
     job = asked.recipe()
     if True in asked.levers and job.modulation is None:
         raise PpclError(f"modulation: {asked.modulation}: the job {asked.job} has no section modulation")
+    if job.select.method is not None:
+        raise PpclError(f"job: {asked.job} has select.method {job.select.method}; name it among the methods instead")
     device = processes.pick_device(job.device)
     workspace = Workspace(out, progress=progress)
     examine(job.evaluate, job.teacher.call)
@@ -58,24 +61,17 @@ def compare(asked: Comparison, out: str | Path, *, progress: Progress = silent) 
     teacher, runner = opened(job, device, workspace)
     if True in asked.levers and job.modulation is not None:
         check_modulation(runner, job.modulation)
-    whole = _Shared(asked, job, workspace, teacher, runner)
+    whole = _Shared(asked, job, workspace, teacher, runner, progress if processes.is_main() else silent)
     whole.prepare()
-    runs = [
-        _One(method, lever, aim, seed) for aim in asked.targets for lever in asked.levers for method in methods
-        for seed in asked.seeds
-    ]  # fmt: skip
-    rank, ranks = processes.world()
-    found = {}
-    told = progress if processes.is_main() else silent
-    for number, one in enumerate(runs):
-        with processes.apart() as own:
-            if number % ranks == rank:
-                told("runs", number, len(runs), one.where)
-                found[number] = whole.made(one, own)
-    made = processes.joined(found)
+    cells = list(itertools.product(asked.passes, asked.targets, asked.levers, methods))
+    tried = itertools.product(cells, asked.trials.factors) if asked.trials else ()
+    seed = asked.trials.seed if asked.trials else 0
+    trials = whole.all_of([_One(*cell, seed, factor, trial=True) for cell, factor in tried])
+    factors = best_factors(trials)
+    runs = whole.all_of([_One(*c, s, factors.get(_One(*c, s).cell, 1.0)) for c in cells for s in asked.seeds])
     for folder in workspace.path.glob("answers/*/*") if processes.is_main() else ():
         shutil.rmtree(folder)
-    summary = results(asked, whole.reference(), [made[number] for number in range(len(runs))])
+    summary = results(asked, whole.reference(), runs, trials)
     summary["sources"] = {method.name: method.source for method in methods}
     workspace.close(asked.dump())
     if processes.is_main():
@@ -86,26 +82,36 @@ def compare(asked: Comparison, out: str | Path, *, progress: Progress = silent) 
 
 @dataclass(frozen=True, slots=True)
 class _One:
-    """A run that is to be made."""
+    """A run that is to be made, or a trial of a learning rate."""
 
-    method: Method
-    lever: bool
+    passes: int
     aim: Aim
+    lever: bool
+    method: Method
     seed: int
+    factor: float = 1.0
+    trial: bool = False
+
+    @property
+    def cell(self) -> Cell:
+        return self.passes, self.aim.name, self.lever, self.method.name
 
     @property
     def where(self) -> str:
         beneath = "modulation" if self.lever else "plain"
-        return f"runs/{self.aim.name}/{beneath}/{self.method.name}/{self.seed}"
+        own = f"trials/{self.passes}" if self.trial else f"runs/{self.passes}"
+        return f"{own}/{self.aim.name}/{beneath}/{self.method.name}/{f'{self.factor:g}' if self.trial else self.seed}"
 
 
 @final
 class _Shared:
     """What all runs have in common."""
 
-    def __init__(self, asked: Comparison, job: Recipe, workspace: Workspace, teacher: Teacher, runner: Runner) -> None:
+    def __init__(
+        self, asked: Comparison, job: Recipe, workspace: Workspace, teacher: Teacher, runner: Runner, told: Progress
+    ) -> None:
         self._asked, self._job, self._workspace = asked, job, workspace
-        self._teacher, self._runner = teacher, runner
+        self._teacher, self._runner, self._told = teacher, runner, told
         self._run = Run(job, workspace, teacher, Schedules(job, runner))
         self._low: LowRankChoice | None = None
         self._exam = examine(job.evaluate, job.teacher.call)
@@ -133,24 +139,50 @@ class _Shared:
         facts = {name: getattr(found, name) for name in ("score", "score_std", "chance", "latency_ms")}
         return {**facts, "params": self._total.params, "flops": self._total.flops}
 
-    def made(self, one: _One, rank: int) -> dict[str, Any]:
-        """Make a run; what keeps it from being made is its result."""
-        facts = {"method": one.method.name, "modulation": one.lever, "target": one.aim.name, "seed": one.seed}
-        ground = self._ground(one)
+    def all_of(self, ones: Sequence[_One]) -> list[dict[str, Any]]:
+        """Make these, shared out over the processes; return the results of all."""
+        rank, ranks = processes.world()
+        found = {}
+        for number, one in enumerate(ones):
+            with processes.apart() as own:
+                if number % ranks == rank:
+                    self._told("trials" if one.trial else "runs", number, len(ones), one.where)
+                    found[number] = self._made(one, own)
+        made = processes.joined(found)
+        return [made[number] for number in range(len(ones))]
+
+    def _made(self, one: _One, rank: int) -> dict[str, Any]:
+        """Make a run, once more at a third of its rates where it broke off; what keeps it from being made is said."""
+        facts = {**dict(zip(("budget", "target", "modulation", "method"), one.cell, strict=True)), "seed": one.seed}
+        exams = self._exams(one, rank)
         low = self._low if one.lever else None
-        exams = Exams(
-            exam=self._exam,
+        ground = self._ground(one)
+
+        def make(ground: Ground, where: str) -> dict[str, Any]:
+            try:
+                found = run_one(one.method, ground, low, self._teacher, exams, where, self._workspace.branch())
+            except BrokeOff as error:
+                if one.trial or ground.factor != one.factor:
+                    return {"factor": ground.factor, "failed": str(error)}
+                found = make(replace(ground, factor=one.factor / 3), f"{where}/again")
+                said = f"seed {one.seed} broke off at ×{one.factor:g}, and is of a third of it"
+                found["warnings"] = [said, *found.get("warnings", ())]
+            except Unreachable as error:
+                return {"factor": ground.factor, "failed": str(error)}
+            return found
+
+        return {**facts, **make(ground, one.where)}
+
+    def _exams(self, one: _One, rank: int) -> Exams:
+        evaluate, trials = self._job.evaluate, self._asked.trials
+        count = trials.batches if one.trial and trials else evaluate.velocity_batches
+        noised = self._run.noised("trials" if one.trial else "evaluate", self._job.samples.batch)
+        return Exams(
+            exam=None if one.trial else self._exam,
             teacher=self._workspace.path / "teacher",
-            held_out=list(
-                self._run.noised("evaluate", self._job.samples.batch)(0, self._job.evaluate.velocity_batches)
-            ),
+            held_out=list(noised(0, count)),
             answers=self._workspace.path / "answers" / str(rank),
         )
-        branch = self._workspace.branch()
-        try:
-            return {**facts, **run_one(one.method, ground, low, self._teacher, exams, one.where, branch)}
-        except Unreachable as error:
-            return {**facts, "failed": str(error)}
 
     def _ground(self, one: _One) -> Ground:
         unit = next(iter(one.aim.target.asked))
@@ -169,7 +201,8 @@ class _Shared:
             measured=self._measured,
             wider=self._wider,
             together=self._together,
-            passes=self._asked.passes,
+            passes=one.passes,
+            factor=one.factor,
         )
 
     def _seeded(self, seed: int, stage: str, size: int) -> Batches:
@@ -182,13 +215,7 @@ class _Shared:
     def _errors(self, candidates: Sequence[Candidate]) -> tuple[list[Measured], list[Measured]]:
         """Measure what each candidate costs: stage `errors`, by one process; those of Algorithm 1, and all."""
         plan, job = self._teacher.plan(), self._job
-        intervals = [one for one in candidates if isinstance(one, Interval)]
-        runs = [one for one in candidates if not isinstance(one, Interval)]
-        wanted = [*intervals, *(job.width.given or [*runs, *ffn_candidates(self._runner, job.width)])]
-        more = more_candidates(self._runner, plan, wanted, job) if job.select.order == "program" else ()
-        given = (*job.intervals.given, *job.width.given)
-        wanted, _ = allowed(wanted, plan, self._costs, given)
-        everything, _ = allowed(dict.fromkeys([*wanted, *more]), plan, self._costs, given)
+        wanted, everything = what_may_go(self._runner, plan, candidates, job, self._costs)
         batches = self._run.noised("select", job.select.batch)
 
         def make(desk: Desk) -> None:
@@ -198,7 +225,8 @@ class _Shared:
                 desk.progress(len(found), len(everything), f"{one}: {error:.3f}")
             write_json(desk.folder / "errors.json", found)
 
-        known = self._workspace.stage("errors", job.select, make, _read)
+        asked = job.select.model_dump(mode="json", exclude={"method"})
+        known = self._workspace.stage("errors", asked, make, _read)
         saves = {str(one): self._total - self._costs(plan.with_operations([one])) for one in everything}
         measured = [Measured(operation=one, error=known[str(one)], saves=saves[str(one)]) for one in everything]
         return measured[: len(wanted)], measured

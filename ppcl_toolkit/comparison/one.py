@@ -10,33 +10,35 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from ppcl_toolkit.artifacts.pipeline import Teacher
-from ppcl_toolkit.artifacts.storage import Bank, Desk, save_tree
+from ppcl_toolkit.artifacts.storage import Bank, Desk
 from ppcl_toolkit.artifacts.workspace import Workspace, write_json
-from ppcl_toolkit.comparison.method import Ground, Method, Pick
 from ppcl_toolkit.comparison.spending import lever_passes, planned
-from ppcl_toolkit.plan import Plan, trained_forms
+from ppcl_toolkit.plan import Plan
+from ppcl_toolkit.rules.method import Ground, Method, Pick, Unreachable
 from ppcl_toolkit.running.images import Exam
 from ppcl_toolkit.running.placement import callable_on
-from ppcl_toolkit.stages.depth import distill_depth
+from ppcl_toolkit.stages.depth import bank_starts, distill_depth
 from ppcl_toolkit.stages.evaluate import compare, measure, relative_error, velocities
 from ppcl_toolkit.stages.finetune import finetune, load_weights
 from ppcl_toolkit.stages.modulation import LowRankChoice, bank_low_rank
 from ppcl_toolkit.stages.width import distill_width
-from ppcl_toolkit.surgery.assemble import standing_in, student_of
+from ppcl_toolkit.surgery.assemble import student_of
 from ppcl_toolkit.training.targets import Velocities
 
 _RESULT = "result.json"
+
+
+class BrokeOff(Unreachable):
+    """A training diverged: its student is not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exams:
     """What all students are measured by, and the teacher was."""
 
-    exam: Exam
+    exam: Exam | None
+    """None where the velocity error decides alone, as for trials."""
     teacher: Path
     """Folder of the teacher's measurement and images."""
     held_out: list[Mapping[str, Any]]
@@ -54,7 +56,10 @@ def run_one(
     where: str,
     run: Workspace,
 ) -> dict[str, Any]:
-    """Make one run in the folders `where/...` of a workspace, or go on with it; return its figures."""
+    """Make one run in the folders `where/...` of a workspace, or go on with it; return its figures.
+
+    Raises `BrokeOff` where a training diverged, and `Unreachable` where a rule cannot make what is asked for.
+    """
     asked = {"method": method.name, "aim": dataclasses.asdict(ground.window), "seed": ground.seed}
     told = len(run.warnings)
     settings = {**asked, "lever": [str(swap) for swap in ground.lever]}
@@ -75,6 +80,8 @@ def run_one(
         tuned = run.stage(f"{where}/finetune", section, tune, Path)
         if section.features:
             shutil.rmtree(own)
+    for name, (section, _) in sections.items():
+        _check(run.path / where / name, section.steps)
     make = partial(_evaluate, ground, pick.plan, (bank, tuned), teacher, exams)
     found: dict[str, Any] = run.stage(f"{where}/evaluate", {"stages": settled}, make, _load_result)
     spent = {"search": pick.passes, "modulation": before - pick.passes, **taken}
@@ -89,7 +96,16 @@ def run_one(
         "steps": {name: section.steps for name, (section, _) in sections.items()},
         "plan": [str(operation) for operation in pick.plan.operations],
         "warnings": run.warnings[told:],
+        "factor": ground.factor,
     }
+
+
+def _check(folder: Path, steps: int) -> None:
+    """Raise `BrokeOff` where a training took fewer steps than it was to: a loss or a gradient was not finite."""
+    found = json.loads((folder / "losses.json").read_text())
+    taken = min((len(curve) for curve in (found.values() if isinstance(found, dict) else [found])), default=steps)
+    if taken < steps:
+        raise BrokeOff(f"{folder.name} broke off after {taken} of {steps} steps: a loss or a gradient was no number")
 
 
 def _pick(method: Method, ground: Ground, desk: Desk) -> None:
@@ -117,7 +133,7 @@ def _bank(
         batches = ground.batches("depth", section.batch)
         bank = run.stage(f"{where}/depth", section, partial(distill_depth, runner, plans, batches, section), Bank)
     else:
-        bank = run.stage(f"{where}/start", {}, partial(_start, ground, pick), Bank)
+        bank = run.stage(f"{where}/start", {}, partial(bank_starts, runner, plans, pick.sources), Bank)
     if "width" in sections:
         section = sections["width"][0]
         batches = ground.batches("width", section.batch)
@@ -128,26 +144,6 @@ def _bank(
         factor = partial(bank_low_rank, runner, plans, bank, low)
         bank = run.stage(f"{where}/low_rank", {}, factor, bank.joined)
     return bank
-
-
-def _start(ground: Ground, pick: Pick, desk: Desk) -> None:
-    """Bank what every interval begins with: a block of the teacher's, or the mean of several."""
-    runner = ground.runner
-    for form in (form for form in trained_forms([pick.plan]) if form.is_stock):
-        blocks = runner.blocks(form.stack)
-        own = [blocks[index] for index in pick.sources.get(form.key, (form.first,))]
-        block = standing_in(runner.transformer, runner.adapter, form, mean_of(own))
-        save_tree(desk.folder / f"{form.key}.safetensors", dict(block.state_dict()))
-
-
-def mean_of(blocks: list[nn.Module]) -> nn.Module:
-    """Return a copy of the first block with the mean weights of all."""
-    student = copy.deepcopy(blocks[0])
-    states = [block.state_dict() for block in blocks]
-    student.load_state_dict(
-        {name: torch.stack([s[name].double() for s in states]).mean(0).to(v.dtype) for name, v in states[0].items()}
-    )
-    return student
 
 
 def _evaluate(
@@ -165,8 +161,11 @@ def _evaluate(
     shell: Any = copy.copy(teacher.pipeline)
     shell.transformer = student
     with callable_on(shell, device):
-        measure(shell, exams.exam, desk.folder, progress=desk.progress)
         error = relative_error(velocities(student, runner.adapter, exams.held_out, device), wanted)
+        if exams.exam is None:
+            write_json(desk.folder / _RESULT, {"velocity_error": error})
+            return
+        measure(shell, exams.exam, desk.folder, progress=desk.progress)
     found = compare(desk.folder, exams.teacher, velocity_error=error)
     kept = ("score", "score_std", "rmse", "velocity_error", "drop_percent", "latency_ms")
     write_json(desk.folder / _RESULT, {name: getattr(found, name) for name in kept})

@@ -7,16 +7,16 @@ where another run has left its answers. Optimizer steps, least squares and what 
 from collections.abc import Mapping
 from typing import Any
 
-from ppcl_toolkit.comparison.method import Ground, Method, Pick, Unreachable
 from ppcl_toolkit.plan import Form, Plan, trained_forms
 from ppcl_toolkit.recipe import Depth
+from ppcl_toolkit.rules.method import Ground, Method, Pick, Unreachable
 
 Sections = dict[str, tuple[Any, float]]
 """By stage: its section of the recipe, and what a step of it takes."""
 
 
 def planned(ground: Ground, method: Method, pick: Pick, *, before: int) -> tuple[Sections, dict[str, int]]:
-    """Return the sections of a run's stages with the steps that its budget buys, and what each takes.
+    """Return the sections of a run's stages with the steps that its budget buys at its rates, and what each takes.
 
     `before` is what went into the search and the lever. A stage of no steps stays one, the closed form alone. Raises
     `Unreachable` where nothing is left for another.
@@ -34,7 +34,9 @@ def planned(ground: Ground, method: Method, pick: Pick, *, before: int) -> tuple
                 f"and a step of {stage} {cost:,.0f}"
             )
         every = max(1, min(section.checkpoint_every, steps))
-        found[stage] = (section.model_copy(update={"steps": steps, "checkpoint_every": every}), cost)
+        rate = section.learning_rate * ground.factor
+        update = {"steps": steps, "checkpoint_every": every, "learning_rate": rate}
+        found[stage] = (section.model_copy(update=update), cost)
         taken[stage] = int(steps * cost)
     return found, taken
 

@@ -12,8 +12,8 @@ Its hybrid, in which deep dual blocks become single-stream, is no operation of a
 """
 
 from ppcl_toolkit.artifacts.storage import Desk
-from ppcl_toolkit.comparison.method import Ground, Method, Pick, Segments, Whole
-from ppcl_toolkit.comparison.picking import dropping
+from ppcl_toolkit.rules.method import Ground, Method, Pick, Segments, Whole
+from ppcl_toolkit.rules.picking import dropping
 
 
 def _pick(ground: Ground, desk: Desk) -> Pick:

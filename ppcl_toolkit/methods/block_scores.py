@@ -15,8 +15,8 @@ None has a recovery of its own that a `Plan` could not say: all of them train ou
 from collections.abc import Sequence
 
 from ppcl_toolkit.artifacts.storage import Desk
-from ppcl_toolkit.comparison.method import Ground, Method, Pick, Place, Whole
-from ppcl_toolkit.comparison.picking import dropping, without
+from ppcl_toolkit.rules.method import Ground, Method, Pick, Place, Whole
+from ppcl_toolkit.rules.picking import dropping, without
 
 
 def knapsack(errors: Sequence[float], saves: Sequence[int], least: int, most: int) -> list[int] | None:

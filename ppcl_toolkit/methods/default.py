@@ -7,8 +7,8 @@ own steps do. The job's modulation of low rank is the lever of this comparison, 
 """
 
 from ppcl_toolkit.artifacts.storage import Desk
-from ppcl_toolkit.comparison.method import Ground, Method, Pick, Segments, Whole, Widths
-from ppcl_toolkit.comparison.picking import chosen, programmed
+from ppcl_toolkit.rules.method import Ground, Method, Pick, Segments, Whole, Widths
+from ppcl_toolkit.rules.picking import chosen, programmed
 
 
 def _pick(ground: Ground, desk: Desk) -> Pick:

@@ -17,8 +17,8 @@ import math
 from dataclasses import replace
 
 from ppcl_toolkit.artifacts.storage import Desk
-from ppcl_toolkit.comparison.method import Ground, Method, Pick, Whole
-from ppcl_toolkit.comparison.picking import dropping
+from ppcl_toolkit.rules.method import Ground, Method, Pick, Whole
+from ppcl_toolkit.rules.picking import dropping
 
 
 def frozen(pick: Pick) -> int:

@@ -6,8 +6,8 @@ said; reading: the velocity.
 
 from functools import partial
 
-from ppcl_toolkit.comparison.method import Method, Whole, Widths
 from ppcl_toolkit.methods.table2 import PARALLEL, SOURCE, narrow
+from ppcl_toolkit.rules.method import Method, Whole, Widths
 
 METHODS = (
     Method(

@@ -3,8 +3,8 @@
 import random
 
 from ppcl_toolkit.artifacts.storage import Desk
-from ppcl_toolkit.comparison.method import Ground, Method, Pick, Whole
-from ppcl_toolkit.comparison.picking import dropping
+from ppcl_toolkit.rules.method import Ground, Method, Pick, Whole
+from ppcl_toolkit.rules.picking import dropping
 
 DRAWS = 5
 

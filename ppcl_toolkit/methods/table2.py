@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from ppcl_toolkit.artifacts.storage import Desk
-from ppcl_toolkit.comparison.method import Ground, Method, Pick, Segments, Unreachable, Widths
-from ppcl_toolkit.comparison.picking import chosen, dropping, miss, search_passes
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan
+from ppcl_toolkit.rules.method import Ground, Method, Pick, Segments, Unreachable, Widths
+from ppcl_toolkit.rules.picking import chosen, dropping, miss, search_passes
 from ppcl_toolkit.statistics.trend import threshold_intervals
 from ppcl_toolkit.training.substitution import Measured
 

@@ -24,8 +24,8 @@ from torch.nn import functional
 
 from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.artifacts.storage import Desk
-from ppcl_toolkit.comparison.method import Ground, Method, Pick, Unreachable, Whole
-from ppcl_toolkit.comparison.picking import without
+from ppcl_toolkit.rules.method import Ground, Method, Pick, Unreachable, Whole
+from ppcl_toolkit.rules.picking import without
 from ppcl_toolkit.running.capture import Streams, bind, pack, predict, rerouted, unpack
 
 _GROUP, _SHARE, _SCALE, _RATE = 4, 0.25, 100.0, 1e-2

@@ -5,8 +5,8 @@ in which every next block lies as far as may be from those that went before.
 """
 
 from ppcl_toolkit.artifacts.storage import Desk
-from ppcl_toolkit.comparison.method import Ground, Method, Pick, Place, Whole
-from ppcl_toolkit.comparison.picking import dropping
+from ppcl_toolkit.rules.method import Ground, Method, Pick, Place, Whole
+from ppcl_toolkit.rules.picking import dropping
 
 
 def spread(depth: int) -> list[int]:

@@ -6,8 +6,8 @@ terms). Which blocks go is a reading: no source gives a rule with it.
 """
 
 from ppcl_toolkit.artifacts.storage import Desk
-from ppcl_toolkit.comparison.method import Ground, Method, Pick, Whole
-from ppcl_toolkit.comparison.picking import dropping
+from ppcl_toolkit.rules.method import Ground, Method, Pick, Whole
+from ppcl_toolkit.rules.picking import dropping
 
 
 def _pick(ground: Ground, desk: Desk) -> Pick:

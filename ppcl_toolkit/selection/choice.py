@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, final
+
+from pydantic import BaseModel
 
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import AnyOperation, FfnSwap, Plan, TextRun
@@ -12,6 +14,8 @@ from ppcl_toolkit.recipe import Target
 from ppcl_toolkit.records import read_record
 from ppcl_toolkit.training.substitution import Candidate, Measured
 from ppcl_toolkit.units import UNITS, Cost, parse_size
+
+_BEGUN = "begun.json"
 
 
 @final
@@ -51,16 +55,28 @@ class Goal:
         )
 
 
+class Begun(BaseModel):
+    """What a method says of its students before they learn."""
+
+    starts: dict[str, tuple[int, ...]] = {}
+    """For intervals, by `Form.key`: the teacher's blocks whose mean the student begins with. Default: the first."""
+    frozen: dict[str, int] = {}
+    """By target: blocks of the student, from its first one on, that do not learn."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """The plan of every target, and the order in which operations were taken."""
 
     plans: dict[str, Plan]
     order: tuple[Candidate, ...]
+    begun: Begun = field(default_factory=Begun)
 
     def save(self, folder: Path, measured: Sequence[Measured]) -> None:
         """Write `targets.json` and `order.json`, and every candidate's figures in `measured.json`."""
         _write(folder / "targets.json", {name: plan.model_dump(mode="json") for name, plan in self.plans.items()})
+        if self.begun != Begun():
+            _write(folder / _BEGUN, self.begun.model_dump(mode="json"))
         _write(folder / "order.json", [operation.model_dump(mode="json") for operation in self.order])
         rows = [
             {
@@ -78,7 +94,8 @@ class Choice:
     def load(cls, folder: Path) -> "Choice":
         """Read what `save` wrote."""
         plans = read_record(folder / "targets.json", dict[str, Plan])
-        return cls(plans=plans, order=read_record(folder / "order.json", tuple[Candidate, ...]))
+        begun = read_record(folder / _BEGUN, Begun) if (folder / _BEGUN).exists() else Begun()
+        return cls(plans=plans, order=read_record(folder / "order.json", tuple[Candidate, ...]), begun=begun)
 
 
 def _is_of(operation: AnyOperation, measured: Measured) -> bool:

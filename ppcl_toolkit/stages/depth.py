@@ -6,14 +6,15 @@ Every interval [u, v] has one student block, which sees the teacher's input to u
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import final
 
 import torch
 from torch import nn
 
+from ppcl_toolkit import processes
 from ppcl_toolkit.adapter import Stack
-from ppcl_toolkit.artifacts.storage import Desk
+from ppcl_toolkit.artifacts.storage import Desk, save_tree
 from ppcl_toolkit.plan import Form, Plan, trained_forms
 from ppcl_toolkit.recipe import Depth
 from ppcl_toolkit.running.capture import run_block
@@ -31,8 +32,22 @@ from ppcl_toolkit.training.shelf import Shelf
 _INIT_BATCHES = 8
 
 
-def distill_depth(runner: Runner, plans: Sequence[Plan], batches: Batches, section: Depth, desk: Desk) -> list[str]:
-    """Train one block per interval of `plans` and bank it; return the segments that stopped early, and why."""
+def distill_depth(
+    runner: Runner,
+    plans: Sequence[Plan],
+    batches: Batches,
+    section: Depth,
+    desk: Desk,
+    *,
+    starts: Mapping[str, Sequence[int]] | None = None,
+) -> list[str]:
+    """Train one block per interval of `plans` and bank it; return the segments that stopped early, and why.
+
+    With `starts` nothing is trained: see `bank_starts`.
+    """
+    if starts:
+        bank_starts(runner, plans, starts, desk)
+        return []
     forms = [form for form in trained_forms(plans) if form.is_stock]
     keys = [form.key for form in forms]
     sliced, own = shared_out(runner, forms, batches, section)
@@ -53,6 +68,18 @@ def distill_depth(runner: Runner, plans: Sequence[Plan], batches: Batches, secti
     return stopped
 
 
+def bank_starts(runner: Runner, plans: Sequence[Plan], starts: Mapping[str, Sequence[int]], desk: Desk) -> None:
+    """Bank what every interval begins with, and train nothing: the block that `starts` has by its key, or their mean.
+
+    Intervals that are not among them begin with their first block.
+    """
+    for form in (form for form in trained_forms(plans) if form.is_stock and processes.is_main()):
+        blocks = runner.blocks(form.stack)
+        start = mean_of([blocks[index] for index in starts.get(form.key, (form.first,))])
+        block = standing_in(runner.transformer, runner.adapter, form, start)
+        save_tree(desk.folder / f"{form.key}.safetensors", dict(block.state_dict()))
+
+
 def initial_students(runner: Runner, forms: Sequence[Form], batches: Batches, init: str) -> Iterator[nn.Module]:
     """Yield what each interval's student starts from: block u, the best block or the mean, shaped for its place."""
     for form, start in zip(forms, _starts(runner, forms, batches, init), strict=True):
@@ -62,7 +89,7 @@ def initial_students(runner: Runner, forms: Sequence[Form], batches: Batches, in
 def _starts(runner: Runner, forms: Sequence[Form], batches: Batches, init: str) -> Iterator[nn.Module]:
     runs = [list(runner.blocks(form.stack))[form.first : form.last + 1] for form in forms]
     if init == "average":
-        return (_average(run) for run in runs)
+        return (mean_of(run) for run in runs)
     if init == "best":
         readers = [_BestBlock(f, runner.adapter.stack(f.stack), run) for f, run in zip(forms, runs, strict=True)]
         for _ in runner.feed(batches(0, _INIT_BATCHES), readers):
@@ -102,7 +129,8 @@ class _BestBlock:
         return min(zip(self._run, self._moments, strict=True), key=lambda pair: missed(pair[1]))[0]
 
 
-def _average(run: Sequence[nn.Module]) -> nn.Module:
+def mean_of(run: Sequence[nn.Module]) -> nn.Module:
+    """Return a copy of the first block with the mean weights of all that are shaped like it."""
     student = copy.deepcopy(run[0])
     states = [block.state_dict() for block in run if _alike(block, run[0])]
     mean = {name: torch.stack([s[name].double() for s in states]).mean(0).to(v.dtype) for name, v in states[0].items()}

@@ -127,12 +127,15 @@ def find_intervals(
     """
     adapter, depths = runner.adapter, runner.adapter.depths(runner.transformer)
     check_intervals(adapter, depths, settings)
-    sums = {stack.path: _sums(runner, stack, depths[stack.path], weights, settings.batches) for stack in adapter.stacks}
+    sums = {stack.path: _sums(runner, stack, depths[stack.path], weights, settings) for stack in adapter.stacks}
     readers = [CkaReader(s, block, sums[s.path]) for s in adapter.stacks for block in range(depths[s.path])]
-    calibration = Pass("similarities", desk.folder, range(settings.batches), _named(sums, readers))
+    levels = _Levels(settings)
+    parts = {**_named(sums, readers), "levels": levels}
+    calibration = Pass("similarities", desk.folder, range(settings.batches), parts)
     for reader in readers:
         reader.numbers = iter(calibration.left)
-    for done in calibration.kept(runner.feed(calibration.of(batches), readers)):
+    given = levels.noting(calibration.of(batches), calibration.left, adapter.timestep)
+    for done in calibration.kept(runner.feed(given, readers)):
         desk.progress(done, settings.batches)
     calibration.add_up(runner.placement.device)
     curves = {path: _curves(by_stream) for path, by_stream in sums.items()}
@@ -147,7 +150,7 @@ def find_intervals(
     if settings.strategy == "given":
         return Candidates(intervals, runs, curves, compared)
     stability = {path: _stability(intervals[path], again, settings) for path, again in read.items()}
-    elsewhere = {path: _elsewhere(again, settings, sums[path]) for path, again in read.items()}
+    elsewhere = {path: _elsewhere(again, settings, sums[path], levels) for path, again in read.items()}
     return Candidates(intervals, runs, curves, compared, stability, elsewhere)
 
 
@@ -182,6 +185,38 @@ def _doubts(found: Candidates, batches: int) -> Iterator[str]:
             )
 
 
+@final
+class _Levels:
+    """The timestep of each sample of a calibration set, as the transformer is told it, [batches, batch]."""
+
+    def __init__(self, settings: Intervals) -> None:
+        self._told = torch.zeros(settings.batches, settings.batch, dtype=torch.float64)
+        self._known = torch.zeros_like(self._told)
+
+    def noting(self, batches: Iterable[Batch], numbers: Iterable[int], timestep: str) -> Iterator[Batch]:
+        """Yield batches of these numbers, each after its timesteps are noted."""
+        for number, batch in zip(numbers, batches, strict=False):
+            told = torch.as_tensor(batch[timestep]).double().flatten()[: self._told.shape[1]]
+            self._told[number, : len(told)], self._known[number, : len(told)] = told.cpu(), 1.0
+            yield batch
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that is noted."""
+        return {"told": self._told, "known": self._known}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned, or from such notes of several added up."""
+        self._told, self._known = tensors["told"], tensors["known"]
+
+    def halves(self) -> dict[str, Tensor]:
+        """Return masks of the samples below the median and of the others; nothing where all are alike."""
+        known = self._known > 0
+        if not known.any():
+            return {}
+        low = known & (self._told < self._told[known].quantile(0.5))
+        return {"lower timesteps": low, "higher timesteps": known & ~low} if low.any() else {}
+
+
 def _named(sums: Mapping[str, Mapping[str, Similarities]], readers: Sequence[CkaReader]) -> dict[str, Part]:
     parts: dict[str, Part] = {f"{reader.stack.path}.{reader.last}": reader for reader in readers}
     for path, by_stream in sums.items():
@@ -191,14 +226,17 @@ def _named(sums: Mapping[str, Mapping[str, Similarities]], readers: Sequence[Cka
 
 
 def _sums(
-    runner: Runner, stack: Stack, depth: int, weights: Mapping[Key, Tensor], batches: int
+    runner: Runner, stack: Stack, depth: int, weights: Mapping[Key, Tensor], settings: Intervals
 ) -> dict[str, Similarities]:
     """Nothing yet of every stream; where the whole teacher is on the device, so are the probes."""
     home = runner.placement.rest
     placed = {key: weight.to(home) for key, weight in weights.items() if key[0] == stack.path}
     return {
         stream: Similarities(
-            ChainedCka([placed.get((stack.path, block, stream)) for block in range(depth)], batches), Heatmap(depth)
+            ChainedCka(
+                [placed.get((stack.path, block, stream)) for block in range(depth)], settings.batches, settings.batch
+            ),
+            Heatmap(depth),
         )
         for stream in stack.streams
     }
@@ -223,7 +261,7 @@ def _read(
     stream: str,
     drawn: Tensor | slice = slice(None),
 ) -> tuple[Interval, ...]:
-    """Return the intervals of a stack that `drawn` batches have by the curves of one stream, or of the mean of all."""
+    """Return the intervals of a stack that `drawn` batches or samples have by the curves of a stream, or of all."""
     if settings.strategy == "given":
         found = tuple(interval for interval in settings.given if interval.stack == path)
         return within_runs(found, carrying, settings)
@@ -248,18 +286,19 @@ def _stability(
 
 
 def _elsewhere(
-    read: Callable[..., Sequence[Interval]], settings: Intervals, streams: Collection[str]
+    read: Callable[..., Sequence[Interval]], settings: Intervals, streams: Collection[str], levels: _Levels
 ) -> dict[str, tuple[tuple[int, int], ...]]:
-    """Return what halves and a quarter of the batches have, and all of them by other streams."""
+    """Return what halves and a quarter of the batches have, halves of the timesteps, and all by other streams."""
     count = settings.batches
     parts = {
         "the first half": slice(0, count // 2),
         "the second half": slice(count // 2, count),
         "a quarter": slice(0, count // 4),
     }
-    asked: dict[str, tuple[str, slice]] = {
+    asked: dict[str, tuple[str, slice | Tensor]] = {
         name: (settings.stream, part) for name, part in parts.items() if part.stop > part.start and count > 1
     }
+    asked |= {name: (settings.stream, half) for name, half in levels.halves().items()}
     asked |= {f"{stream} stream": (stream, slice(None)) for stream in streams if stream != settings.stream}
     return {name: tuple((interval.first, interval.last) for interval in read(*each)) for name, each in asked.items()}
 

@@ -61,7 +61,7 @@ def select(
         operations = list(dict.fromkeys([*operations, *more_candidates(runner, plan, operations, recipe)]))
     costs = Costs(runner.transformer, runner.adapter, batches[0], getattr(torch, recipe.export.dtype))
     operations, said = allowed(operations, plan, costs, (*recipe.intervals.given, *recipe.width.given))
-    measured = _measured(runner, plan, operations, (batches, recipe.select.batches, costs), desk)
+    measured = measured_alone(runner, plan, operations, (batches, recipe.select.batches, costs), desk)
     if processes.is_main():
         order = recipe.select.order
         if order == "program":
@@ -72,12 +72,17 @@ def select(
         else:
             choice = choose(plan, measured, recipe.targets, costs, recipe.width, order=order, modulation=modulation)
         choice.save(desk.folder, measured)
-        for path in desk.folder.glob(_NOTES):
-            path.unlink()
+        forget_notes(desk.folder)
     return said
 
 
-def _measured(
+def forget_notes(folder: Path) -> None:
+    """Remove what was noted on the way: the choice has it."""
+    for path in folder.glob(_NOTES):
+        path.unlink()
+
+
+def measured_alone(
     runner: Runner, plan: Plan, candidates: Sequence[Candidate], means: tuple[Batches, int, Costs], desk: Desk
 ) -> list[Measured]:
     """Measure this process's share of what nobody has measured yet; return the figures of all, in their order."""

@@ -30,17 +30,18 @@ class ChainedCka:
     no more than three digits where some features are a hundred times smaller than others.)
     """
 
-    def __init__(self, weights: Sequence[Tensor | None], batches: int = 1) -> None:
+    def __init__(self, weights: Sequence[Tensor | None], batches: int = 1, size: int = 1) -> None:
         """`weights` are W [D, D] by block; the first needs none, and a stream may end before the stack does.
 
-        Sums are kept apart for each of `batches`, so that others may be drawn of them.
+        Sums are kept apart for each of `batches` and each of its samples, so that others may be drawn of them; samples
+        beyond `size` share a sum.
         """
         self._weights = weights
-        self._sums = torch.zeros(batches, len(weights), len(weights), dtype=torch.float64)
-        self._samples = torch.zeros(batches, len(weights), dtype=torch.float64)
+        self._sums = torch.zeros(batches, size, len(weights), len(weights), dtype=torch.float64)
+        self._samples = torch.zeros(batches, size, len(weights), dtype=torch.float64)
         self._waiting: list[tuple[Tensor, Gram]] = []
-        self._numbers: list[int] = []
-        """Of the batches that wait."""
+        self._rows: list[tuple[int, int]] = []
+        """Batch and place of each sample that waits."""
 
     @torch.no_grad()
     def observe(self, block: int, output_BND: Tensor, batch: int = 0) -> None:
@@ -49,8 +50,10 @@ class ChainedCka:
         with full_precision(output_BND.device):
             rows_BND = fewest_rows(centred(output_BND))
             self._waiting.append((rows_BND, Gram.of(rows_BND)))
-        self._numbers.append(batch)
-        self._samples[batch, block] += len(output_BND)
+        rows = [(batch, min(place, self._sums.shape[1] - 1)) for place in range(len(output_BND))]
+        for row in rows:
+            self._samples[*row, block] += 1
+        self._rows += rows
         if sum(len(rows_BND) for rows_BND, _ in self._waiting) >= _TOGETHER:
             self.follow(block)
 
@@ -65,23 +68,23 @@ class ChainedCka:
                         totals.append(self._step(weight_DD))
             self._waiting.clear()
             self._add(block, totals)
-            self._numbers.clear()
+            self._rows.clear()
 
     def _step(self, weight_DD: Tensor) -> Tensor:
-        """Take all chains past one probe; return their similarities to their starts, by batch, one after another."""
+        """Take all chains past one probe; return their similarities to their starts, sample by sample."""
         weight_DD = weight_DD.to(self._waiting[0][0])
         found = []
         for number, (rows_BND, start) in enumerate(self._waiting):
             next_BND = rescaled(rows_BND + rows_BND @ weight_DD.T)
             self._waiting[number] = next_BND, start
-            found.append(start.similarity(Gram.of(next_BND)).sum())
-        return torch.stack(found)
+            found.append(start.similarity(Gram.of(next_BND)))
+        return torch.cat(found)
 
     def _add(self, block: int, totals: list[Tensor]) -> None:
         present = [k for k in range(block + 1, len(self._weights)) if self._weights[k] is not None]
         if totals:
-            for number, by_block in zip(self._numbers, torch.stack(totals).cpu().unbind(1), strict=True):
-                self._sums[number, block, present] += by_block
+            for row, by_block in zip(self._rows, torch.stack(totals).cpu().unbind(1), strict=True):
+                self._sums[*row, block, present] += by_block
 
     def state(self) -> dict[str, Tensor]:
         """Return all sums."""
@@ -95,15 +98,16 @@ class ChainedCka:
     @property
     def samples(self) -> int:
         """How many samples were observed."""
-        return int(self._samples.sum(0).max())
+        return int(self._samples.sum((0, 1)).max())
 
     def means(self, drawn: Tensor | slice = slice(None)) -> Tensor:
         """Return cka(u, k), [M, M]: the upper triangle, 1 on the diagonal; NaN for blocks that were never observed.
 
-        `drawn` are numbers of batches, with repetitions; all by default.
+        `drawn` are numbers of batches, with repetitions, or a mask of samples, [batches, size]; all by default.
         """
         assert not self._waiting, "chains wait to be followed"
-        sums, samples = self._sums[drawn].sum(0), self._samples[drawn].sum(0)
+        table, count = self._sums[drawn], self._samples[drawn]
+        sums, samples = table.flatten(0, -3).sum(0), count.flatten(0, -2).sum(0)
         table = sums / samples[:, None]
         table[:, samples == 0] = torch.nan
         return table.triu(1) + torch.eye(len(table), dtype=table.dtype)

@@ -323,6 +323,7 @@ def test_parts_of_the_calibration_set_and_other_streams_are_what_runs_on_them_fi
     halves = {"the first half": alone(0, 4), "the second half": alone(4, 8), "a quarter": alone(0, 2)}
     for stack in FLUX.stacks:
         expected = {name: spans(each, stack) for name, each in halves.items()}
+        expected |= by_timestep(transformer, stack)
         expected["text stream"] = spans(found(transformer, batches=8, stream="text"), stack)
         assert whole.elsewhere[stack.path] == expected
         assert mean.elsewhere[stack.path]["image stream"] == spans(whole, stack)
@@ -335,6 +336,24 @@ def test_parts_of_the_calibration_set_and_other_streams_are_what_runs_on_them_fi
         shares = [sum(span in each for each in again) / 200 for span in spans(whole, stack)]
         assert whole.stability[stack.path] == pytest.approx(shares)
         assert len(shares) == len(whole.intervals[stack.path])
+
+
+def by_timestep(transformer, stack):
+    """Intervals of the eight samples with the lowest timesteps and of the other eight, every CKA by itself."""
+    weights, given = probe_weights(transformer), list(batches(0, 8))
+    order = torch.cat([batch["timestep"] for batch in given]).argsort()
+    blocks = outputs(transformer, stack, "image", given)
+    expected = {}
+    for name, half in (("lower timesteps", order[:8]), ("higher timesteps", order[8:])):
+        table = torch.eye(len(blocks), dtype=torch.float64)
+        for u, block in enumerate(blocks):
+            x = block[half]
+            for k in range(u + 1, len(blocks)):
+                x = x + x @ weights[stack.path, k, "image"].T
+                table[u, k] = sum(cka(block[half][i : i + 1], x[i : i + 1]).item() for i in range(8)) / 8
+        found_spans = trend_intervals(differences(table))
+        expected[name] = tuple((u, v) for u, v in found_spans if u < v)
+    return expected
 
 
 def spans(candidates, stack):

@@ -8,19 +8,21 @@ import pytest
 import torch
 from runs import DUAL, FLUX, SINGLE, batches, desk, identity, plan_of, runner
 
-from ppcl_toolkit.comparison.method import Ground, Method, Pick, Unreachable, Window, find_methods, known_methods
-from ppcl_toolkit.comparison.one import mean_of
-from ppcl_toolkit.comparison.picking import chosen, first_that_fits, without
-from ppcl_toolkit.comparison.scores import Scores, score_blocks
 from ppcl_toolkit.comparison.spending import planned
+from ppcl_toolkit.comparison.trials import best_factors, told
 from ppcl_toolkit.comparison.verdict import holm, paired, two_sided
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.methods.block_scores import knapsack
+from ppcl_toolkit.methods.oracle import best_set
 from ppcl_toolkit.methods.tinyfusion import Gates, gated, groups_of, kept_counts
 from ppcl_toolkit.methods.uniform import spread
 from ppcl_toolkit.plan import Interval, ModulationSwap
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.rules.method import Ground, Method, Pick, Unreachable, Window, find_methods, known_methods
+from ppcl_toolkit.rules.picking import chosen, first_that_fits, without
+from ppcl_toolkit.rules.scores import Scores, score_blocks
 from ppcl_toolkit.running.capture import run_block, stack_calls
+from ppcl_toolkit.stages.depth import bank_starts, mean_of
 from ppcl_toolkit.stages.intervals import Candidates, Curves
 from ppcl_toolkit.surgery.assemble import student_of
 from ppcl_toolkit.surgery.costs import Costs
@@ -99,6 +101,59 @@ def test_the_first_set_that_fits_is_the_first_of_all_sets_in_their_order(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
+def test_the_oracles_set_is_the_best_of_all_sets(seed):
+    generator, draw = torch.Generator().manual_seed(seed), random.Random(seed)
+    alone = torch.rand(7, generator=generator, dtype=torch.float64)
+    both = torch.rand(7, 7, generator=generator, dtype=torch.float64)
+    both = (both + both.T).fill_diagonal_(0) + torch.diag(alone)
+    saves = [draw.choice([5, 13]) for _ in range(7)]
+    least = draw.randrange(10, 50)
+    most = least + draw.randrange(4)
+    stacks = [range(4), range(4, 7)]
+
+    def error(gone):
+        pairs = itertools.combinations(gone, 2)
+        return sum(alone[i] for i in gone) + sum(both[i, j] - alone[i] - alone[j] for i, j in pairs)
+
+    def missed(gone):
+        return max(least - sum(saves[i] for i in gone), sum(saves[i] for i in gone) - most, 0)
+
+    sets = [c for n in range(8) for c in itertools.combinations(range(7), n)]
+    sets = [c for c in sets if not any(set(stack) <= set(c) for stack in stacks)]
+    nearest = min(map(missed, sets))
+    best = min((c for c in sets if missed(c) == nearest), key=error)
+    assert best_set(alone, both, torch.tensor(saves).double(), least, most, stacks) == list(best)
+
+
+def test_the_oracle_measures_blocks_and_pairs_as_they_are_without_them(teacher, tmp_path):
+    """The best set of two blocks, by the transformer without each two of them."""
+    where = ground(teacher, share=0.73, tolerance=0.05)
+    pick = rule("oracle")(where, desk(tmp_path))
+    assert where.window.off(size(where, pick)) == 0 and pick.passes == 0
+    batch = batches(JOB.select.batch)[0]
+
+    @torch.no_grad()
+    def error(gone):
+        by_hand = runner()
+        for path, index in sorted(gone, key=lambda place: -place[1]):
+            del by_hand.blocks(path)[index]
+        return float((by_hand.transformer(**batch)[0] - teacher.transformer(**batch)[0]).square().mean())
+
+    fitting = []
+    for n in range(4):
+        for gone in itertools.combinations(where.places, n):
+            here = {path: sum(place[0] == path for place in gone) for path in where.plan.depths}
+            left = where.whole - sum(where.cost(place) for place in gone)
+            if where.window.off(left) == 0 and all(here[path] < depth for path, depth in where.plan.depths.items()):
+                alone = {place: error([place]) for place in gone}
+                pairs = sum(error(pair) - alone[pair[0]] - alone[pair[1]] for pair in itertools.combinations(gone, 2))
+                fitting.append((sum(alone.values()) + pairs, gone))
+    kept = pick.plan.kept()
+    by_plan = without(where, min(fitting)[1]).plan.kept()
+    assert kept == by_plan
+
+
+@pytest.mark.parametrize("seed", range(20))
 def test_the_knapsack_is_the_best_of_all_sets(seed):
     draw = random.Random(seed)
     saves = [draw.choice([5, 13]) for _ in range(8)]
@@ -131,12 +186,11 @@ def test_dropped_blocks_become_intervals_of_the_kept_ones(teacher):
 @torch.no_grad()
 def test_the_student_of_copies_is_the_teacher_without_those_blocks(teacher, tmp_path):
     from ppcl_toolkit.artifacts.storage import Bank
-    from ppcl_toolkit.comparison.one import _start
 
     where = ground(teacher)
     gone = [(DUAL.path, 0), (DUAL.path, 2), (SINGLE.path, 1)]
     pick = without(where, gone)
-    _start(where, pick, desk(tmp_path))
+    bank_starts(teacher, [pick.plan], pick.sources, desk(tmp_path))
     batch = batches()[0]
     student = student_of(teacher.transformer, FLUX, pick.plan, Bank(tmp_path), batch)
     found = student(**batch)[0]
@@ -377,6 +431,31 @@ def test_what_is_left_of_a_budget_becomes_steps(teacher):
     assert sequential["depth"][1] == 2 * (3 + 3 + 2)
     with pytest.raises(Unreachable, match="4,000 block passes are too few for velocity"):
         planned(where, find_methods(["velocity"])[0], Pick(plan=plan), before=3990)
+
+
+def test_the_best_rate_is_that_of_the_least_error_that_did_not_fail():
+    def trial(method, factor, error, **given):
+        cell = {"budget": 10, "target": "a", "modulation": True, "method": method}
+        return {**cell, "factor": factor, "velocity_error": error, **given}
+
+    tried = [
+        trial("one", 0.3, 0.5),
+        trial("one", 1.0, 0.2),
+        trial("one", 3.0, 0.1, failed="depth broke off"),
+        trial("two", 0.3, 0.9),
+        trial("two", 1.0, 0.9),
+        trial("three", 0.3, 0.0, failed="too few passes"),
+    ]
+    assert best_factors(tried) == {(10, "a", True, "one"): 1.0, (10, "a", True, "two"): 0.3}
+    assert [told(each) for each in tried[1:3]] == ["×1 0.2000", "×3 failed: depth broke off"]
+
+
+def test_rates_of_recovery_are_the_jobs_times_a_factor(teacher):
+    where = ground(teacher, factor=0.5)
+    plan = where.plan.with_operations([Interval(stack=DUAL.path, first=1, last=2)])
+    sections, _ = planned(where, find_methods(["default"])[0], Pick(plan=plan), before=0)
+    assert sections["depth"][0].learning_rate == pytest.approx(JOB.depth.learning_rate / 2)
+    assert sections["finetune"][0].learning_rate == pytest.approx(JOB.finetune.learning_rate / 2)
 
 
 def test_every_method_names_its_source_and_its_reading():

@@ -12,10 +12,10 @@ from functools import cached_property
 from typing import Literal
 
 from ppcl_toolkit.artifacts.storage import Desk
-from ppcl_toolkit.comparison.scores import Scores
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form, ModulationSwap, Plan
 from ppcl_toolkit.recipe import Lossname, Recipe
+from ppcl_toolkit.rules.scores import Scores
 from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.selection.joint import Together
@@ -38,6 +38,11 @@ class Window:
     unit: str
     aim: int
     tolerance: float
+
+    @classmethod
+    def at_most(cls, unit: str, size: int, below: float) -> "Window":
+        """Return that of a target, which may be smaller by the share `below` than it is asked for, and no larger."""
+        return cls(unit=unit, aim=int(size / (1 + below / 2)), tolerance=below / 2)
 
     @property
     def least(self) -> int:
@@ -93,6 +98,8 @@ class Ground:
     """Measures several operations together."""
     passes: int
     """All that the run may spend, in b."""
+    factor: float = 1.0
+    """Of the job's learning rates, in recovery."""
 
     @cached_property
     def whole(self) -> int:
@@ -152,6 +159,17 @@ class Method:
     whole: Whole | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Impossible:
+    """A rule that no `Plan` can say."""
+
+    why: str
+
+    def __call__(self, _ground: Ground, _desk: Desk) -> Pick:
+        """Raise `Unreachable` with the reason."""
+        raise Unreachable(self.why)
+
+
 def known_methods() -> dict[str, tuple[Method, ...]]:
     """Return all methods by the file that has them."""
     files = sorted(
@@ -162,7 +180,7 @@ def known_methods() -> dict[str, tuple[Method, ...]]:
     return {name: importlib.import_module(f"ppcl_toolkit.methods.{name}").METHODS for name in files}
 
 
-def find_methods(names: Sequence[str]) -> list[Method]:
+def find_methods(names: Sequence[str], key: str = "methods") -> list[Method]:
     """Return methods by name, or by that of their file; an unknown one is a `PpclError` with a suggestion."""
     known = known_methods()
     single = {method.name: (method,) for methods in known.values() for method in methods}
@@ -172,6 +190,6 @@ def find_methods(names: Sequence[str]) -> list[Method]:
         if name not in choices:
             close = difflib.get_close_matches(name, choices, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(single)}"
-            raise PpclError(f"methods: no method {name!r}; {hint}")
+            raise PpclError(f"{key}: no method {name!r}; {hint}")
         found |= {method.name: method for method in choices[name]}
     return list(found.values())

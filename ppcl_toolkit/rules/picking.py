@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from ppcl_toolkit.comparison.method import Ground, Pick, Place, Unreachable
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Interval, Plan, TextRun
 from ppcl_toolkit.recipe import Target, Width
+from ppcl_toolkit.rules.method import Ground, Pick, Place, Unreachable
 from ppcl_toolkit.selection.greedy import choose
 from ppcl_toolkit.selection.joint import choose_by_program
 from ppcl_toolkit.training.substitution import Candidate, Measured
