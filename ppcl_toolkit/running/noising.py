@@ -235,6 +235,11 @@ def _check_latents(step: Step, adapter: Adapter) -> None:
     own = as_given(step.sample, given, adapter)
     # Rows are repeated for guidance; references follow the noised tokens.
     seen = given[: len(own), : own.shape[1]]
+    if adapter.noised is not None and (counted := adapter.noised(step.call)) != own.shape[1]:
+        raise PpclError(
+            f"adapter {adapter.family}: noised counts {counted} tokens of a call, and the scheduler steps "
+            f"{own.shape[1]} of them"
+        )
     if not torch.allclose(seen.float(), own.to(seen.dtype).float(), rtol=1e-2, atol=1e-2):
         raise PpclError(
             f"the transformer's {adapter.latents!r} {list(given.shape)} are not the latents that the scheduler steps "

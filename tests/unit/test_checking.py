@@ -15,8 +15,10 @@ from strangers import STRANGERS
 from ppcl_toolkit.adapter import Adapter, Stack, load_adapter
 from ppcl_toolkit.checking.dead import check_dead
 from ppcl_toolkit.checking.dropped import check_dropped, intervals
+from ppcl_toolkit.checking.forward import check_forward
 from ppcl_toolkit.checking.in_place import called_in_place
-from ppcl_toolkit.checking.witness import check_blocks, difference, witnessed
+from ppcl_toolkit.checking.steps import check_steps
+from ppcl_toolkit.checking.witness import difference, witnessed
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
 from ppcl_toolkit.running.images import run_pipeline
@@ -43,8 +45,7 @@ SAID = {
 
 def checked(runner, call):
     with torch.no_grad():
-        witness = witnessed(runner, call)
-        check_blocks(runner, witness)
+        witness = check_forward(runner, call)
         check_dead(runner, witness)
         check_dropped(runner, witness)
 
@@ -176,6 +177,8 @@ def test_nothing_is_said_of_pipelines_of_other_make(name):
     adapter, pipeline = load_adapter(name), build()
     call = {**asked, "num_inference_steps": 3}
     steps = observed(pipeline, adapter, lambda: run_pipeline(pipeline, ["a"], None, call, "latent"))
+    (other,) = observed(pipeline, adapter, lambda: run_pipeline(pipeline, ["two b"], None, call, "latent"), 1)
+    check_steps(steps, other, adapter)
     told = (0.0, 1000.0) if name in THOUSANDS else (1.0, -1.0) if name in REVERSED else (0.0, 1.0)
     found = noising_of(pipeline.scheduler, adapter, steps)
     assert (found.offset, found.scale) == told
