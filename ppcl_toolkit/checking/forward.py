@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ppcl_toolkit.checking.alone import check_alone, check_mask, check_repeats, check_streams
+from ppcl_toolkit.checking.dead import check_networks
 from ppcl_toolkit.checking.witness import Witness, check_blocks, witnessed
 from ppcl_toolkit.running.capture import map_tensors
 from ppcl_toolkit.running.passage import Batch
@@ -30,6 +31,7 @@ def check_forward(runner: Runner, call: Batch) -> Witness:
     check_blocks(runner, witness)
     check_alone(runner, witness, other)
     check_mask(runner, call)
+    check_networks(runner, witness)
     return witness
 
 

@@ -45,6 +45,17 @@ class Trial(NamedTuple):
     works: bool
 
 
+def check_adapter(name: str, *, pipeline: str | None = None, call: Mapping[str, Any] | None = None) -> list[Trial]:
+    """Try all that an adapter allows, for a test of one's own: as `trials`, and raise `PpclError` with what fails.
+
+    `name` is that of a family, or `package.module:NAME`; `pipeline` is the folder of a small one, called with `call`.
+    """
+    found = list(trials(name, pipeline, call or {}))
+    if bad := [f"{each.name}: {each.result}" for each in found if not each.works]:
+        raise PpclError("; ".join(bad))
+    return found
+
+
 def trials(name: str, pipeline: str | None, call: Mapping[str, Any]) -> Iterator[Trial]:
     """Yield what the adapter `name` allows, on the pipeline of a folder or on a small random model of its class.
 

@@ -9,6 +9,7 @@ import torch
 from families import FLUX, QWEN_IMAGE, SD3
 
 from ppcl_toolkit.checking.alone import check_mask
+from ppcl_toolkit.checking.dead import check_networks
 from ppcl_toolkit.checking.dropped import check_dropped
 from ppcl_toolkit.checking.forward import check_forward
 from ppcl_toolkit.checking.steps import check_steps
@@ -80,6 +81,28 @@ def test_a_shorter_model_of_what_is_hidden_is_another_one(kind):
     short.load_state_dict(teacher.state_dict())
     with torch.no_grad():
         assert not torch.allclose(teacher(**hostile.call())[0], short(**hostile.call())[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("ffn", "said"),
+    (
+        (
+            {"image": "ff_context", "text": "ff"},
+            "'ff_context' for the image, and without it block 1 has another text$",
+        ),
+        (
+            {"image": "attn.add_k_proj"},
+            "'attn.add_k_proj' for the image, and without it .* text and another image",
+        ),
+    ),
+)
+def test_a_network_is_that_of_its_stream(ffn, said):
+    runner = Runner(
+        tiny.flux_transformer(2, 2).requires_grad_(False),
+        replace(FLUX, stacks=(replace(FLUX.stacks[0], ffn=ffn), FLUX.stacks[1])),
+    )
+    with pytest.raises(PpclError, match=f"^adapter flux: ffn of transformer_blocks names {said}"):
+        check_networks(runner, witnessed(runner, tiny.flux_inputs()))
 
 
 def test_a_remap_that_leaves_other_weights_is_one_sentence():
