@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ppcl_toolkit.algorithm import compress, export_target
     from ppcl_toolkit.artifacts.variant import load_compressed
     from ppcl_toolkit.errors import PpclError, PpclWarning
+    from ppcl_toolkit.kit.trial import check_adapter
     from ppcl_toolkit.plan import Plan
     from ppcl_toolkit.recipe import Recipe
 
@@ -22,6 +23,7 @@ __all__ = [
     "PpclWarning",
     "Recipe",
     "Stack",
+    "check_adapter",
     "compress",
     "export_target",
     "load_compressed",
@@ -35,6 +37,7 @@ _HOME = {
     "PpclWarning": "errors",
     "Recipe": "recipe",
     "Stack": "adapter",
+    "check_adapter": "kit.trial",
     "compress": "algorithm",
     "export_target": "algorithm",
     "load_compressed": "artifacts.variant",

@@ -50,8 +50,8 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
         return Work((learned + fitted * section.batch) * forward if learning[stock] else 0.0)
 
     found = {
-        # Three steps of the pipeline, and twice a forward; without blocks, hardly anything.
-        "check": Work((3 * blocks.model.forwards + 2) * forward),
+        # Three steps of the pipeline, one for another prompt, seven forwards; without blocks, hardly anything.
+        "check": Work((4 * blocks.model.forwards + 7) * forward),
         "samples": Work(recipe.samples.count * image * forward),
         "modulation": _factored(recipe, blocks, forward),
         # A step of a probe is three products in fp32, where its sums are two of three parts each.

@@ -1,22 +1,24 @@
 """Whether a transformer with fewer blocks is still the same one around those that are left."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ppcl_toolkit.checking.witness import BlockCall, Witness, difference
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form, Interval, Plan
 from ppcl_toolkit.running.capture import bind, predict, rerouted, run_block, unpack
 from ppcl_toolkit.running.schedule import Runner
-from ppcl_toolkit.surgery.assemble import drop_blocks, student_blocks
+from ppcl_toolkit.surgery.assemble import drop_blocks, stock_of, student_blocks
 from ppcl_toolkit.surgery.graph import sharing_copy
 from ppcl_toolkit.surgery.narrow import NarrowBlock
 
 _PLAIN = (bool, int, float, str)
+_MODULE = {*vars(nn.Module()), "save_pretrained", "forward", "_internal_dict"}
+"""What every module has, and what is put on one from outside."""
 _NUMBERED = (
     "it depends on the numbers of blocks, so a shorter model is another one. Without a `remap` that brings it along, "
     "blocks of this family cannot be taken out"
@@ -47,11 +49,15 @@ def check_dropped(runner: Runner, witness: Witness) -> None:
         plan = Plan(family=adapter.family, depths=depths, operations=(interval,))
         student = sharing_copy(runner.transformer)
         what = f"adapter {adapter.family}: with {interval} one block"
-        drop_blocks(student, adapter, plan)
-        if wrong := _other_weights(student):
+        try:
+            drop_blocks(student, adapter, plan)
+            stock = stock_of(student, buffers=True)
+        except PpclError as error:
+            raise PpclError(f"{what}: {error}") from error
+        if wrong := _other_weights(student, stock):
             raise PpclError(f"{what}, {wrong}: {_NUMBERED}")
         # As it is when it is opened again.
-        changed = _made_anew(student)
+        changed = _made_anew(student, stock)
         for block, form in student_blocks(student, adapter, plan):
             if told := ", ".join(said for module, said in changed if module in {*block.modules()}):
                 own = witness.calls[form.stack][form.first]
@@ -95,15 +101,8 @@ def _check_alone(runner: Runner, block: nn.Module, form: Form, call: BlockCall, 
         raise PpclError(f"{what}, computes something else: {_NUMBERED}")
 
 
-def _stock(student: nn.Module) -> nn.Module:
-    with torch.device("meta"):
-        made: nn.Module = type(student).from_config(student.config)  # type: ignore[attr-defined]
-    return made
-
-
-def _other_weights(student: nn.Module) -> str:
+def _other_weights(student: nn.Module, stock: nn.Module) -> str:
     """Say which weight or buffer of a student has another shape in its stock class of the same config."""
-    stock = _stock(student)
     narrow = tuple(f"{name}." for name, module in student.named_modules() if isinstance(module, NarrowBlock))
     for tensors in (nn.Module.named_parameters, nn.Module.named_buffers):
         own, others = ({n: tuple(t.shape) for n, t in tensors(m) if not n.startswith(narrow)} for m in (student, stock))
@@ -113,25 +112,48 @@ def _other_weights(student: nn.Module) -> str:
     return ""
 
 
-def _made_anew(student: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Give the modules of a student the plain attributes that its stock class gives them; say what has changed."""
-    stock, changed = _stock(student), []
+def _made_anew(student: nn.Module, stock: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Give the modules of a student what its stock class gives them beside weights; say what has changed."""
+    changed = []
     known = dict(stock.named_modules())
     for name, module in student.named_modules():
         if isinstance(module, NarrowBlock) or name not in known:
             continue
         own, others = _settings(module), _settings(known[name])
         for key in sorted(own.keys() & others.keys()):
-            if own[key] != others[key]:
+            one, other = _told(own[key]), _told(others[key])
+            if one is not None and other is not None and difference(one, other):
                 setattr(module, key, others[key])
-                changed.append((module, f"whose {key} was {own[key]!r} and is {others[key]!r}"))
+                changed.append((module, f"whose {key} was {_brief(one)} and is {_brief(other)}"))
     return changed
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """Return what a module was made with: its plain attributes."""
-    found = {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"}
-    return {key: value for key, value in found.items() if isinstance(value, _PLAIN)}
+    """Return what a module was made with: its attributes, and the buffers that are not saved."""
+    found = {key: value for key, value in vars(module).items() if key not in _MODULE}
+    lost = module._non_persistent_buffers_set
+    return found | {name: value for name, value in module._buffers.items() if name in lost and value is not None}
+
+
+def _told(value: Any, depth: int = 4) -> Any:
+    """Return the plain values and tensors of which an attribute is made; None where there are others."""
+    if isinstance(value, Tensor):
+        return None if value.is_meta else value
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, list | tuple):
+        found = [_told(item, depth - 1) if depth else None for item in value]
+        return None if any(item is None for item in found) else found
+    if isinstance(value, Mapping):
+        held = {str(key): _told(item, depth - 1) if depth else None for key, item in value.items()}
+        return {key: item for key, item in held.items() if item is not None}
+    # An attention's processor, as diffusers calls it.
+    plain = depth and not isinstance(value, nn.Module | type) and not callable(type(value).__dict__.get("__get__"))
+    return _told(getattr(value, "__dict__", {}), depth - 1) if plain else None
+
+
+def _brief(value: Any) -> str:
+    return f"a tensor {value.tolist()!r}"[:60] if isinstance(value, Tensor) else repr(value)[:60]
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

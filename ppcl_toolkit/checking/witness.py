@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.running.capture import Arguments, Streams, bind, unpack
+from ppcl_toolkit.running.capture import Arguments, Streams, bind, map_tensors, named_arguments, unpack
 from ppcl_toolkit.running.passage import Batch
 from ppcl_toolkit.running.placement import HOST, moved
 from ppcl_toolkit.running.schedule import Reading, Runner
@@ -45,19 +45,33 @@ def witnessed(runner: Runner, batch: Batch) -> Witness:
     """
     found: list[tuple[str, int, BlockCall]] = []
 
-    def note(stack: Stack, index: int) -> Any:
-        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def note(stack: Stack, index: int) -> tuple[Any, Any]:
+        before: list[Any] = []
+
+        def begin(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            before[:] = [map_tensors(named_arguments(block, args, kwargs), lambda tensor: tensor.to(HOST, copy=True))]
+
+        def end(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             arguments, streams = bind(block, stack, args, kwargs)
+            if wrong := difference(named_arguments(block, args, kwargs), before.pop()):
+                raise PpclError(
+                    f"adapter {runner.adapter.family}: {stack.path}[{index}] changes what it is given in place (there "
+                    f"is {wrong} behind it): its input cannot be recorded"
+                )
             found.append((stack.path, index, BlockCall(*moved((arguments, streams, output), HOST))))
 
-        return hook
+        return begin, end
 
     order = [
         (stack, index, block)
         for stack in runner.adapter.stacks
         for index, block in enumerate(runner.blocks(stack.path))
     ]
-    handles = [block.register_forward_hook(note(stack, i), with_kwargs=True) for stack, i, block in order]
+    handles: list[Any] = []
+    for stack, number, block in order:
+        begin, end = note(stack, number)
+        handles.append(block.register_forward_pre_hook(begin, with_kwargs=True))
+        handles.append(block.register_forward_hook(end, with_kwargs=True))
     try:
         velocity = runner.velocity(batch)
     finally:
@@ -107,6 +121,12 @@ class _Comparison:
         own, where = self._call, f"{self.stack.path}[{self.first}]"
         given = {**reading.arguments, **named(self.stack, reading.inputs)}
         if wrong := difference(given, {**own.arguments, **named(self.stack, own.streams)}):
+            image, text = reading.inputs
+            if text is not None and not difference((text, image), tuple(own.streams)):
+                raise PpclError(
+                    f"adapter {self._family}: returns of {self.stack.path}: its blocks return the streams in the other "
+                    f"order than {self.stack.returns!r}"
+                )
             raise PpclError(
                 f"adapter {self._family}: {where}, run after the blocks before it alone, is called with {wrong}, "
                 "unlike in the transformer's own forward: something happens between the blocks that the adapter does "

@@ -1,44 +1,55 @@
-"""A small random transformer of a class, and one call of it: by the names of its arguments, tried until it runs."""
+"""A small random transformer of a class: its own defaults with few blocks, few heads and short tables, and narrow.
 
-import contextlib
+What is equal by default stays equal: heads and their sizes, whose product is the width of the tokens, and whatever else
+has that width.
+"""
+
 import inspect
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.kit.depths import config_of, depth_keys, made
+from ppcl_toolkit.kit.calling import call_of
+from ppcl_toolkit.kit.depths import depth_keys, made
+from ppcl_toolkit.kit.guessing import SIDE, WORDS
 
-ROWS, SIDE, WORDS = 2, 4, 7
-"""Samples of a call, tokens of an image's side, tokens of its text: no two numbers of tokens are the same."""
 _HEADS = 2
 _DEPTH = 3
-_TEXTS = ("joint", "text", "caption", "context", "cross", "cap_")
-_WIDE = 64
-"""Widths above it become 32 where they are nobody else's."""
+_NARROW, _WIDE = 32, 64
+"""Widths above the second become the first where they are nobody else's."""
+_LARGEST = 60_000_000
+"""Parameters of what is still small."""
+_BLOCKS = ("layers", "blocks", "depth")
+_TOKENS = ("dim", "hidden_size", "inner_dim", "hidden_dim", "model_dim")
+"""What the width of tokens is called where no size of a head is given."""
+_GIVEN = {"channels": 4, "patch_size": 2, "dim": _NARROW, "ada_norm": 1000, "sample_size": 2 * SIDE}
+"""What an entry without a default is, by what its name ends in."""
 
 
 def small(kind: Any) -> tuple[nn.Module, dict[str, Any]]:
     """Return a random transformer of a diffusers class with few blocks and heads, and a call that it takes.
 
-    Raises `PpclError` where the class has arguments without defaults, or no call is found.
+    Raises `PpclError` where no config makes one, or no call is found: with what ended the call that came furthest.
     """
+    ended = ""
     for config in _configs(kind):
+        empty = made(kind, config)
+        if empty is None or sum(p.numel() for p in empty.parameters()) > _LARGEST:
+            continue
         transformer = made(kind, config, "cpu")
         if transformer is None:
             continue
         randomize(transformer)
-        for call in _calls(transformer):
-            # What a transformer raises for shapes that it does not take is unbounded.
-            with contextlib.suppress(Exception), torch.no_grad():
-                transformer(**call)
-                return transformer, call
+        call, error = call_of(transformer)
+        if not error:
+            return transformer, call
+        ended = f": the call that came furthest ended with {error}"
     raise PpclError(
-        f"no small {kind.__name__} and call of it were found by the names of its arguments; give the folder of a "
-        "pipeline, which is run instead"
+        f"no small {kind.__name__} and call of it were found by the names of its arguments{ended}; give the folder "
+        "of a pipeline, which is run instead"
     )
 
 
@@ -53,74 +64,73 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
 
 
 def _configs(kind: Any) -> Iterator[dict[str, Any]]:
-    """Yield configs, the smallest first: the class's own with few blocks and heads, and narrow."""
+    """Yield configs, the smallest first."""
     parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
-    config = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    whole = made(kind, config)
-    if whole is None:
-        raise PpclError(f"{kind.__name__} cannot be made of its defaults; give the folder of a pipeline instead")
-    few = {**config, **{key: _DEPTH + number for number, key in enumerate(depth_keys(whole))}}
-    heads = {key: value for key, value in config.items() if "heads" in key and isinstance(value, int)}
-    for key in heads:
-        few[key] = _HEADS
-    sizes = [value for key, value in config.items() if "head_dim" in key and type(value) is int]
-    scaled = {count * size: _HEADS * size for count in heads.values() for size in sizes}
-    most = max(heads.values(), default=1)
-    for key, value in config.items():
-        if type(value) is int and key not in heads:
-            own = not sizes and key in ("dim", "hidden_size", "inner_dim", "hidden_dim") and value % most == 0
-            few[key] = scaled.get(value, value // most * _HEADS if own else few[key])
-    wide = {key: value for key, value in few.items() if "dim" in key and "head" not in key and type(value) is int}
+    config = {p.name: None if p.default is inspect.Parameter.empty else p.default for p in parameters}
+    shallow, whole = _shallow(kind, config)
+    few = {**shallow, **{key: _DEPTH + number for number, key in enumerate(depth_keys(whole))}}
+    for key, value in few.items():
+        if isinstance(value, list | tuple) and "layer" in key and all(type(index) is int for index in value):
+            few[key] = type(value)(index for index in value if index < _DEPTH)
+    few |= _heads(shallow)
+    short = {**few, **_short(few)}
+    wide = {key: value for key, value in short.items() if type(value) is int and "dim" in key and "head" not in key}
     # An FFN that is narrower than its tokens has nothing to save.
     others = [k for k, value in wide.items() if value > _WIDE and value == config[k] and "ff" not in k]
-    yield {**few, **dict.fromkeys(others, 32)}
+    yield {**short, **dict.fromkeys(others, _NARROW)}
+    yield short
+    yield {**few, **dict.fromkeys(others, _NARROW)}
     yield few
 
 
-def _calls(transformer: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield calls, as the names of arguments have it."""
-    parameters = list(inspect.signature(type(transformer).forward).parameters.values())[1:]
-    config = config_of(transformer)
-    choices = {p.name: _values(p.name, config, first=p is parameters[0]) for p in parameters}
-    needed = {name: found for name, found in choices.items() if found}
-    for values in itertools.product(*needed.values()):
-        call = dict(zip(needed, values, strict=True))
-        yield {**call, "return_dict": False} if "return_dict" in choices else call
+def _shallow(kind: Any, config: dict[str, Any]) -> tuple[dict[str, Any], nn.Module]:
+    """Return a config with few blocks where their number is called so, and its model without weights."""
+    named = [k for k, v in config.items() if type(v) is int and v > _DEPTH and k.endswith(_BLOCKS)]
+    missing = [k for k, v in config.items() if v is None and any(k.endswith(end) for end in _GIVEN)]
+    given = {key: next(v for end, v in _GIVEN.items() if key.endswith(end)) for key in missing}
+    for depths in ({**dict.fromkeys(named, _DEPTH)}, {}):
+        for filled in ({}, {k: v for k, v in given.items() if "dim" not in k and "caption" not in k}, given):
+            candidate = {**config, **depths, **filled}
+            if (model := made(kind, candidate)) is not None:
+                return candidate, model
+    raise PpclError(f"{kind.__name__} cannot be made of its defaults; give the folder of a pipeline instead")
 
 
-def _values(name: str, config: Mapping[str, Any], *, first: bool) -> list[Any]:
-    """Return what an argument may be, the likeliest first; nothing for those that may be left out."""
-    generator = torch.Generator().manual_seed(len(name))
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    channels = config.get("in_channels", config.get("img_in_dim", 4))
-    widths = {key: value for key, value in config.items() if "dim" in key and "head" not in key and type(value) is int}
-    widths |= {key: value for key, value in config.items() if key == "caption_channels" and type(value) is int}
-    texts = [width for key, width in widths.items() if any(word in key for word in _TEXTS)]
-    words = list(dict.fromkeys([*texts, *widths.values()]))
-    if first:
-        sizes = [(SIDE * SIDE, channels), (channels, 2 * SIDE, 2 * SIDE), (channels, 1, 2 * SIDE, 2 * SIDE)]
-        return [noise(ROWS, *size) for size in sizes]
-    if name == "encoder_hidden_states":
-        return [noise(ROWS, WORDS, width) for width in words]
-    if "pooled" in name:
-        return [noise(ROWS, width) for key, width in config.items() if "pooled" in key and type(width) is int]
-    if name in ("img_ids", "txt_ids"):
-        return _places(SIDE * SIDE if name == "img_ids" else WORDS, SIDE if name == "img_ids" else 1, config)
-    known: dict[str, list[Any]] = {
-        **dict.fromkeys(("t", "timestep", "timesteps"), [torch.tensor([0.3, 0.7])]),
-        **dict.fromkeys(("original_size", "target_size", "crop_coords"), [torch.full((ROWS, 2), 8.0 * SIDE)]),
-        "guidance": [torch.tensor([3.5, 4.5])] if config.get("guidance_embeds") else [],
-        "img_shapes": [[[(1, SIDE, SIDE)]] * ROWS],
-        "encoder_attention_mask": [None, torch.ones(ROWS, WORDS, dtype=torch.bool)],
-    }
-    return known.get(name, [])
+def _heads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return two heads for all, the same size for those that had the same width, and what else had that width."""
+    heads = {k: v for k, v in config.items() if "heads" in k and type(v) is int}
+    sizes = {k: v for k, v in config.items() if "head_dim" in k and type(v) is int}
+    found: dict[str, Any] = dict.fromkeys(heads, _HEADS)
+    widths: dict[int, int] = {}
+    for key, size in sizes.items():
+        own = [count for name, count in heads.items() if _words(name) == _words(key)] or list(heads.values())
+        for count in own:
+            width = widths.setdefault(count * size, _HEADS * size)
+            if count == own[0]:
+                found[key] = width // _HEADS
+    most = max(heads.values(), default=1)
+    axes = next((sum(v) for k, v in config.items() if "axes" in k and isinstance(v, list | tuple) and "dim" in k), 0)
+    for key, value in config.items():
+        if type(value) is not int or key in found:
+            continue
+        if value in widths:
+            found[key] = widths[value]
+        elif not sizes and key in _TOKENS and not value % most:
+            found[key] = value // most * _HEADS if heads else _HEADS * axes or value
+    return found
 
 
-def _places(count: int, side: int, config: Mapping[str, Any]) -> list[Tensor]:
-    """Return positions of tokens, for all samples together and for each."""
-    axes = len(config.get("axes_dims_rope") or config.get("axes_dim_rope") or config.get("axes_dims") or (1, 1, 1))
-    ids = torch.stack([torch.arange(count) % side] * axes, dim=-1).float()
-    return [ids, ids.expand(ROWS, count, axes).contiguous()]
+def _words(key: str) -> set[str]:
+    return set(key.split("_")) - {"num", "n", "heads", "head", "dim"}
+
+
+def _short(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return shorter tables of positions: as long as the text and as wide as the picture of a call."""
+    sizes = {}
+    for key, value in config.items():
+        if type(value) is int and value > SIDE:
+            if "text" in key and ("length" in key or "_len" in key):
+                sizes[key] = WORDS
+            elif key in ("sample_size", "sample_width", "sample_height"):
+                sizes[key] = 2 * SIDE
+    return sizes

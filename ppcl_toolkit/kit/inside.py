@@ -16,6 +16,7 @@ from ppcl_toolkit.plan import Form
 from ppcl_toolkit.running.capture import Streams
 from ppcl_toolkit.surgery.narrow import draw
 
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Note = Callable[[str, str], None]
 
 
@@ -118,20 +119,26 @@ def _text_mask(transformer: nn.Module, stack: Stack, block: Called, call: Mappin
 
 
 def _networks(given: Mapping[Stream, Tensor], inner: Sequence[Called], attention: Called | None) -> dict[Stream, str]:
-    """Return the outermost modules of two linear layers or more that make tokens of a stream's tokens alone."""
+    """Return the outermost modules of two linear layers, or convolutions, that make tokens of a stream's alone."""
     found: dict[Stream, str] = {}
     # A module ends behind its parts: outermost ones come last.
     for call in reversed(inner):
         taken, made = call.tensors().values(), call.output
-        linear = sum(isinstance(part, nn.Linear) for part in call.module.modules())
+        linear = sum(isinstance(part, _LINEAR) for part in call.module.modules())
         inside = attention is not None and f"{call.path}.".startswith(f"{attention.path}.")
         if linear < 2 or inside or len(taken) != 1 or "Attention" in type(call.module).__name__:
             continue
         for stream, tokens in given.items():
-            same = isinstance(made, Tensor) and next(iter(taken)).shape == made.shape == tokens.shape
-            if same and stream not in found:
-                found[stream] = call.path
+            given_shape = next(iter(taken)).shape
+            if isinstance(made, Tensor) and made.shape == given_shape and _is_of(given_shape, tokens):
+                found.setdefault(stream, call.path)
     return {stream: found[stream] for stream in given if stream in found}
+
+
+def _is_of(shape: torch.Size, tokens: Tensor) -> bool:
+    """Whether a shape is that of tokens, or of the same as a picture [B, D, H, W] or a video."""
+    rows, count, width = tokens.shape
+    return shape == tokens.shape or (shape[:2] == (rows, width) and shape[2:].numel() == count)
 
 
 def _allowed(stack: Stack, block: Called, note: Note) -> Stack:

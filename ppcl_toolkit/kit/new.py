@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.artifacts.classes import stock_class
 from ppcl_toolkit.artifacts.pipeline import load_pipeline
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.kit.building import small
-from ppcl_toolkit.kit.finding import Found, find
+from ppcl_toolkit.kit.finding import OPEN, Found, find
 from ppcl_toolkit.kit.watching import first_call
 from ppcl_toolkit.kit.writing import Convention, write
 from ppcl_toolkit.running.images import check_call, run_pipeline
@@ -32,7 +33,9 @@ def new(source: str, call: Mapping[str, Any]) -> tuple[str, str]:
         found, convention = of_pipeline(pipeline, call)
     else:
         kind = stock_class(Adapter(family=source, transformer=source, stacks=()))
-        found, convention = find(*small(kind)), None
+        transformer, given = small(kind)
+        found, convention = find(transformer, given), None
+        found.note("", _unseen(transformer, given))
     if not found.stacks:
         raise PpclError(f"{source}: no stack of blocks was found: " + "; ".join(_told(found)))
     family = _snake(found.transformer)
@@ -51,6 +54,13 @@ def of_pipeline(pipeline: Any, call: Mapping[str, Any]) -> tuple[Found, Conventi
     taken = inspect.signature(type(pipeline).__call__).parameters
     guidance = "true_cfg_scale" if "true_cfg_scale" in taken else "guidance_scale"
     return found, Convention(packs=packs, guidance=guidance)
+
+
+def _unseen(transformer: nn.Module, given: Mapping[str, Any]) -> str:
+    """Say what a call that no pipeline made leaves open."""
+    taken = inspect.signature(type(transformer).forward).parameters
+    others = [name for name in list(taken)[1:] if name not in given and name != "return_dict"]
+    return f"{OPEN} `shared`: what the pipeline passes without a batch dimension; not passed here: {', '.join(others)}"
 
 
 def _told(found: Found) -> list[str]:

@@ -15,8 +15,9 @@ from ppcl_toolkit.artifacts.pipeline import load_pipeline, quiet
 from ppcl_toolkit.artifacts.variant import save_variant, verify_variant
 from ppcl_toolkit.checking.dead import check_dead
 from ppcl_toolkit.checking.dropped import check_dropped, intervals
+from ppcl_toolkit.checking.forward import check_forward
 from ppcl_toolkit.checking.in_place import called_in_place
-from ppcl_toolkit.checking.witness import Witness, check_blocks, difference, witnessed
+from ppcl_toolkit.checking.witness import Witness, difference
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.kit.building import small
 from ppcl_toolkit.plan import FfnSwap, ModulationSwap, Plan, TextRun
@@ -42,6 +43,17 @@ class Trial(NamedTuple):
     result: str
     """What was found: `-` where the adapter names nothing of the kind."""
     works: bool
+
+
+def check_adapter(name: str, *, pipeline: str | None = None, call: Mapping[str, Any] | None = None) -> list[Trial]:
+    """Try all that an adapter allows, for a test of one's own: as `trials`, and raise `PpclError` with what fails.
+
+    `name` is that of a family, or `package.module:NAME`; `pipeline` is the folder of a small one, called with `call`.
+    """
+    found = list(trials(name, pipeline, call or {}))
+    if bad := [f"{each.name}: {each.result}" for each in found if not each.works]:
+        raise PpclError("; ".join(bad))
+    return found
 
 
 def trials(name: str, pipeline: str | None, call: Mapping[str, Any]) -> Iterator[Trial]:
@@ -120,8 +132,7 @@ def _layers(runner: Runner) -> list[Layer]:
 
 
 def _one_by_one(runner: Runner, call: dict[str, Any], seen: list[Witness]) -> None:
-    seen.append(witnessed(runner, call))
-    check_blocks(runner, seen[0])
+    seen.append(check_forward(runner, call))
 
 
 def _plans(adapter: Adapter, depths: dict[str, int]) -> dict[str, list[Any]]:

@@ -1,7 +1,6 @@
 """One call of a transformer, watched: what each of its modules is given and returns, by argument and in order."""
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppcl_toolkit.running.capture import map_tensors
+from ppcl_toolkit.running.capture import map_tensors, named_arguments
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +38,7 @@ def watch(root: nn.Module, call: Mapping[str, Any]) -> list[Called]:
 
     def keep(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            found.append(Called(path, module, _named(module, args, kwargs), output))
+            found.append(Called(path, module, named_arguments(module, args, kwargs), output))
 
         return hook
 
@@ -52,17 +51,6 @@ def watch(root: nn.Module, call: Mapping[str, Any]) -> list[Called]:
         for handle in handles:
             handle.remove()
     return found
-
-
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name, so that `module(**arguments)` is that call."""
-    signature = inspect.signature(type(module).forward)
-    given = dict(signature.bind(module, *args, **kwargs).arguments)
-    given.pop(next(iter(signature.parameters)))
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            given |= given.pop(name, {})
-    return given
 
 
 def changed(one: Any, other: Any) -> bool:
@@ -83,7 +71,7 @@ def first_call(root: nn.Module) -> Iterator[dict[str, Any]]:
     found: dict[str, Any] = {}
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.update({} if found else map_tensors(_named(module, args, kwargs), Tensor.clone))
+        found.update({} if found else map_tensors(named_arguments(module, args, kwargs), Tensor.clone))
 
     handle = root.register_forward_pre_hook(keep, with_kwargs=True)
     try:

@@ -59,10 +59,20 @@ class _Entered(Exception):
 
 def bind(block: nn.Module, stack: Stack, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Arguments, Streams]:
     """Bind a block's call to its argument names: diffusers passes keywords, and positions under checkpointing."""
-    arguments = dict(inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments)
-    arguments.pop("self")
+    arguments = named_arguments(block, args, kwargs)
     streams = Streams(*(arguments.pop(stack.argument(stream)) for stream in stack.streams))
     return arguments, streams
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    """Return the arguments of a module's call by name, so that `module(**arguments)` is that call."""
+    signature = inspect.signature(type(module).forward)
+    arguments = dict(signature.bind(module, *args, **kwargs).arguments)
+    arguments.pop(next(iter(signature.parameters)))
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
 
 
 def pack(stack: Stack, streams: Streams) -> Any:

@@ -148,9 +148,8 @@ def noising_of(scheduler: Any, adapter: Adapter, steps: list[Step]) -> Noising:
     """Return the process that a scheduler follows, and how the steps of a run tell the transformer of it.
 
     Raises `PpclError`, which names the scheduler, for processes of other kinds, and where what the transformer is told
-    is no affine map of the level, or what it is given are not the scheduler's latents, or anything else changes.
+    is no affine map of the level, or what it is given are not the scheduler's latents.
     """
-    _check_same(steps, adapter)
     name, config = type(scheduler).__name__, scheduler.config
     told = [_told(step.call[adapter.timestep], adapter) for step in steps]
     for step in steps:
@@ -230,35 +229,17 @@ def _told(value: Any, adapter: Adapter) -> float:
     return float(found[0])
 
 
-def _check_same(steps: list[Step], adapter: Adapter) -> None:
-    """Refuse calls that differ in more than latents and level: a recorded call is noised to all levels."""
-    for name, value in steps[0].call.items():
-        told = name in (adapter.latents, adapter.timestep)
-        if not told and not all(_same(value, step.call.get(name)) for step in steps[1:]):
-            raise PpclError(
-                f"the transformer's {name!r} changes from step to step: a recorded call has that of one step, and "
-                "would be learned from at every level of noise"
-            )
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
-    if isinstance(one, Mapping):
-        alike = isinstance(other, Mapping) and one.keys() == other.keys()
-        return alike and all(_same(value, other[key]) for key, value in one.items())
-    if isinstance(one, tuple | list):
-        alike = isinstance(other, tuple | list) and len(one) == len(other)
-        return alike and all(map(_same, one, other))
-    return bool(one is other or one == other)
-
-
 def _check_latents(step: Step, adapter: Adapter) -> None:
     """Refuse pipelines that give the transformer other latents than their scheduler steps."""
     given = stacked(step.call[adapter.latents])
     own = as_given(step.sample, given, adapter)
     # Rows are repeated for guidance; references follow the noised tokens.
     seen = given[: len(own), : own.shape[1]]
+    if adapter.noised is not None and (counted := adapter.noised(step.call)) != own.shape[1]:
+        raise PpclError(
+            f"adapter {adapter.family}: noised counts {counted} tokens of a call, and the scheduler steps "
+            f"{own.shape[1]} of them"
+        )
     if not torch.allclose(seen.float(), own.to(seen.dtype).float(), rtol=1e-2, atol=1e-2):
         raise PpclError(
             f"the transformer's {adapter.latents!r} {list(given.shape)} are not the latents that the scheduler steps "

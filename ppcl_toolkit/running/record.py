@@ -40,7 +40,7 @@ def denoised(pipeline: Any, adapter: Adapter, texts: Sequence[str], call: Mappin
     return [
         sample
         for number, arguments in enumerate(calls)
-        for sample in _split(adapter, arguments, latents.cpu(), negative=apart and number == 1)
+        for sample in split(adapter, arguments, latents.cpu(), negative=apart and number == 1)
     ]
 
 
@@ -61,7 +61,7 @@ def encoded(pipeline: Any, adapter: Adapter, text: str, picture: Image.Image, ca
     with _recording(pipeline.transformer, adapter, first_only=True) as calls, contextlib.suppress(_Recorded):
         run_pipeline(pipeline, [text], None, call, "latent")
     # Under classifier-free guidance in one call, there is a row of the negative prompt, too.
-    return next(sample for sample in _split(adapter, calls[0], latents.cpu()) if not sample.negative)
+    return next(sample for sample in split(adapter, calls[0], latents.cpu()) if not sample.negative)
 
 
 @torch.no_grad()
@@ -87,8 +87,8 @@ def clean_latents(vae: Any, pixels: Tensor) -> Tensor:
     return (latents - center) / spread * (scale or 1.0)
 
 
-def _split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor, *, negative: bool = False) -> list[Sample]:
-    """Return a sample for each row; guidance may put a second call for the same latents behind the first.
+def split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor, *, negative: bool = False) -> list[Sample]:
+    """Return a sample for each row of a call; guidance may put a second call for the same latents behind the first.
 
     All rows are of the `negative` prompt, or its rows come before as many of the prompts themselves, or behind them.
     """

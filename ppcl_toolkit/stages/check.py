@@ -16,7 +16,8 @@ from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.storage import Desk
 from ppcl_toolkit.checking.dead import check_dead
 from ppcl_toolkit.checking.dropped import check_dropped
-from ppcl_toolkit.checking.witness import check_blocks, witnessed
+from ppcl_toolkit.checking.forward import check_forward
+from ppcl_toolkit.checking.steps import check_steps
 from ppcl_toolkit.records import read_record
 from ppcl_toolkit.running.noising import Noising, check_negatives, noising_of, observed
 from ppcl_toolkit.running.schedule import Batch, Runner
@@ -36,13 +37,13 @@ def check(runner: Runner, pipeline: Any, run: Callable[..., None], desk: Desk) -
     """
     with runner.calling(pipeline):
         steps = observed(pipeline, runner.adapter, run)
-        if len(steps[0].call[runner.adapter.latents]) > len(steps[0].sample):
-            (other,) = observed(pipeline, runner.adapter, partial(run, _OTHER), 1)
-            check_negatives(steps[0], other, runner.adapter)
+        (other,) = observed(pipeline, runner.adapter, partial(run, _OTHER), 1)
+    check_negatives(steps[0], other, runner.adapter)
     noising = noising_of(pipeline.scheduler, runner.adapter, steps)
+    check_steps(steps, other, runner.adapter)
     desk.progress(1, _PARTS, "noise")
     call = {**steps[-1].call, "return_dict": False}
-    del steps
+    del steps, other
     check_call(runner, call, desk)
     write_json(desk.folder / _FILE, noising.model_dump())
 
@@ -50,8 +51,7 @@ def check(runner: Runner, pipeline: Any, run: Callable[..., None], desk: Desk) -
 @torch.no_grad()
 def check_call(runner: Runner, call: Batch, desk: Desk) -> None:
     """Check the runner's adapter on one call of its transformer; raises `PpclError` with what would go wrong."""
-    witness = witnessed(runner, call)
-    check_blocks(runner, witness)
+    witness = check_forward(runner, call)
     desk.progress(2, _PARTS, "block by block")
     check_dead(runner, witness)
     desk.progress(3, _PARTS, "text")

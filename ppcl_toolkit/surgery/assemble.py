@@ -1,7 +1,8 @@
 """Students from a transformer and a plan: blocks dropped and narrowed in place, weights of a bank loaded."""
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -210,8 +211,7 @@ def _fit(transformer: nn.Module, adapter: Adapter, state: dict[str, Tensor]) -> 
 
     A block can depend on its position: SD3's last one returns no text.
     """
-    with torch.device("meta"):
-        stock = type(transformer).from_config(transformer.config)  # type: ignore[attr-defined]
+    stock = stock_of(transformer)
     for stack in adapter.stacks:
         blocks = stack.blocks(transformer)
         for index, (own, other) in enumerate(zip(blocks, stack.blocks(stock), strict=True)):
@@ -225,7 +225,47 @@ def _fit(transformer: nn.Module, adapter: Adapter, state: dict[str, Tensor]) -> 
         different = sorted({name for name, _ in set(_shapes(stock).items()) ^ {(n, v.shape) for n, v in state.items()}})
         raise PpclError(f"{adapter.family} of this depth has other weights and no remap: {', '.join(different[:4])}")
     if adapter.remap is not None:
-        transformer.load_state_dict(state, strict=True, assign=True)
+        try:
+            transformer.load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as error:
+            said = " ".join(str(error).split())[:200]
+            raise PpclError(
+                f"{adapter.family} of this depth has other weights than its remap leaves: {said}"
+            ) from error
+
+
+def stock_of(transformer: nn.Module, *, buffers: bool = False) -> nn.Module:
+    """Return the stock model of a transformer's config, without weights; with values of what is no weight, if asked.
+
+    Raises `PpclError` where its class makes none of it.
+    """
+    kind: Any = type(transformer)
+    with _weightless() if buffers else torch.device("meta"):
+        try:
+            made: nn.Module = kind.from_config(transformer.config)
+        # What a constructor makes of a config that is wrong is unbounded.
+        except Exception as error:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise PpclError(
+                f"{kind.__name__} cannot be made with fewer blocks ({said}): something else of its config depends on "
+                "their number, and is the work of a `remap`"
+            ) from error
+    return made
+
+
+@contextlib.contextmanager
+def _weightless() -> Iterator[None]:
+    """Have modules that are made keep the shapes of their weights alone, and their buffers whole."""
+    own = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
+        own(module, name, None if value is None else nn.Parameter(value.detach().to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = own  # type: ignore[method-assign]
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:

@@ -17,8 +17,10 @@ from strangers import STRANGERS
 from ppcl_toolkit.adapter import Adapter, Stack, load_adapter
 from ppcl_toolkit.checking.dead import check_dead
 from ppcl_toolkit.checking.dropped import check_dropped, intervals
+from ppcl_toolkit.checking.forward import check_forward
 from ppcl_toolkit.checking.in_place import called_in_place
-from ppcl_toolkit.checking.witness import check_blocks, difference, witnessed
+from ppcl_toolkit.checking.steps import check_steps
+from ppcl_toolkit.checking.witness import difference, witnessed
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
 from ppcl_toolkit.running.images import run_pipeline
@@ -47,8 +49,7 @@ SAID = {
 
 def checked(runner, call):
     with torch.no_grad():
-        witness = witnessed(runner, call)
-        check_blocks(runner, witness)
+        witness = check_forward(runner, call)
         check_dead(runner, witness)
         check_dropped(runner, witness)
 
@@ -185,6 +186,8 @@ def test_nothing_is_said_of_pipelines_of_other_make(name):
     adapter, pipeline = load_adapter(name), build()
     call = {**asked, "num_inference_steps": 3}
     steps = observed(pipeline, adapter, lambda: run_pipeline(pipeline, ["a"], None, call, "latent"))
+    (other,) = observed(pipeline, adapter, lambda: run_pipeline(pipeline, ["two b"], None, call, "latent"), 1)
+    check_steps(steps, other, adapter)
     found = noising_of(pipeline.scheduler, adapter, steps)
     assert (found.offset, found.scale) == TOLD.get(name, (0.0, 1.0))
     assert found.kind == ("diffusion" if name in ("pixart", "cogvideox") else "flow")
@@ -298,5 +301,5 @@ def test_what_changes_from_step_to_step_is_refused():
     _, asked = STRANGERS["hunyuan_image"]
     call = {**asked, "num_inference_steps": 3}
     steps = observed(pipeline, adapter, lambda: run_pipeline(pipeline, ["a"], None, call, "latent"))
-    with pytest.raises(PpclError, match="'timestep_r' changes from step to step"):
-        noising_of(pipeline.scheduler, adapter, steps)
+    with pytest.raises(PpclError, match="the pipeline passes another timestep_r"):
+        check_steps(steps, steps[0], adapter)

@@ -10,6 +10,8 @@ import strangers
 import tiny
 from families import FLUX
 
+from ppcl_toolkit import check_adapter
+from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.kit import trial
 from ppcl_toolkit.kit.trial import trials
 
@@ -55,6 +57,14 @@ def test_what_is_wrong_is_said(stack, where, said, monkeypatch):
     monkeypatch.setattr(trial, "load_adapter", lambda _: wrong)
     bad = [each for each in trials("flux", None, {}) if not each.works]
     assert [each.name for each in bad] == [where] and said in bad[0].result, bad
+
+
+def test_a_test_of_ones_own_raises_what_fails(monkeypatch):
+    assert [each.name for each in check_adapter("flux")] == TRIED
+    wrong = replace(FLUX, stacks=(replace(FLUX.stacks[0], text_query=("attn.add_k_proj",)), FLUX.stacks[1]))
+    monkeypatch.setattr(trial, "load_adapter", lambda _: wrong)
+    with pytest.raises(PpclError, match="^dead text: .* names 'attn.add_k_proj'"):
+        check_adapter("flux")
 
 
 def test_the_command_ends_as_it_finds(tmp_path):
