@@ -19,8 +19,14 @@ class Numbers(Tensor):
     @staticmethod
     def __new__(cls, known: Tensor) -> "Numbers":
         """Keep `known`, which is on the host."""
-        layout = {"strides": known.stride(), "storage_offset": known.storage_offset(), "dtype": known.dtype}
-        made: Numbers = Tensor._make_wrapper_subclass(cls, known.shape, **layout, device=META)
+        made: Numbers = Tensor._make_wrapper_subclass(
+            cls,
+            known.shape,
+            strides=known.stride(),
+            storage_offset=known.storage_offset(),
+            dtype=known.dtype,
+            device=META,
+        )
         made.known = known
         return made
 
@@ -33,7 +39,7 @@ class Numbers(Tensor):
         return self.known.tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Compute with the numbers where every operand has them, and without where one has none."""
         del types
         given, named = list(args), dict(kwargs or {})
