@@ -9,23 +9,24 @@ import pytest
 
 HERE = Path(__file__).parent
 WITHIN = 0.1
+DEPTH_ALONE = ("--set", "modulation=null", "--set", "targets=[{name: 5b, params: 5B, width: false}]")
 CASES = {
-    "probe": ["--recipe", "flux_8b", "--stage", "probe"],
-    "probe, one of eight": ["--recipe", "qwen_image_10b", "--stage", "probe", "--devices", "8", "--rank", "5"],
+    "probe": ["--recipe", "paper_flux", "--stage", "probe"],
+    "probe, one of eight": ["--recipe", "paper_qwen_image", "--stage", "probe", "--devices", "8", "--rank", "5"],
     "select, measured together, streamed": [
         *("--recipe", "flux_8b", "--stage", "select", "--published", "--streamed"),
         *("--set", "select.order=program", "--set", "select.batches=1"),
     ],
     "depth": ["--recipe", "qwen_image_10b", "--stage", "depth", "--published"],
-    "depth, streamed": ["--recipe", "flux_8b", "--stage", "depth", "--streamed"],
+    "depth, streamed": ["--recipe", "flux_8b", "--stage", "depth", "--published", "--streamed"],
     "depth, one of eight": ["--recipe", "flux_8b", "--stage", "depth", "--published", "--devices", "8", "--rank", "4"],
-    "depth of a model whose last block differs": ["--recipe", "sd35_large_5b", "--stage", "depth"],
+    "depth of a model whose last block differs": ["--recipe", "sd35_large_5b", "--stage", "depth", *DEPTH_ALONE],
     "width, streamed": ["--recipe", "qwen_image_10b", "--stage", "width", "--streamed", "--published"],
     "answers": ["--recipe", "flux_8b", "--stage", "velocities", "--streamed"],
-    "fine-tuning by what fits 24 GB": ["--recipe", "flux_8b", "--stage", "finetune", "--card", "24"],
+    "fine-tuning by what fits 24 GB": ["--recipe", "flux_8b", "--stage", "finetune", "--published", "--card", "24"],
     "modulation": ["--recipe", "qwen_image_light", "--stage", "modulation"],
     "modulation, streamed": ["--recipe", "flux_light", "--stage", "modulation", "--streamed"],
-    "export": ["--recipe", "flux_8b", "--stage", "export"],
+    "export": ["--recipe", "flux_8b", "--stage", "export", "--published"],
 }
 
 

@@ -2,19 +2,23 @@
 
 import contextlib
 import itertools
+import json
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from runs import DUAL, SINGLE, batches, desk, identity, plan_of, runner
 
+from ppcl_toolkit.budget.memory import Memory
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, ModulationSwap, TextRun
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.selection.choice import Choice, Goal
 from ppcl_toolkit.selection.greedy import choose
-from ppcl_toolkit.selection.joint import choose_by_program
+from ppcl_toolkit.selection.joint import ROUNDS, choose_by_program
 from ppcl_toolkit.selection.program import Program
 from ppcl_toolkit.stages import select as stage
 from ppcl_toolkit.stages.select import select
@@ -258,3 +262,27 @@ def test_a_greedy_choice_is_no_better_by_what_both_go_by(teacher, costs):
         program = programmed(teacher, found, given, costs, partial(apart, found)).plans["t0"]
         greedy = choose(plan_of(teacher), found, given.targets, costs, given.width).plans["t0"]
         assert spent(found, program) <= spent(found, greedy) + 1e-12
+
+
+def test_a_plan_counts_the_candidates_and_the_runs_of_what_is_measured_together(teacher, tmp_path, monkeypatch):
+    given = recipe({"params": "60%"}, limits=(0, 10), longest=3)
+    select(teacher, plan_of(teacher), ([], ()), batches(size=4), given, desk(tmp_path / "select"))
+    chosen = Choice.load(tmp_path / "select").plans
+    blocks = SimpleNamespace(
+        params={stack.path: [0] * len(teacher.blocks(stack.path)) for stack in (DUAL, SINGLE)},
+        model=SimpleNamespace(runner=teacher),
+    )
+    memory = Memory(given, blocks, chosen)
+    assert memory.candidates == len(json.loads((tmp_path / "select" / "measured.json").read_text()))
+    runs, velocity, feed = [], Runner.velocity, Runner.feed
+    monkeypatch.setattr(Runner, "velocity", lambda self, batch: (runs.append(batch), velocity(self, batch))[1])
+    monkeypatch.setattr(Runner, "feed", lambda self, given, *rest: feed(self, _noted(given, runs), *rest))
+    measure_together(teacher, plan_of(teacher), chosen["t0"].operations, batches(size=4), 2)
+    assert len(chosen["t0"].operations) > 1
+    assert memory.together == ROUNDS * len(runs) / 2
+
+
+def _noted(given, runs):
+    for batch in given:
+        runs.append(batch)
+        yield batch
