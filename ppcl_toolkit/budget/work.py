@@ -1,18 +1,21 @@
 """Time from counted operations: what every stage computes, and which part of it several devices share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import ceil
 from typing import NamedTuple
 
 from ppcl_toolkit.budget.blocks import Blocks
-from ppcl_toolkit.budget.memory import Memory
+from ppcl_toolkit.budget.memory import TOGETHER, Memory
 from ppcl_toolkit.budget.model import Size
 from ppcl_toolkit.plan import Form, Plan, trained_forms
-from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.recipe import Distillation, Recipe
 
 STEPS = 28
 """Denoising steps per picture where the recipe names none."""
 _EXACT = 20
 """Operations in half precision that a device makes in the time of one in full: similarities and sums are in fp32."""
+_ROUNDS = 2
+"""Times that a program's choice for a target is measured together: an assumption, of at least one."""
 _PARTS = 3
 """Products in fp32 of which one in fp64 is put together."""
 RANKS = 9
@@ -43,12 +46,13 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
     compared = recipe.intervals.batches * recipe.intervals.batch
     measured = recipe.select.batches * recipe.select.batch
     forms = trained_forms(plans.values())
-    learning = {stock: _share(blocks, [f for f in forms if f.is_stock is stock]) for stock in (True, False)}
+    narrow = [form for form in forms if not form.is_stock]
+    learning = {True: _share(blocks, [f for f in forms if f.is_stock]), False: _share(blocks, narrow)}
+    fitted = recipe.width.batches * recipe.width.batch
     pictures = recipe.evaluate.count * len(recipe.evaluate.seeds)
 
-    def distilled(section: Mapping[str, int], stock: bool) -> Work:
-        pictures = section["steps"] * section["batch"]
-        return Work(pictures * forward * (1 + _BACKWARD * learning[stock]) if learning[stock] else 0.0)
+    def distilled(section: Distillation, *, stock: bool, passes: int = 1) -> float:
+        return section.steps * section.batch * forward * (passes + _BACKWARD * learning[stock])
 
     found = {
         # Three steps of the pipeline, and twice a forward; without blocks, hardly anything.
@@ -58,9 +62,13 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
         # A step of a probe is three products in fp32, where its sums are two of three parts each.
         "probe": Work(sum(probed) * forward + (probed[0] + probed[1] / 2) * _sums(blocks)),
         "intervals": Work(compared * (forward + _chains(blocks))),
-        "select": Work(measured * (2 + Memory(recipe, blocks, plans).candidates) * forward),
-        "depth": distilled(recipe.depth.model_dump(include={"steps", "batch"}), True),
-        "width": distilled(recipe.width.model_dump(include={"steps", "batch"}), False),
+        "select": Work(measured * _measured(recipe, blocks, plans, forward)),
+        "depth": Work(distilled(recipe.depth, stock=True) if learning[True] else 0.0),
+        # The teacher runs for the least squares and for the training of each wave.
+        "width": Work(
+            distilled(recipe.width, stock=False, passes=waves(forms))
+            + fitted * (waves(forms) * forward + len(narrow) * _summed(blocks))
+        ),
         "velocities": Work(recipe.finetune.steps * recipe.finetune.batch * forward),
         "finetune": Work(recipe.finetune.steps * recipe.finetune.batch * again * tuned),
         "evaluate": Work(pictures * image * (forward + students)),
@@ -83,6 +91,28 @@ def _factored(recipe: Recipe, blocks: Blocks, forward: float) -> Work:
     return Work(
         recipe.modulation.velocity_batches * recipe.modulation.batch * RANKS * forward, layers * _PARTS * _EXACT
     )
+
+
+def waves(forms: Iterable[Form]) -> int:
+    """Return in how many waves narrow blocks learn: those that lose their text and their FFN learn that last."""
+    return len({form.narrow_text and bool(form.ffn) for form in forms if not form.is_stock})
+
+
+def _measured(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], forward: float) -> float:
+    """Return the work of one picture in `select`: whole calls, and maps by least squares."""
+
+    def tried(count: int, calls: int) -> float:
+        """That of the teacher's own call, those with something in place, and sums for the maps of `count` of them."""
+        return (1 + calls + ceil(count / TOGETHER)) * forward + count * _summed(blocks)
+
+    candidates = Memory(recipe, blocks, plans).candidates
+    together = [len(plan.operations) for plan in plans.values()] if recipe.select.order == "program" else []
+    return tried(candidates, candidates) + sum(_ROUNDS * tried(count, 1 + count) for count in together)
+
+
+def _summed(blocks: Blocks) -> float:
+    """Return the work of one picture's normal equations of one block."""
+    return _sums(blocks) / sum(map(len, blocks.params.values()))
 
 
 def _share(blocks: Blocks, forms: Sequence[Form]) -> float:

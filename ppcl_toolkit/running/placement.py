@@ -220,18 +220,18 @@ def has_room(weights: int, device: torch.device) -> bool:
 
 
 class _Turn(ModelHook):
-    """Brings a part to the device when it is called, and sends others to the host first."""
+    """Brings a part to the device when it is called, and sends others home first: nothing is copied to the host."""
 
-    def __init__(self, device: torch.device, leaving: list[nn.Module], *, comes: bool = True) -> None:
+    def __init__(self, device: torch.device, leaving: list[nn.Module], homes: Homes, *, comes: bool = True) -> None:
         self.execution_device = device
-        self._leaving, self._comes = leaving, comes
+        self._leaving, self._homes, self._comes = leaving, homes, comes
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         for other in self._leaving:
             if other is not module:
-                other.to(HOST)
+                self._homes.carry(other, HOST)
         if self._comes:
-            module.to(self.execution_device)
+            self._homes.carry(module, self.execution_device)
         return moved((args, kwargs), self.execution_device)
 
 
@@ -240,10 +240,11 @@ def _take_turns(transformer: Any, others: list[nn.Module], device: torch.device,
         transformer.to(device)
     else:
         _offload_blocks(transformer, device)
-    add_hook_to_module(transformer, _Turn(device, others, comes=False), append=True)
+    homes = Homes()
+    add_hook_to_module(transformer, _Turn(device, others, homes, comes=False), append=True)
     for part in others:
         part.to(HOST)
-        add_hook_to_module(part, _Turn(device, others))
+        add_hook_to_module(part, _Turn(device, others, homes))
 
 
 def _offload_blocks(transformer: Any, device: torch.device) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 HERE = Path(__file__).parent
 WITHIN = 0.1
-CASES = {
+WHOLE = {
     "probe": ["--recipe", "flux_8b", "--stage", "probe"],
     "probe, one of eight": ["--recipe", "qwen_image_10b", "--stage", "probe", "--devices", "8", "--rank", "5"],
     "select, measured together, streamed": [
@@ -19,13 +19,24 @@ CASES = {
     "depth": ["--recipe", "qwen_image_10b", "--stage", "depth", "--published"],
     "depth, streamed": ["--recipe", "flux_8b", "--stage", "depth", "--streamed"],
     "depth, one of eight": ["--recipe", "flux_8b", "--stage", "depth", "--published", "--devices", "8", "--rank", "4"],
-    "depth of a model whose last block differs": ["--recipe", "sd35_large_5b", "--stage", "depth"],
     "width, streamed": ["--recipe", "qwen_image_10b", "--stage", "width", "--streamed", "--published"],
     "answers": ["--recipe", "flux_8b", "--stage", "velocities", "--streamed"],
     "fine-tuning by what fits 24 GB": ["--recipe", "flux_8b", "--stage", "finetune", "--card", "24"],
     "modulation": ["--recipe", "qwen_image_light", "--stage", "modulation"],
     "modulation, streamed": ["--recipe", "flux_light", "--stage", "modulation", "--streamed"],
     "export": ["--recipe", "flux_8b", "--stage", "export"],
+}
+"""Models with all of their blocks."""
+SHALLOW = [
+    *(("flux_8b", stage) for stage in ("check", "samples", "probe", "intervals", "select")),
+    *(("flux_8b", stage) for stage in ("depth", "velocities", "export")),
+    ("flux_8b", "probe", "--streamed"),
+]
+"""A few blocks of each stack, as wide as they are."""
+FEW = "8"
+CASES = WHOLE | {
+    ", ".join([*case, "few blocks"]): ["--recipe", case[0], "--stage", case[1], *case[2:], "--blocks", FEW]
+    for case in SHALLOW
 }
 
 
@@ -43,9 +54,16 @@ def _guarded():
     device.build()
 
 
+@pytest.fixture(scope="module")
+def counter():
+    made = count.Counter()
+    yield made
+    made.close()
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_a_plan_says_what_is_counted(case):
-    found, plan = count.both(CASES[case])
+def test_a_plan_says_what_is_counted(case, counter):
+    found, plan = count.both(counter, CASES[case])
     for place in ("device", "host"):
-        said = f"{place}: counted {found[place] / 1e9:.2f} GB at {found[f'{place}_line']}"
+        said = f"{place}: counted {found[place] / 1e9:.3f} GB at {found[f'{place}_line']}"
         assert plan[place] == pytest.approx(found[place], rel=WITHIN), said
