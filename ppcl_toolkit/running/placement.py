@@ -177,11 +177,11 @@ def callable_on(pipeline: Any, device: torch.device, *, streamed: bool = False) 
     means = calling_means(
         _away(pipeline.transformer, device), sizes, lambda size: has_room(size, device), streamed=streamed
     )
-    with _returning(parts.values()):
+    with _returning(parts.values()), contextlib.ExitStack() as handles:
         if device.type == "cpu" or means == RESIDENT:
             pipeline.to(device)
         else:
-            _take_turns(pipeline.transformer, others, device, means)
+            handles.callback(_take_turns(pipeline.transformer, others, device, means))
         yield
 
 
@@ -235,7 +235,8 @@ class _Turn(ModelHook):
         return moved((args, kwargs), self.execution_device)
 
 
-def _take_turns(transformer: Any, others: list[nn.Module], device: torch.device, means: str) -> None:
+def _take_turns(transformer: Any, others: list[nn.Module], device: torch.device, means: str) -> Callable[[], None]:
+    """Let parts come and go; returns what ends that for the transformer."""
     if means == IN_TURN:
         transformer.to(device)
     else:
@@ -245,6 +246,14 @@ def _take_turns(transformer: Any, others: list[nn.Module], device: torch.device,
     for part in others:
         part.to(HOST)
         add_hook_to_module(part, _Turn(device, others, homes))
+
+    def send(*_: Any) -> None:
+        for part in others:
+            homes.carry(part, HOST)
+
+    # Group offloading sets the transformer's forward anew behind its first call: a hook around that would be lost.
+    handle = transformer.register_forward_pre_hook(send)
+    return handle.remove  # type: ignore[no-any-return]
 
 
 def _offload_blocks(transformer: Any, device: torch.device) -> None:
