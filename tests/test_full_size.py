@@ -349,6 +349,14 @@ def test_jobs_fit_machines_that_people_have(recipe, card, host, devices, stages)
         assert not any(stage.means == "streamed" for stage in found.values())
 
 
+@pytest.mark.parametrize("recipe", ["sd35_large_5b", "flux2_klein_3b", "z_image_4_6b", "wan_1b"])
+def test_variants_of_any_family_draw_on_a_card_that_people_have(recipe):
+    """Those of FLUX and Qwen-Image are above."""
+    machine = Machine(card=24 * 10**9, host=64 * 10**9)
+    found = report.Budget(Recipe.load(recipe)).stage("evaluate", machine)
+    assert found.fits, found
+
+
 @pytest.mark.parametrize(
     ("recipe", "card", "samples", "evaluate", "export"),
     [

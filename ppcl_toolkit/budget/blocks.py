@@ -116,10 +116,10 @@ class Blocks:
         """Bytes that running a block of the teacher takes at most, without gradients, its output included."""
         return max(self._forward(call, batch, cast=False) for call in self.calls(batch))
 
-    def visit(self, batch: int) -> int:
-        """Bytes that a block which comes and runs under autocast takes at most, its weights included."""
+    def visit(self, batch: int, *, cast: bool = False) -> int:
+        """Bytes that a block which comes and runs takes at most, its weights included; `cast` is under autocast."""
         return max(
-            self._forward(call, batch, cast=True) + max(self.params[call.stack.path]) * self.model.dtype.itemsize
+            self._forward(call, batch, cast=cast) + max(self.params[call.stack.path]) * self.model.dtype.itemsize
             for call in self.calls(batch)
         )
 

@@ -26,8 +26,8 @@ def disk(memory: Memory) -> dict[str, int]:
         "bank": (banked + factors) * _WEIGHT,
         "students": sum(tuned) * itemsize,
         "variants": sum(variants) + len(variants) * sum(whole.others),
-        # Segments have one at the last step and one at the step before, until all are as far.
-        "states": max(squares * SUMS, 2 * banked * LEARNING, students * LEARNING),
+        # One is whole before the one before it goes.
+        "states": 2 * max(squares * SUMS, banked * LEARNING, students * LEARNING),
     }
     return {kind: size for kind, size in found.items() if size}
 

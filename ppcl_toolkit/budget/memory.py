@@ -60,8 +60,8 @@ class Memory:
         """Linear probes: sums of a slice's blocks on the host, and their probes in training."""
         section = self.recipe.probe
         squares, most = self.squares()
-        at_work = max(self.blocks.forward(section.batch), self._added_up(section.batch))
-        visiting = 2 * most * (SUMS if self.streamed and not section.steps else TRAINED)
+        at_work = self._at_work(section.batch, self._added_up(section.batch))
+        visiting = 2 * most * (SUMS if self.streamed else TRAINED)
         each = SUMS + FITTED + (TRAINED if section.steps else 0)
         needs, places = [], [Place(s, b, b) for s, own in self.blocks.params.items() for b in range(len(own))]
         for held, read in self._slices(places):
@@ -106,7 +106,7 @@ class Memory:
             host = max(host, squares * FITTED + sum(waiting))
         if not self.streamed:
             device, host = device + squares * FITTED, host
-        at_work = max(self.blocks.forward(section.batch), device)
+        at_work = self._at_work(section.batch, device)
         return self.resting().beside(at_work, host).beside(*self.passing(section.batch))
 
     def select(self) -> Need:
@@ -117,7 +117,7 @@ class Memory:
         if section.order == "program":
             host = max(host, *map(self._together, self.plans.values()))
         host += 7 * 8 * most
-        at_work = max(self.blocks.forward(section.batch), self._added_up(section.batch))
+        at_work = self._at_work(section.batch, self._added_up(section.batch))
         # The first blocks of the intervals that end at a block come for its readings.
         firsts = section.longest - 1 if section.order == "program" else 1
         at_work += firsts * self.blocks.largest if self.streamed else 0
@@ -252,6 +252,12 @@ class Memory:
             call.stack.path: [stream.shape[-1] ** 2 for stream in call.streams if stream is not None]
             for call in self.blocks.calls(1)
         }
+
+    def _at_work(self, batch: int, reading: int) -> int:
+        """Bytes beside a teacher at rest: what running a block takes, or `reading` what it was given and returned."""
+        # At rest, the largest block is there, and it may be another one that takes the most.
+        running = self.blocks.visit(batch) - self.blocks.largest if self.streamed else self.blocks.forward(batch)
+        return max(running, reading)
 
     def _added_up(self, batch: int) -> int:
         """Bytes that adding one batch to normal equations takes: inputs and updates in fp64, and two products."""

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from ppcl_toolkit.budget.machine import ROOM, Machine
 from ppcl_toolkit.budget.memory import TOGETHER, Memory
-from ppcl_toolkit.budget.work import RANKS, STEPS
+from ppcl_toolkit.budget.work import RANKS, STEPS, waves
 from ppcl_toolkit.running.placement import BY_BLOCKS
 
 
@@ -45,7 +45,6 @@ def passes(memory: Memory, stage: str) -> float:
     shown, low, tuned = recipe.evaluate, recipe.modulation, recipe.answered.steps
     steps = int(recipe.teacher.call.get("num_inference_steps", STEPS)) * memory.blocks.model.forwards
     candidates = ceil(memory.candidates / devices)
-    waves = len({form.narrow_text and bool(form.ffn) for form in memory.forms if not form.is_stock})
 
     def fed(batches: int) -> int:
         return ceil(batches / chunk)
@@ -65,7 +64,7 @@ def passes(memory: Memory, stage: str) -> float:
             + ceil(candidates / TOGETHER) * fed(recipe.select.batches)
         ),
         "depth": lambda: fed(recipe.depth.steps),
-        "width": lambda: waves * (fed(recipe.width.batches) + fed(recipe.width.steps)),
+        "width": lambda: waves(memory.forms) * (fed(recipe.width.batches) + fed(recipe.width.steps)),
         "velocities": lambda: tuned,
         "evaluate": lambda: (
             ceil(shown.count / shown.batch / devices)

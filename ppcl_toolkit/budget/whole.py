@@ -48,14 +48,19 @@ class Whole:
 
     def samples(self) -> Need:
         """Recording: the pipeline of the teacher, with as many of its parts on the device as it has room for."""
-        return self._teachers.beside(self._called(self._teacher, self.memory.recipe.samples.batch), 0)
+        batch, model = self.memory.recipe.samples.batch, self.memory.blocks.model
+        # On the host are the calls of a step, and a copy of one on its way there.
+        host = batch * model.sample_bytes * (model.forwards + 1) + self._pinned
+        return self._teachers.beside(self._called(self._teacher, batch), host)
 
     def velocities(self) -> Need:
         """The teacher's answers to the batches of fine-tuning."""
         batch, memory = self.memory.recipe.finetune.batch, self.memory
         blocks, resting = memory.blocks, memory.resting()
         # Nothing but the streams is on its way, and blocks differ in what they weigh and in what they take.
-        device = resting.device - blocks.largest + blocks.visit(batch) + blocks.flow(batch) + blocks.beside(batch)
+        device = (
+            resting.device - blocks.largest + blocks.visit(batch, cast=True) + blocks.flow(batch) + blocks.beside(batch)
+        )
         # On the host is one batch; what is said to it, which is less, takes its place.
         return resting._replace(device=device).beside(0, batch * blocks.model.sample_bytes)
 
@@ -94,11 +99,15 @@ class Whole:
 
     def evaluate(self) -> Need:
         """Pictures of the teacher, then of each variant, which comes with text encoders of its own."""
-        batch = self.memory.recipe.evaluate.batch
-        pixels = batch * int(self.memory.recipe.teacher.call.get("height", 1024)) ** 2
+        recipe, model = self.memory.recipe, self.memory.blocks.model
+        batch = recipe.evaluate.batch
+        pixels = batch * int(recipe.teacher.call.get("height", 1024)) ** 2
         device = max(self._called(own, batch, _DECODED * pixels) for own in (self._teacher, self._student))
+        # Pictures, and batches with what both say to them, in fp32.
+        latents = model.example[model.adapter.latents].numel()
+        held_out = recipe.evaluate.velocity_batches * recipe.samples.batch * (model.sample_bytes + 8 * latents)
         # What this run wrote is read in place.
-        return self._teachers.beside(device, 0, self._student + sum(self._others))
+        return self._teachers.beside(device, 12 * pixels + held_out + self._pinned, self._student + sum(self._others))
 
     @property
     def others(self) -> Need:
@@ -146,6 +155,11 @@ class Whole:
     def calling(self, transformer: int) -> str:
         """Return how a pipeline is called whose transformer weighs so many bytes."""
         return calling_means(transformer, self._others, self._has, streamed=self.memory.streamed)
+
+    @property
+    def _pinned(self) -> int:
+        """Bytes of the host from which a block comes to a device while another one runs there."""
+        return self.memory.blocks.largest if self._calling(self._teacher) == BY_BLOCKS else 0
 
     def _called(self, transformer: int, batch: int, decoding: int = 0) -> int:
         """Bytes of a device on which a pipeline is called."""

@@ -1,6 +1,6 @@
 """Time from counted operations: what every stage computes, and which part of it several devices share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ppcl_toolkit.budget.blocks import Blocks
@@ -42,12 +42,13 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
     probed = recipe.probe.batches * recipe.probe.batch, recipe.probe.steps * recipe.probe.batch
     compared = recipe.intervals.batches * recipe.intervals.batch
     forms = trained_forms(plans.values())
-    learning = {stock: _share(blocks, [f for f in forms if f.is_stock is stock]) for stock in (True, False)}
+    narrow = [form for form in forms if not form.is_stock]
+    learning = {True: _share(blocks, [f for f in forms if f.is_stock]), False: _share(blocks, narrow)}
+    fitted = recipe.width.batches * recipe.width.batch
     pictures = recipe.evaluate.count * len(recipe.evaluate.seeds)
 
-    def distilled(section: Distillation, stock: bool, fitted: int = 0) -> Work:
-        learned = section.steps * section.batch * (1 + _BACKWARD * learning[stock])
-        return Work((learned + fitted * section.batch) * forward if learning[stock] else 0.0)
+    def distilled(section: Distillation, *, stock: bool, passes: int = 1) -> float:
+        return section.steps * section.batch * forward * (passes + _BACKWARD * learning[stock])
 
     found = {
         # Three steps of the pipeline, one for another prompt, seven forwards; without blocks, hardly anything.
@@ -58,8 +59,12 @@ def work(recipe: Recipe, blocks: Blocks, plans: Mapping[str, Plan], sizes: Seque
         "probe": Work(sum(probed) * forward + (probed[0] + probed[1] / 2) * _sums(blocks)),
         "intervals": Work(compared * (forward + _chains(blocks))),
         "select": _selected(Memory(recipe, blocks, plans), forward),
-        "depth": distilled(recipe.depth, True),
-        "width": distilled(recipe.width, False, recipe.width.batches),
+        "depth": Work(distilled(recipe.depth, stock=True) if learning[True] else 0.0),
+        # The teacher runs for the least squares and for the training of each wave.
+        "width": Work(
+            distilled(recipe.width, stock=False, passes=waves(forms))
+            + fitted * (waves(forms) * forward + len(narrow) * _summed(blocks))
+        ),
         "velocities": Work(recipe.answered.steps * recipe.finetune.batch * forward),
         "finetune": Work(recipe.finetune.batch * again * sum(tuned) * 1e12),
         "evaluate": Work(pictures * image * (forward + students)),
@@ -84,12 +89,21 @@ def _factored(recipe: Recipe, blocks: Blocks, forward: float) -> Work:
     )
 
 
+def waves(forms: Iterable[Form]) -> int:
+    """Return in how many waves narrow blocks learn: those that lose their text and their FFN learn that last."""
+    return len({form.narrow_text and bool(form.ffn) for form in forms if not form.is_stock})
+
+
 def _selected(memory: Memory, forward: float) -> Work:
     """Return the work of `select`: each candidate's sums and one run with it; one process measures choices together."""
     pictures = memory.recipe.select.batches * memory.recipe.select.batch
-    sums = _sums(memory.blocks) / sum(map(len, memory.blocks.params.values()))
-    each = (1 + 1 / TOGETHER) * forward + sums
+    each = (1 + 1 / TOGETHER) * forward + _summed(memory.blocks)
     return Work(pictures * (2 * forward + memory.candidates * each), pictures * memory.together * forward)
+
+
+def _summed(blocks: Blocks) -> float:
+    """Return the work of one picture's normal equations of one block."""
+    return _sums(blocks) / sum(map(len, blocks.params.values()))
 
 
 def _share(blocks: Blocks, forms: Sequence[Form]) -> float:

@@ -178,11 +178,11 @@ def callable_on(pipeline: Any, device: torch.device, *, streamed: bool = False) 
     means = calling_means(
         _away(pipeline.transformer, device), sizes, lambda size: has_room(size, device), streamed=streamed
     )
-    with _returning(parts.values()):
+    with _returning(parts.values()), contextlib.ExitStack() as handles:
         if device.type == "cpu" or means == RESIDENT:
             pipeline.to(device)
         else:
-            _take_turns(pipeline.transformer, others, device, means)
+            handles.callback(_take_turns(pipeline.transformer, others, device, means))
         yield
 
 
@@ -223,7 +223,7 @@ def has_room(weights: int, device: torch.device) -> bool:
 
 
 class _Turn(ModelHook):
-    """Brings a part to the device when it is called, and sends others home first."""
+    """Brings a part to the device when it is called, and sends others home first: nothing is copied to the host."""
 
     def __init__(self, device: torch.device, leaving: list[nn.Module], homes: Homes, *, comes: bool = True) -> None:
         self.execution_device = device
@@ -238,16 +238,25 @@ class _Turn(ModelHook):
         return moved((args, kwargs), self.execution_device)
 
 
-def _take_turns(transformer: Any, others: list[nn.Module], device: torch.device, means: str) -> None:
+def _take_turns(transformer: Any, others: list[nn.Module], device: torch.device, means: str) -> Callable[[], None]:
+    """Let parts come and go; returns what ends that for the transformer."""
     homes, alone = Homes(), means == ALONE
     if means == BY_BLOCKS:
         _offload_blocks(transformer, device)
     else:
         homes.carry(transformer, HOST if alone else device)
-    add_hook_to_module(transformer, _Turn(device, others, homes, comes=alone), append=True)
     for part in others:
         homes.carry(part, HOST)
         add_hook_to_module(part, _Turn(device, [transformer, *others] if alone else others, homes))
+
+    def send(*_: Any) -> None:
+        for part in others:
+            homes.carry(part, HOST)
+
+    # Group offloading sets the transformer's forward anew behind its first call: a hook around that would be lost.
+    handle = transformer.register_forward_pre_hook(send)
+    add_hook_to_module(transformer, _Turn(device, [], homes, comes=alone), append=True)
+    return handle.remove  # type: ignore[no-any-return]
 
 
 def _offload_blocks(transformer: Any, device: torch.device) -> None:

@@ -55,7 +55,7 @@ def sized(pipeline, case):
 
 @pytest.mark.parametrize("case", ["all", "turns", "alone", "blocks", "streamed"])
 def test_a_pipeline_draws_the_same_in_less_memory(pipeline, case):
-    expected, before = drawn(pipeline), homes(pipeline)
+    expected, before, encoder = drawn(pipeline), homes(pipeline), addresses(pipeline.text_encoder_2)
     whole = torch.cuda.mem_get_info(CARD)[1]
     others = largest(pipeline)
     if case in ("turns", "alone", "blocks"):
@@ -63,6 +63,8 @@ def test_a_pipeline_draws_the_same_in_less_memory(pipeline, case):
     torch.cuda.reset_peak_memory_stats(CARD)
     with callable_on(pipeline, CARD, streamed=case == "streamed"):
         found = [drawn(pipeline) for _ in range(2)]
+        if case != "all":
+            assert addresses(pipeline.text_encoder_2) == encoder, "what makes room goes home, and no copy of it is made"
     for each in found:
         torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-4)
     assert homes(pipeline) == before, "every weight is where it was, in the very memory"

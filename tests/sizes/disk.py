@@ -13,20 +13,38 @@ from ppcl_toolkit.stages import probe
 from ppcl_toolkit.training import shards
 
 Shapes = Mapping[str, tuple[Any, torch.dtype]]
+_STATE = ".tmp"
 _files: dict[str, tuple[Shapes, Mapping[str, str]]] = {}
+_most = [0]
 
 
 def keep(path: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) -> None:
     """Remember a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
+    if path.suffix == _STATE:
+        # What it takes the place of is there until it is whole.
+        _most.append(max(*_most[-1:], written(path.parent, states=True) + _size(shapes)))
     _files[_key(path)] = (dict(shapes), metadata or {"tree": _outline(shapes)})
 
 
-def written() -> int:
-    """Return the bytes of all tensors that lie on the disk."""
-    live = {key: shapes for key, (shapes, _) in _files.items() if Path(key).exists()}
-    return sum(torch.Size(shape).numel() * dtype.itemsize for own in live.values() for shape, dtype in own.values())
+def written(folder: Path, *, states: bool = False) -> int:
+    """Return the bytes of all tensors that lie on the disk in a folder: results, or states of what is not done."""
+    live = [
+        own
+        for key, (own, _) in _files.items()
+        if Path(key).exists() and Path(key).parent == folder.resolve() and (Path(key).suffix == _STATE) == states
+    ]
+    return sum(map(_size, live))
+
+
+def most() -> int:
+    """Return the most bytes that states have taken at once."""
+    return _most[-1]
+
+
+def _size(shapes: Shapes) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
 
 
 def replace() -> None:

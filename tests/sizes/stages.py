@@ -4,13 +4,15 @@ from collections.abc import Callable
 from itertools import islice
 from types import SimpleNamespace
 
+import called
 import disk
 import torch
 from subjects import Subject, predicted
 
 from ppcl_toolkit.artifacts import passes
 from ppcl_toolkit.artifacts.files import write_manifest
-from ppcl_toolkit.budget.memory import TOGETHER
+from ppcl_toolkit.budget.blocks import Blocks
+from ppcl_toolkit.budget.memory import TOGETHER, Memory
 from ppcl_toolkit.running import conditioning
 from ppcl_toolkit.selection.candidates import more_candidates
 from ppcl_toolkit.stages import depth, export, finetune, intervals, modulation, probe, select, width
@@ -22,6 +24,7 @@ _TARGET = '{"dict": {"velocity": {"tensor": "velocity"}, "features": {"dict": {}
 
 def _probe(subject: Subject) -> None:
     section = subject.recipe.probe
+    passes.SECONDS = 0.0  # a state behind every batch
     probe.probe(subject.runner, subject.batches(section.batch), section, subject.desk)
 
 
@@ -58,9 +61,10 @@ def _select(subject: Subject) -> None:
     section, plan = subject.recipe.select, subject.model.plan
     candidates = list(dict.fromkeys(operation for plan in subject.plans.values() for operation in plan.operations))
     together = section.order == "program"
-    if together:
-        more = more_candidates(subject.runner, plan, candidates, subject.recipe)
-        candidates = list(islice(more, TOGETHER))
+    # As many as a plan takes there to be, as far as that matters.
+    there = Memory(subject.recipe, Blocks(subject.model), subject.plans).candidates
+    more = more_candidates(subject.runner, plan, candidates, subject.recipe)
+    candidates = list(islice(dict.fromkeys([*candidates, *more]), min(there, TOGETHER)))
     means = subject.batches(section.batch), section.batches
     for _ in select.measure(subject.runner, plan, candidates, *means):
         pass
@@ -123,6 +127,8 @@ def _export(subject: Subject) -> None:
 
 
 STAGES: dict[str, Callable[[Subject], None]] = {
+    "check": called.run_check,
+    "samples": called.run_samples,
     "probe": _probe,
     "modulation": _modulation,
     "intervals": _intervals,
@@ -132,6 +138,7 @@ STAGES: dict[str, Callable[[Subject], None]] = {
     "velocities": _velocities,
     "finetune": _finetune,
     "export": _export,
+    "evaluate": called.run_evaluate,
 }
 AWAY = ("export", "finetune")
 """Stages before which the teacher went to the host."""

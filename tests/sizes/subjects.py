@@ -1,7 +1,8 @@
 """Who is measured: a teacher of full size without data, its plans, its batches, and the bank they ask for."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ppcl_toolkit.plan import Plan, trained_forms
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.units import is_share, parse_size
 
 DEVICE = torch.device("cuda:0")
 
@@ -32,6 +34,7 @@ class Subject:
     plans: Mapping[str, Plan]
     runner: Runner
     desk: Desk
+    ledger: Ledger
 
     @property
     def adapter(self) -> Adapter:
@@ -89,6 +92,35 @@ def readable(model: Model) -> Model:
     return dataclasses.replace(model, adapter=dataclasses.replace(model.adapter, noised=lambda _: tokens))
 
 
+@contextlib.contextmanager
+def shallow(recipe: Recipe, blocks: int) -> Iterator[Callable[[Recipe], Recipe]]:
+    """Let every stack of a recipe's teacher have at most so many blocks, all for 0; yields what fits targets to it.
+
+    Targets are what they are of the whole teacher: as large a share.
+    """
+    whole = Model.of(recipe)
+    listed: Any = whole.adapter.models
+    path, own = recipe.teacher.path, whole.plan.depths
+    params = sum(parameter.numel() for parameter in whole.transformer.parameters())
+    before = listed[path]
+
+    def share(size: str | None) -> str | None:
+        return f"{100 * parse_size(size, 10**15) / params:.1f}%" if size and not is_share(size) else size
+
+    def smaller(other: Recipe) -> Recipe:
+        if not blocks:
+            return other
+        targets = [t.model_copy(update={"params": share(t.params), "depth": share(t.depth)}) for t in other.targets]
+        return other.model_copy(update={"targets": targets})
+
+    fewer = {stack.depth_key: min(blocks, own[stack.path]) for stack in whole.adapter.stacks} if blocks else {}
+    listed[path] = {**before, **fewer}
+    try:
+        yield smaller
+    finally:
+        listed[path] = before
+
+
 def predicted(model: Model, batch: int) -> torch.Size:
     """Return the shape of what a teacher says to a batch."""
     latents = model.example[model.adapter.latents].shape
@@ -115,16 +147,17 @@ def subject(
     runner = Runner(transformer, adapter, placement)
     if not away:
         runner.settle()
-    return Subject(recipe, model, plans, runner, Desk(folder, lambda *_: None))
+    return Subject(recipe, model, plans, runner, Desk(folder, lambda *_: None), ledger)
 
 
 def shortened(recipe: Recipe, chunk: int | None) -> Recipe:
-    """Return a recipe of two steps: the second has all that a hundredth has."""
-    few = {"steps": max(2, chunk or 0), "checkpoint_every": 2}
+    """Return a recipe of two steps, or two visits: the second has all that a hundredth has."""
+    few = {"steps": max(2, chunk or 0), "checkpoint_every": 1}
     return recipe.model_copy(
         update={
             "teacher": recipe.teacher.model_copy(update={"chunk": chunk or recipe.teacher.chunk}),
-            "probe": recipe.probe.model_copy(update={"batches": 2, "steps": min(2, recipe.probe.steps)}),
+            "samples": recipe.samples.model_copy(update={"count": 2 * recipe.samples.batch}),
+            "probe": recipe.probe.model_copy(update={"batches": 2 * (chunk or 1), "steps": min(2, recipe.probe.steps)}),
             "modulation": recipe.modulation
             and recipe.modulation.model_copy(update={"batches": 2, "velocity_batches": 1}),
             "intervals": recipe.intervals.model_copy(update={"batches": 2}),
@@ -132,6 +165,6 @@ def shortened(recipe: Recipe, chunk: int | None) -> Recipe:
             "depth": recipe.depth.model_copy(update=few),
             "width": recipe.width.model_copy(update={**few, "batches": 2}),
             "finetune": recipe.finetune.model_copy(update=few),
-            "evaluate": recipe.evaluate.model_copy(update={"velocity_batches": 1}),
+            "evaluate": recipe.evaluate.model_copy(update={"velocity_batches": 1, "count": recipe.evaluate.batch}),
         }
     )
