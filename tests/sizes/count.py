@@ -1,28 +1,23 @@
 """Count what a stage takes at full size: its real code, on tensors without data.
 
 python tests/sizes/count.py --recipe flux_8b --stage depth [--streamed] [--devices 8] [--detail]
-python tests/sizes/count.py --all                # a table in Markdown
+python tests/sizes/count.py --all                # a table in Markdown, a process a row
 """
 
 import argparse
-import functools
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parent))
 
 PLANS = {"flux_8b": ("paper_flux", 1), "qwen_image_10b": ("paper_qwen_image", 3)}
 """Recipes that search, the one that lists what the paper found for them, and how many of its targets are meant."""
-CALLED = ("check", "samples", "evaluate")
-"""Stages that call a pipeline, text encoders and all."""
 
 
 def arguments(options: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,73 +32,27 @@ def arguments(options: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--host", type=float, default=1000.0, help="GB of the host")
     parser.add_argument("--set", action="append", default=[], help="section.key=value")
     parser.add_argument("--published", action="store_true", help="the paper's plans in place of assumed ones")
-    parser.add_argument("--blocks", type=int, default=0, help="most blocks of a stack, at full width; 0 for all")
     parser.add_argument("--detail", action="store_true", help="what is alive at the peak, by the line that made it")
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--all", action="store_true")
-    parser.add_argument("--serve", action="store_true", help="count what comes in, a list of these options a line")
     return parser.parse_args(options)
 
 
-class Counter:
-    """A process that counts case after case, each in a copy of itself: what takes long to import is there once."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, __file__, "--serve"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __call__(self, options: Sequence[str]) -> dict[str, Any]:
-        """Count one case; where its stage stops, a `RuntimeError` says why."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([*options]) + "\n")
-        self._process.stdin.flush()
-        found: dict[str, Any] = json.loads(self._process.stdout.readline())
-        if "error" in found:
-            raise RuntimeError(found["error"])
-        return found
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def serve() -> None:
-    """Answer lists of options, a line each."""
-    import fakes
-
-    ledger = fakes.activate()
-    import stages  # noqa: F401 - what every case needs
-
-    for line in sys.stdin:
-        asked = arguments(json.loads(line))
-        if child := os.fork():
-            if os.waitpid(child, 0)[1]:
-                print(json.dumps({"error": "the count was killed"}), flush=True)  # noqa: T201
-            continue
-        try:
-            found = counted(asked, ledger)
-        except BaseException:  # noqa: BLE001 - whoever asked hears of it
-            found = {"error": traceback.format_exc()}
-        print(json.dumps(found), flush=True)  # noqa: T201
-        os._exit(0)
-
-
-def counted(asked: argparse.Namespace, ledger: Any) -> dict[str, Any]:
+def counted(asked: argparse.Namespace) -> dict:
     """Run one stage, and return what it took."""
-    import disk
     import fakes
+
+    ledger = fakes.activate(detailed=asked.detail, card=int(asked.card * 1e9))
+    import disk
     import stages
     from subjects import subject
 
-    ledger.detailed, ledger.card = asked.detail, int(asked.card * 1e9)
     recipe, model, chosen = prepared(asked)
     disk.replace()
     fakes.join(asked.devices, asked.rank, int(asked.host * 1e9), ledger)
-    if asked.devices > 1 and asked.stage in ("probe", "depth", "width"):
+    if asked.devices > 1:
         fakes.hand_over(model.calls, getattr(recipe, asked.stage).batch)
-    started = time.process_time()
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ledger:
         made = subject(
             ledger,
@@ -116,72 +65,55 @@ def counted(asked: argparse.Namespace, ledger: Any) -> dict[str, Any]:
         )
         ledger.begin()
         stages.STAGES[asked.stage](made)
-        written = disk.written(Path(folder))
     return {
         "recipe": asked.recipe,
         "stage": asked.stage,
         "device": ledger.peak["cuda:0"],
         "host": ledger.peak["cpu"],
-        "disk": written,
         "device_line": ledger.place.get("cuda:0", "at its start"),
         "host_line": ledger.place.get("cpu", "at its start"),
-        "seconds": round(time.process_time() - started, 1),
+        "seconds": round(time.monotonic() - started, 1),
         "held": {name: dict(lines.most_common(16)) for name, lines in ledger.held.items() if name in ("cuda:0", "cpu")},
     }
 
 
 def prepared(asked: argparse.Namespace) -> tuple[Any, Any, Any]:
     """Return the recipe with few steps, its teacher without weights, and the plans that are meant."""
-    from subjects import shortened
-
-    from ppcl_toolkit.recipe import Recipe
-
-    model, chosen = _meant(asked.recipe, asked.published, asked.blocks)
-    return shortened(Recipe.load(asked.recipe, asked.set), asked.chunk), model, chosen
-
-
-@functools.cache
-def _meant(name: str, published: bool, blocks: int) -> tuple[Any, Any]:
-    from subjects import readable, shallow
+    from subjects import readable, shortened
 
     from ppcl_toolkit.budget.model import Model
     from ppcl_toolkit.budget.plans import plans
     from ppcl_toolkit.recipe import Recipe
 
-    recipe = Recipe.load(name)
-    listed, targets = PLANS[name] if published else (name, len(recipe.targets))
-    with shallow(recipe, blocks) as smaller:
-        model = readable(Model.of(recipe))
-        return model, dict(list(plans(smaller(Recipe.load(listed)), model).items())[:targets])
+    recipe = shortened(Recipe.load(asked.recipe, asked.set), asked.chunk)
+    listed, targets = PLANS[asked.recipe] if asked.published else (asked.recipe, len(recipe.targets))
+    model = readable(Model.of(recipe))
+    return recipe, model, dict(list(plans(Recipe.load(listed), model).items())[:targets])
 
 
-@functools.cache
-def _blocks(*meant: Any) -> Any:
-    from ppcl_toolkit.budget.blocks import Blocks
-
-    return Blocks(_meant(*meant)[0])
-
-
-def planned(asked: argparse.Namespace) -> dict[str, Any]:
-    """Return what `ppcl plan` says of the same, without text encoders where they are not counted."""
+def planned(asked: argparse.Namespace) -> dict[str, int]:
+    """Return what `ppcl plan` says of the same, without the text encoders that are not counted here."""
     from ppcl_toolkit.budget import Machine
-    from ppcl_toolkit.budget.disk import disk
+    from ppcl_toolkit.budget.blocks import Blocks
     from ppcl_toolkit.budget.memory import Memory
     from ppcl_toolkit.budget.report import Budget
     from ppcl_toolkit.budget.whole import Whole
 
-    recipe, _, chosen = prepared(asked)
-    budget = Budget(recipe, chosen, _blocks(asked.recipe, asked.published, asked.blocks))
+    recipe, model, chosen = prepared(asked)
+    budget = Budget(recipe, chosen, Blocks(model))
     machine = Machine(card=int(asked.card * 1e9), host=int(asked.host * 1e9), devices=asked.devices)
     need = budget.need(asked.stage, streamed=asked.streamed, machine=machine)
-    memory = Memory(recipe, budget.blocks, chosen, devices=asked.devices)
-    others = 0 if asked.stage in CALLED else Whole(memory, 0, 0).others.host
-    return {"device": need.device, "host": need.host - others, "disk": disk(memory)}
+    others = Whole(Memory(recipe, budget.blocks, chosen), 0, 0).others
+    return {"device": need.device, "host": need.host - others.host}
 
 
-def both(counter: Counter, options: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Count in another process, and plan in this one."""
-    return counter(options), planned(arguments(options))
+def both(options: Sequence[str]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Count in a process of its own, and plan in this one; a count that stops is a `RuntimeError`."""
+    command = [sys.executable, __file__, "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1]), planned(arguments(options))
 
 
 ROWS = [
@@ -209,12 +141,11 @@ def table() -> None:
     """Print what is counted and planned of every case, a process each."""
     print("| recipe, stage | device GB | plan | host GB | plan | highest on the device | on the host |")  # noqa: T201
     print("|---|---|---|---|---|---|---|")  # noqa: T201
-    counter = Counter()
     for recipe, stage, *options in ROWS:
         published = ["--published"] if recipe in PLANS else []
         told = " ".join([recipe, stage, *(option for option in options if option != "--set")])
         try:
-            found, plan = both(counter, ["--recipe", recipe, "--stage", stage, *options, *published])
+            found, plan = both(["--recipe", recipe, "--stage", stage, *options, *published])
         except RuntimeError as error:
             print(f"| {told} | stops: {str(error).splitlines()[-1]} | | | | | |", flush=True)  # noqa: T201
             continue
@@ -228,17 +159,16 @@ def main() -> None:
     if asked.all:
         table()
         return
-    if asked.serve:
-        serve()
+    if asked.json:
+        print(json.dumps(counted(asked)))  # noqa: T201 - a command
         return
-    found, plan = both(Counter(), sys.argv[1:])
+    found, plan = both(sys.argv[1:])
     for place in ("device", "host"):
         told = f"{found[place] / 1e9:7.2f} GB, planned {plan[place] / 1e9:7.2f}"
         print(f"{place:6} {told}  {found[f'{place}_line']}")  # noqa: T201
     for place, lines in found["held"].items():
         for line, size in lines.items():
             print(f"   {place} {size / 1e9:7.2f}  {line}")  # noqa: T201
-    print(f"on disk {found['disk']}, planned {plan['disk']}")  # noqa: T201
     print(f"{found['seconds']} s")  # noqa: T201
 
 

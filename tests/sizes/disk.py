@@ -23,10 +23,10 @@ def keep(path: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None) 
     _files[_key(path)] = (dict(shapes), metadata or {"tree": _outline(shapes)})
 
 
-def written(folder: Path) -> int:
-    """Return the bytes of all tensors that lie on the disk in a folder."""
-    live = [own for key, (own, _) in _files.items() if Path(key).exists() and key.startswith(_key(folder))]
-    return sum(torch.Size(shape).numel() * dtype.itemsize for own in live for shape, dtype in own.values())
+def written() -> int:
+    """Return the bytes of all tensors that lie on the disk."""
+    live = {key: shapes for key, (shapes, _) in _files.items() if Path(key).exists()}
+    return sum(torch.Size(shape).numel() * dtype.itemsize for own in live.values() for shape, dtype in own.values())
 
 
 def replace() -> None:

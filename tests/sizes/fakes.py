@@ -14,8 +14,8 @@ from typing import Any
 PRETEND = Path(__file__).parents[1] / "pretend" / "device.py"
 
 
-def activate() -> Any:
-    """Give this process a device to which fake tensors can lay claim; return the ledger of them."""
+def activate(*, detailed: bool = False, card: int = 10**12) -> Any:
+    """Give this process a device of `card` bytes to which fake tensors can lay claim; return the ledger of them."""
     assert "torch" not in sys.modules, "torch asks for devices while it is imported"
     spec = importlib.util.spec_from_file_location("pretend_device", PRETEND)
     assert spec is not None
@@ -26,12 +26,11 @@ def activate() -> Any:
     import torch
     from ledger import Ledger
 
-    ledger = Ledger()
+    ledger = Ledger(detailed=detailed)
     torch.autograd.set_multithreading_enabled(False)
     torch.cuda.memory_allocated = lambda *_: ledger.live["cuda:0"]
-    torch.cuda.max_memory_allocated = lambda *_: ledger.peak["cuda:0"]
-    torch.cuda.mem_get_info = lambda *_: (ledger.card - ledger.live["cuda:0"], ledger.card)
-    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(total_memory=ledger.card, major=8, minor=0)
+    torch.cuda.mem_get_info = lambda *_: (card - ledger.live["cuda:0"], card)
+    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(total_memory=card, major=8, minor=0)
     _tell_of_sizes(ledger)
     _move_by_data()
     _attend()

@@ -26,9 +26,9 @@ _ANSWERS = {torch.bool: True, torch.float32: 1.0, torch.float64: 1.0, torch.bflo
 class Ledger(FakeTensorMode):
     """Fake tensors, and what they would take: live and highest bytes, and where the highest was reached."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, detailed: bool = False) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.detailed, self.card = False, 10**12
+        self.detailed = detailed
         self.held: dict[str, Counter[str]] = {}
         """Where a detailed ledger is asked for: the bytes alive at the peak of a device, by the line that made them."""
         self._inside = self._reading = False

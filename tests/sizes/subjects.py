@@ -1,8 +1,7 @@
 """Who is measured: a teacher of full size without data, its plans, its batches, and the bank they ask for."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,35 +87,6 @@ def readable(model: Model) -> Model:
     positions = {n: torch.zeros(v.shape) for n, v in model.example.items() if n.endswith("_ids")}
     tokens = model.adapter.noised({**model.example, **positions})
     return dataclasses.replace(model, adapter=dataclasses.replace(model.adapter, noised=lambda _: tokens))
-
-
-@contextlib.contextmanager
-def shallow(recipe: Recipe, blocks: int) -> Iterator[Callable[[Recipe], Recipe]]:
-    """Let every stack of a recipe's teacher have at most so many blocks, all for 0; yields what fits targets to it.
-
-    Targets are what they are of the whole teacher: as large a share.
-    """
-    whole = Model.of(recipe)
-    listed: Any = whole.adapter.models
-    path, own = recipe.teacher.path, whole.plan.depths
-    params = sum(parameter.numel() for parameter in whole.transformer.parameters())
-    before = listed[path]
-
-    def share(size: str | None) -> str | None:
-        return f"{100 * parse_size(size) / params:.1f}%" if size and not is_share(size) else size
-
-    def smaller(other: Recipe) -> Recipe:
-        if not blocks:
-            return other
-        targets = [t.model_copy(update={"params": share(t.params), "depth": share(t.depth)}) for t in other.targets]
-        return other.model_copy(update={"targets": targets})
-
-    fewer = {stack.depth_key: min(blocks, own[stack.path]) for stack in whole.adapter.stacks} if blocks else {}
-    listed[path] = {**before, **fewer}
-    try:
-        yield smaller
-    finally:
-        listed[path] = before
 
 
 def predicted(model: Model, batch: int) -> torch.Size:
