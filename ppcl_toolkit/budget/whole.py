@@ -159,7 +159,7 @@ class Whole:
     @property
     def _pinned(self) -> int:
         """Bytes of the host from which a block comes to a device while another one runs there."""
-        return self.memory.blocks.largest if self._calling(self._teacher) == BY_BLOCKS else 0
+        return self.memory.blocks.largest if self.calling(self._teacher) == BY_BLOCKS else 0
 
     def _called(self, transformer: int, batch: int, decoding: int = 0) -> int:
         """Bytes of a device on which a pipeline is called."""
