@@ -38,11 +38,10 @@ $classes
 NARROW_BLOCKS = {
 $table
 }
-TABLES = $tables
 
 
 class $name($stock):
-    """$stock whose blocks in NARROW_BLOCKS are narrow, and whose TABLES lie with the weights."""
+    """$stock whose blocks in NARROW_BLOCKS are narrow."""
 
     _auto_class = "AutoModel"
 
@@ -53,8 +52,7 @@ class $name($stock):
                 block = self.get_submodule(path)[index]
                 reshape_block(block, kind.removed, kind.bypassed, kind.shrunk, kind.added, kind.factored)
                 block.__class__ = kind
-        keep_tables(self, TABLES)
-
+$tables
     # diffusers reads off the signature which entries of config.json belong here.
     __init__.__signature__ = inspect.signature($stock.__init__)
 
@@ -103,16 +101,17 @@ def write_modelling(
             table.setdefault(form.stack, {})[position[form.stack]] = name
         position[form.stack] += 1
     bases = sorted({(base.__module__, base.__name__) for base, _ in names})
+    helpers = (bypass, reshape_block, *((keep_tables,) if tables else ()))
     source = _FILE.substitute(
         name=f"Narrow{stock.__name__}",
         stock=stock.__name__,
         library="diffusers" if stock.__module__.startswith("diffusers.") else stock.__module__,
         what=_summarise([form for _, form in blocks], tables),
         imports="\n".join(f"from {module} import {name}" for module, name in bases),
-        helpers="\n\n".join(inspect.getsource(function) for function in (bypass, reshape_block, keep_tables)).rstrip(),
+        helpers="\n\n".join(inspect.getsource(function) for function in helpers).rstrip(),
         classes="\n\n\n".join(_write_class(name, *kind, found[name]) for kind, name in names.items()),
         table="\n".join(_write_row(path, row) for path, row in table.items()),
-        tables=repr(tables),
+        tables=f"        keep_tables(self, {tables!r})\n" if tables else "",
     )
     module = f"modeling_narrow_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
     return module, source.replace("@MODULE@", module)
