@@ -9,10 +9,11 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.resources
+import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,6 +139,14 @@ class Adapter:
                 return stack
         known = ", ".join(stack.path for stack in self.stacks)
         raise PpclError(f"{self.family} has no stack {path!r}; it has: {known}")
+
+    @property
+    def checked(self) -> dict[str, Any]:
+        """What a check against the pipeline is of, as JSON has it."""
+        own = {"latents": self.latents, "timestep": self.timestep, "negatives_last": self.negatives_last}
+        stacks = [asdict(stack) for stack in self.stacks]
+        found: dict[str, Any] = json.loads(json.dumps({**own, "shared": self.shared, "stacks": stacks}))
+        return found
 
     @property
     def allows(self) -> dict[str, str]:

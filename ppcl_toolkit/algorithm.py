@@ -13,7 +13,7 @@ from torch import nn
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.artifacts.files import write_json
-from ppcl_toolkit.artifacts.identity import NOTES, early_identity, source_of
+from ppcl_toolkit.artifacts.identity import NOTES, asked_of_check, early_identity, source_of
 from ppcl_toolkit.artifacts.pipeline import Teacher, load_teacher
 from ppcl_toolkit.artifacts.storage import Bank, Desk
 from ppcl_toolkit.artifacts.workspace import Progress, Workspace, silent
@@ -234,7 +234,8 @@ def export_target(
     try:
         target = Target.model_validate({"name": name or _name(asked), **asked})
     except ValidationError as error:
-        problem = error.errors()[0]
+        # A name is made of the size, where there is none.
+        problem = min(error.errors(), key=lambda each: each["loc"] == ("name",))
         where = ".".join(map(str, problem["loc"]))
         raise PpclError(f"{where or 'target'}: {problem['msg'].removeprefix('Value error, ')}") from error
     path = Path(out)
@@ -309,11 +310,8 @@ def _as_begun(recipe: Recipe, teacher: Teacher, run: Workspace) -> Teacher:
 
 def _checked(workspace: Workspace, runner: Runner, teacher: Teacher, recipe: Recipe) -> Noising:
     """Check the adapter, and return how the pipeline noises: a stage that no other has to wait to be made again for."""
-    if (known := source_of(workspace.path)) not in (None, teacher.source):
-        raise PpclError(
-            f"{workspace.path} was made from the teacher {known}, and that is {teacher.source} now; use another --out"
-        )
-    asked = {"source": teacher.source, "teacher": _part(recipe, _RECORDING)["teacher"]}
+    asked = asked_of_check(workspace.path, teacher.source, teacher.adapter)
+    asked |= {"teacher": _part(recipe, _RECORDING)["teacher"]}
     make = partial(check, runner, teacher.pipeline, partial(rehearse, teacher, recipe))
     return workspace.branch().stage("check", asked, make, load_noising)
 

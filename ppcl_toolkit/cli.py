@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from ppcl_toolkit import console
 from ppcl_toolkit.ending import Ended, end_on_signals, unexpected
 from ppcl_toolkit.errors import PpclError, PpclWarning
+from ppcl_toolkit.subcommands import adapters_app, call_arguments, recipes_app
 from ppcl_toolkit.units import UNITS
-from ppcl_toolkit.values import check_call
 
 app = typer.Typer(
     help="Compress Diffusion Transformers: pluggable pruning with contiguous layer distillation.",
@@ -23,11 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-recipes_app = typer.Typer(help="Recipes in the package, and what a recipe may hold.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
-adapters_app = typer.Typer(
-    help="Families that can be compressed, and adapters for others.", invoke_without_command=True
-)
 app.add_typer(adapters_app, name="adapters")
 
 
@@ -212,10 +208,10 @@ def evaluate(  # noqa: PLR0913 - options
         said = problems(error) if isinstance(error, ValidationError) else f"--seeds: {error}"
         raise PpclError(f"options of eval: {said}") from error
     if suite:
-        _draw_suite(paths, suite, section, count, {"out": out, "call": _arguments(call or []), "verify": verify})
+        _draw_suite(paths, suite, section, count, {"out": out, "call": call_arguments(call or []), "verify": verify})
         return
     with console.drawn() as progress:
-        rows = evaluate_folders(paths, section, _arguments(call or []), out, progress, verify=verify)
+        rows = evaluate_folders(paths, section, call_arguments(call or []), out, progress, verify=verify)
     if not processes.is_main():
         return
     console.print_table(
@@ -282,91 +278,12 @@ def generate(
     from ppcl_toolkit.running.images import check_place, draw
     from ppcl_toolkit.running.placement import callable_on
 
-    arguments = {**default_call(path), **_arguments(call or [])}
+    arguments = {**default_call(path), **call_arguments(call or [])}
     check_place(out)
     pipeline = load_pipeline(path, verify=verify)
     with callable_on(pipeline, pick_device("auto")):
         draw(pipeline, prompt, seed, arguments).save(out)
     typer.echo(out)
-
-
-@adapters_app.callback()
-def adapters(context: typer.Context) -> None:
-    """List the families that can be compressed, and what may go of each; write or check an adapter for another."""
-    if context.invoked_subcommand is not None:
-        return
-    from ppcl_toolkit.adapter import installed_adapters
-
-    rows = [[name, a.transformer, *a.allows.values()] for name, a in installed_adapters().items()]
-    console.print_rows(["adapter", "transformer", "depth", "FFN", "text", "modulation"], *rows)
-
-
-@adapters_app.command("check")
-def check_adapter(
-    name: Annotated[str, typer.Argument(help="Adapter, by its name or as package.module:NAME.")],
-    pipeline: Annotated[
-        str | None, typer.Option(help="Folder of a pipeline, a small one; by default a random model of the class.")
-    ] = None,
-    call: Annotated[list[str] | None, typer.Option(help="Argument of the pipeline, name=value.")] = None,
-) -> None:
-    """Try what an adapter allows: noise, blocks one by one, and every kind of plan, saved and opened again."""
-    from ppcl_toolkit.kit.trial import trials
-
-    found = list(trials(name, pipeline, _arguments(call or [])))
-    console.print_rows(["tried", "found"], *([trial.name, trial.result] for trial in found))
-    if not all(trial.works for trial in found):
-        raise typer.Exit(1)
-
-
-@adapters_app.command("new")
-def new_adapter(
-    source: Annotated[str, typer.Argument(help="Class of a transformer in diffusers, or folder of a pipeline.")],
-    out: Annotated[Path | None, typer.Option(help="File to write; <family>.py by default.")] = None,
-    call: Annotated[list[str] | None, typer.Option(help="Argument of the pipeline, name=value.")] = None,
-) -> None:
-    """Write an adapter, and a test of it, by running a model: what is found, and marked DECIDE what is not."""
-    from ppcl_toolkit.artifacts.files import write_text
-    from ppcl_toolkit.kit.finding import OPEN
-    from ppcl_toolkit.kit.new import new
-    from ppcl_toolkit.kit.writing import write_test
-
-    family, text = new(source, _arguments(call or []))
-    path = out or Path(f"{family}.py")
-    for file in (path, path.with_name(f"test_{path.stem}.py")):
-        if file.exists():
-            raise PpclError(f"{file} exists already; name another file with --out")
-    write_text(path, text)
-    where = str(Path(source).resolve()) if Path(source).is_dir() else None
-    write_text(path.with_name(f"test_{path.stem}.py"), write_test(path.stem, where, _arguments(call or [])))
-    for line in text.splitlines():
-        if OPEN in line or "left out" in line:
-            typer.echo(line.strip(" #"))
-    typer.echo(f"{path}: adapter: {path.stem}:ADAPTER in a recipe beside it; test_{path.stem}.py tries what it says")
-
-
-@recipes_app.command("list")
-def list_recipes() -> None:
-    """List the shipped recipes."""
-    from ppcl_toolkit.recipe_files import shipped_comparisons, shipped_recipes
-
-    for name in [*shipped_recipes(), *shipped_comparisons()]:
-        typer.echo(name)
-
-
-@recipes_app.command()
-def show(name: Annotated[str, typer.Argument(help="Shipped recipe; or slurm, a job for several machines.")]) -> None:
-    """Print a shipped recipe, comments and all: a start for one of your own."""
-    from ppcl_toolkit.recipe_files import shipped_text
-
-    typer.echo(shipped_text(name), nl=False)
-
-
-@recipes_app.command()
-def schema() -> None:
-    """Print the JSON schema of a recipe."""
-    from ppcl_toolkit.recipe import Recipe
-
-    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
 def _draw_suite(paths: list[str], name: str, section: Any, count: int | None, options: dict[str, Any]) -> None:
@@ -393,23 +310,6 @@ def _print_scores(files: list[str]) -> None:
     typer.echo("(in brackets: R in percent, the drop against the first model)")
     for note in notes:
         typer.echo(f"warning: {note}", err=True)
-
-
-def _arguments(pairs: list[str]) -> dict[str, Any]:
-    arguments = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise PpclError(f"--call {pair!r}: expected name=value")
-        try:
-            arguments[name] = json.loads(value)
-        except ValueError:
-            arguments[name] = value
-    try:
-        check_call(arguments)
-    except ValueError as error:
-        raise PpclError(f"--{str(error).replace('.', ' ', 1)}") from error
-    return arguments
 
 
 def _stop(message: str, code: int) -> None:

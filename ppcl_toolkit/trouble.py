@@ -67,13 +67,17 @@ def _first_sentences(said: str) -> str:
     return said if len(said) < 160 else said[: said.rfind(" ", 0, 160)] + " ..."
 
 
+def _brief(path: Path | str | None) -> str:
+    return text if len(text := str(path)) <= 300 else f"{text[:297]}..."
+
+
 def _of_disk(error: OSError | SafetensorError, path: Path | None) -> PpclError | None:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or (isinstance(error, SafetensorError) and "No space left" in str(error)):
         place = f": cannot write {path}" if path else ""
         return PpclError(f"the disk is full{place}; what is finished is kept, run again with more room")
     if isinstance(error, OSError) and error.errno in _REFUSED:
-        return PpclError(f"cannot write {error.filename or path}: {_REFUSED[error.errno]}")
+        return PpclError(f"cannot open or write {_brief(error.filename or path)}: {_REFUSED[error.errno]}")
     if isinstance(error, PermissionError):
         return PpclError(f"no permission to write {error.filename or path}")
     return None

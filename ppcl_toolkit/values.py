@@ -119,3 +119,12 @@ def check_call(call: Mapping[str, Any]) -> None:
         value = call.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ValueError(f"call.{name} is a number from 0 on, not {shortened(value)}")
+    if name := next((name for name, value in call.items() if not _is_finite(value)), None):
+        raise ValueError(f"call.{name} holds what is no number: {shortened(call[name])}")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether all numbers of plain data are finite: JSON of the command line may hold others."""
+    if isinstance(value, Mapping | list | tuple):
+        return all(map(_is_finite, value.values() if isinstance(value, Mapping) else value))
+    return not isinstance(value, float) or math.isfinite(value)

@@ -7,12 +7,16 @@ import os
 import select
 import signal
 import socket
+import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from nursery import Nursery
 from safetensors import SafetensorError
 
 from ppcl_toolkit import Recipe, compress
@@ -55,7 +59,7 @@ class Child:
             self._close("killed", "")
         return [line[1] for line in told if line[0] == "told"]
 
-    def wait(self, seconds: float = 300) -> tuple[str, Any]:
+    def wait(self, seconds: float = 1800) -> tuple[str, Any]:
         """Return how it ends; one that does not is killed, and `hung`."""
         until = time.monotonic() + seconds
         while self.end is None and time.monotonic() < until:
@@ -88,14 +92,26 @@ def _outcome(work: Callable[[], Any]) -> tuple[str, Any]:
         return ("refused", str(known)) if known else ("traceback", f"{type(error).__name__}: {error}"[:1000])
 
 
-def running(recipe: Path, out: Path, *, ranks: int = 1, full: float = float("inf"), **options: Any) -> list[Child]:
-    """Start `compress` in `out` by so many processes; the disk is full after `full` files."""
+def running(
+    recipe: Path, out: Path, *, ranks: int = 1, full: tuple[str, int] | None = None, **options: Any
+) -> list[Child]:
+    """Start `compress` in `out` by so many processes; the disk is full after so many files of a stage, `full`.
 
-    def work(tell: Callable[..., None]) -> int:
+    What is `done` are the number of files that each stage writes, and all modules that are imported.
+    """
+
+    def work(tell: Callable[..., None]) -> dict[str, Any]:
+        subprocess.run = Nursery().run  # type: ignore[assignment]
         workspace.silent = tell
-        with filling(out, full) as disk:
-            compress(Recipe.load(recipe), out, progress=tell, **options)
-        return disk.files
+        disk = Disk(out, full)
+
+        def progress(stage: str, *told: Any, **note: Any) -> None:
+            disk.enter(stage.split("/")[0])
+            tell(stage, *told, *note.values())
+
+        with filling(disk):
+            compress(Recipe.load(recipe), out, progress=progress, **options)
+        return {"files": disk.files, "modules": [*sys.modules]}
 
     if ranks == 1:
         return [Child(work, out.with_suffix(".log"))]
@@ -107,23 +123,32 @@ def running(recipe: Path, out: Path, *, ranks: int = 1, full: float = float("inf
 
 
 class Disk:
-    """A disk with room for some more files."""
+    """A disk with room for so many more files of a stage, and none from there on."""
 
-    def __init__(self, folder: Path, room: float) -> None:
-        self.files, self._folder, self._room = 0, str(folder), room
+    def __init__(self, folder: Path, full: tuple[str, int] | None) -> None:
+        self.files = Counter[str]()
+        self._folder, self._full, self._stage, self._is_full = str(folder), full, "start", False
+
+    def enter(self, stage: str) -> None:
+        """From here on, what is written is of this stage."""
+        self._stage = stage
 
     def fill(self, path: Any) -> None:
         """Take the room of a file; without any it is ENOSPC."""
         if str(path).startswith(self._folder):
-            self.files += 1
-            if self.files > self._room:
+            self.files[self._stage] += 1
+            self._is_full |= self._full is not None and self._full[0] == self._stage and self._room() < 0
+            if self._is_full:
                 raise OSError(28, "No space left on device", str(path))
+
+    def _room(self) -> int:
+        return self._full[1] - self.files[self._stage] if self._full else 0
 
 
 @contextlib.contextmanager
-def filling(folder: Path, room: float) -> Iterator[Disk]:
-    """Let everything that writes into `folder` find it full after `room` files and folders, from there on."""
-    disk, own, tensors, mkdir = Disk(folder, room), io.open, safetensors.torch.serialize_file, os.mkdir
+def filling(disk: Disk) -> Iterator[None]:
+    """Let everything that writes take the room of a disk."""
+    own, tensors, mkdir = io.open, safetensors.torch.serialize_file, os.mkdir
 
     def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         if set(mode) & set("wax+"):
@@ -144,6 +169,6 @@ def filling(folder: Path, room: float) -> Iterator[Disk]:
 
     io.open, safetensors.torch.serialize_file, os.mkdir = opened, written, made  # type: ignore[assignment]
     try:
-        yield disk
+        yield
     finally:
         io.open, safetensors.torch.serialize_file, os.mkdir = own, tensors, mkdir

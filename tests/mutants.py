@@ -73,7 +73,7 @@ def batch(world: Path, seed: str, tell: Callable[..., None]) -> tuple[dict[str, 
             readers[name][1](run)
         used = int(next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmData" in x).split()[1])
         resource.setrlimit(resource.RLIMIT_DATA, (1024 * used + MEMORY, resource.RLIM_INFINITY))
-        signal.signal(signal.SIGALRM, _hang)
+        signal.signal(signal.SIGPROF, _hang), signal.signal(signal.SIGALRM, _hang)
         for number in range(COUNT):
             name = rng.choices(names, weights)[0]
             path = Path(place, "recipe.yaml") if name.startswith("recipe") else run / name
@@ -117,7 +117,8 @@ def _readers(run: Path, recipe: Path) -> dict[str, tuple[float, Callable[[Path],
 
 def _read(work: Callable[[], Any]) -> str:
     started = time.monotonic()
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    # Of this process alone: other work may slow it down. What waits for ever takes none.
+    signal.setitimer(signal.ITIMER_PROF, SECONDS), signal.setitimer(signal.ITIMER_REAL, 30 * SECONDS)
     try:
         work()
         how = "read"
@@ -128,7 +129,7 @@ def _read(work: Callable[[], Any]) -> str:
     except BaseException as error:
         how = f"traceback: {type(error).__name__}: {error}"[:300]
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0), signal.setitimer(signal.ITIMER_REAL, 0)
     return how
 
 

@@ -85,6 +85,7 @@ def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
         (["compare", "--recipe", "tiny"], "tiny.yaml is a recipe of `ppcl compress`"),
         (["export", "--run", "nowhere", "--target", "params=50%"], "no bank"),
         (["export", "--run", "nowhere", "--target", "50%"], "expected params="),
+        (["export", "--run", "nowhere", "--target", "params=-5%"], "params: target size '-5%': expected a share"),
         (["export", "--run", "nowhere", "--target", "params=50%,params=60%"], "expected params="),
         (["export", "--run", "nowhere", "--target", "params=50%,blocks=3"], "expected params="),
         (["export", "--run", "nowhere", "--target", "flops=8GB"], "number such as 40T or 900G"),

@@ -64,6 +64,14 @@ def test_a_wrong_adapter_is_known_before_the_first_sample(tmp_path, monkeypatch)
     with pytest.raises(_SampledError):
         compress(asked(adapter="mine:ADAPTER"), tmp_path / "run", progress=_until_samples)
     assert (tmp_path / "run" / "check" / "noising.json").is_file()
+    # What was checked is that adapter: another one is not taken for it.
+    (tmp_path / "mine.py").write_text(text.replace("add_q_proj", "add_v_proj"))
+    monkeypatch.delitem(sys.modules, "mine")
+    importlib.invalidate_caches()
+    with pytest.raises(
+        PpclError, match="stage 'check' in .* is finished with other settings: check.adapter.stacks was"
+    ):
+        compress(asked(adapter="mine:ADAPTER"), tmp_path / "run")
 
 
 class _SampledError(Exception):

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "ppcl_toolkit").rglob("*.py"), *(ROOT / "adapters").glob("*.py")])
 PLACES = {
-    "typer": ("ppcl_toolkit/cli.py",),
+    "typer": ("ppcl_toolkit/cli.py", "ppcl_toolkit/subcommands.py"),
     "rich": ("ppcl_toolkit/console.py",),
     "yaml": ("ppcl_toolkit/recipe_files.py", "ppcl_toolkit/values.py"),
     "accelerate": ("ppcl_toolkit/processes.py", "ppcl_toolkit/running/placement.py", "ppcl_toolkit/shapes/"),
@@ -61,6 +61,7 @@ FLOORS = (
     ("ppcl_toolkit/algorithm.py",),
     ("ppcl_toolkit/comparison/",),
     ("ppcl_toolkit/console.py",),
+    ("ppcl_toolkit/subcommands.py",),
     ("ppcl_toolkit/cli.py",),
 )
 """The rooms of the core from the ground up: a file imports from its own floor or from one below."""

@@ -31,6 +31,8 @@ def said(monkeypatch, capfd, *words):
         (["--out", "{folder}"], "no format of images is called ''"),
         (["--call", "num_inference_steps=0"], "--call num_inference_steps is a whole number from 1 on, not 0"),
         (["--call", "height=abc"], "--call height is a whole number from 1 on, not 'abc'"),
+        (["--call", "sigmas=[1, 1e400]"], "--call sigmas holds what is no number: [1, inf]"),
+        (["--call", 'joint_attention_kwargs={"scale": NaN}'], "--call joint_attention_kwargs holds what is no number"),
         (["--seed", "-1"], "--seed"),
         (["--seed", str(2**32)], "--seed"),
         (["--call", "max_sequence_length=600"], "does not take these arguments: `max_sequence_length` cannot be"),
@@ -84,7 +86,13 @@ def test_links_that_lead_in_a_circle_are_named(monkeypatch, capfd, tmp_path, dee
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG])
 def test_what_a_file_system_refuses_is_one_sentence(number, tmp_path):
-    assert str(explained(OSError(number, "x"), tmp_path)).startswith(f"cannot write {tmp_path}: ")
+    assert str(explained(OSError(number, "x"), tmp_path)).startswith(f"cannot open or write {tmp_path}: ")
+
+
+def test_a_name_that_is_too_long_is_cut_in_the_message(monkeypatch, capfd):
+    told = said(monkeypatch, capfd, "generate", "x" * 5000, "--prompt", "a")
+    assert told.startswith("error: cannot open or write xxx") and told.endswith("...: its name is too long")
+    assert len(told) < 400
 
 
 @pytest.mark.parametrize("size", [0, 8, 60, -300])

@@ -1,24 +1,32 @@
 """Which teacher a run was made from: a hub id with its commit, or a folder with a digest of all that is loaded of it.
 
-Folders are hashed once: a run keeps what it hashed, by size and time of each file.
+Folders are hashed once: a run keeps what it hashed, by size and time of each file. With which adapter, too.
 """
 
+import ast
 import hashlib
-from collections.abc import Iterator
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.artifacts.files import digest, write_text
-from ppcl_toolkit.artifacts.record import Record, digest_of
+from ppcl_toolkit.artifacts.record import Record, differences, digest_of
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.records import read_record
+from ppcl_toolkit.values import shortened
 
 NOTES = "teacher.json"
 """File of a run: the SHA-256 of every file of its teacher."""
 _READERS = 4
+_PLANNED = ("models", "others", "dtype", "example")
+"""Of an adapter, for `ppcl plan` alone: no result depends on it."""
 _TOP = ("model_index.json", "plan.json", "block_calls.json")
 
 
@@ -80,12 +88,68 @@ def early_identity(path: str, folder: str, revision: str | None) -> str:
 def source_of(run: Path) -> str | None:
     """Return the teacher by which a run was begun; None where that is not known yet, or not any more."""
     for folder in (run / "samples", run / "samples.partial", run / "check"):
-        try:
-            source = Record.of(folder).settings.get("source")
-        except PpclError:  # the stage itself says so
-            continue
-        return source if isinstance(source, str) else None
+        source = _noted(folder, "source")
+        if source is not None:
+            return source if isinstance(source, str) else None
     return None
+
+
+def facts_of(adapter: Adapter) -> dict[str, Any]:
+    """Return what results depend on of an adapter, as plain data: what is not by default, functions by their code."""
+    found: dict[str, Any] = _facts(adapter)
+    return {name: value for name, value in found.items() if name not in _PLANNED}
+
+
+def asked_of_check(run: Path, source: str, adapter: Adapter) -> dict[str, Any]:
+    """Return by what the stage `check` of a run is known: teacher and, but in runs of earlier versions, adapter.
+
+    Raises `PpclError` where the run was begun with others: its stages were made with those.
+    """
+    if (teacher := source_of(run)) not in (None, source):
+        raise PpclError(f"{run} was made from the teacher {teacher}, and that is {source} now; use another --out")
+    facts, known = facts_of(adapter), _noted(run / "check", "adapter")
+    if known is None and _noted(run / "check", "source") is not None:
+        return {"source": source}
+    if known is not None and (unlike := [*differences(known, facts, "adapter")]):
+        said = "; ".join(shortened(each)[1:-1] for each in unlike[:3])
+        raise PpclError(f"{run} was made with another adapter {adapter.family!r}: {said}; use another --out")
+    return {"source": source, "adapter": facts}
+
+
+def _noted(folder: Path, key: str) -> Any:
+    try:
+        return Record.of(folder).settings.get(key)
+    except PpclError:  # the stage itself says so
+        return None
+
+
+def _facts(value: Any) -> Any:
+    if is_dataclass(value):
+        given = {field.name: (getattr(value, field.name), field) for field in fields(value)}
+        return {name: _facts(found) for name, (found, field) in given.items() if found != _default(field)}
+    if isinstance(value, Mapping):
+        return {str(key): _facts(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_facts(item) for item in value]
+    return _code(value) if callable(value) else value
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _code(function: Callable[..., Any]) -> str:
+    """Name a function, and what it does where that can be read: neither comments nor layout count."""
+    name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+    try:
+        text = textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        return name
+    try:
+        text = ast.dump(ast.parse(text))
+    except SyntaxError:  # a lambda, in the middle of something
+        text = " ".join(text.split())
+    return f"{name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _files(folder: Path) -> Iterator[Path]:

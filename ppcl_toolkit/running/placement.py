@@ -256,7 +256,7 @@ def _take_turns(transformer: Any, others: list[nn.Module], device: torch.device,
     # Group offloading sets the transformer's forward anew behind its first call: a hook around that would be lost.
     handle = transformer.register_forward_pre_hook(send)
     add_hook_to_module(transformer, _Turn(device, [], homes, comes=alone), append=True)
-    return handle.remove  # type: ignore[no-any-return]
+    return handle.remove
 
 
 def _offload_blocks(transformer: Any, device: torch.device) -> None:

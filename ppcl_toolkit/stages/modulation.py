@@ -106,7 +106,8 @@ def _check_guidance(runner: Runner, section: Modulation, call: Mapping[str, Any]
         return
     transformer, told = runner.transformer, runner.adapter.distilled
     takes = told in inspect.signature(transformer.forward).parameters
-    if not dict(transformer.config).get("guidance_embeds", takes):
+    config: Any = transformer.config
+    if not config.get("guidance_embeds", takes):
         raise PpclError(
             f"modulation.guidance: a teacher of this config is not told its guidance by {told!r}; leave the values out"
         )

@@ -261,7 +261,7 @@ def _weightless() -> Iterator[None]:
     def register(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
         own(module, name, None if value is None else nn.Parameter(value.detach().to("meta"), requires_grad=False))
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

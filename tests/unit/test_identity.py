@@ -187,3 +187,57 @@ except PpclError as error:
 def test_a_hub_id_that_nobody_has_is_one_error():
     with pytest.raises(PpclError, match="nobody/nothing cannot be opened as a pipeline: .* give a local folder"):
         load_pipeline("nobody/nothing")
+
+
+class Stop(Exception):
+    """As if the power had failed."""
+
+
+def until_samples(stage, *_, **__):
+    if stage == "samples":
+        raise Stop
+
+
+OWN = """
+from dataclasses import replace
+from ppcl_toolkit.adapter import load_adapter
+FLUX = load_adapter("flux")
+DUAL, SINGLE = FLUX.stacks
+
+def counted(call):
+    return call["hidden_states"].shape[1]
+
+ADAPTER = replace(FLUX, family="own", noised=counted)
+"""
+OTHERS = {
+    "DUAL = replace(DUAL, ffn={})\nADAPTER = replace(ADAPTER, stacks=(DUAL, SINGLE))": "adapter.stacks",
+    "ADAPTER = replace(ADAPTER, negatives_last=True)": "adapter.negatives_last was null, is true",
+    "def counted(call):\n    return 4\nADAPTER = replace(ADAPTER, noised=counted)": "adapter.noised was",
+    "# Only a comment, and what `ppcl plan` reads.\nADAPTER = replace(ADAPTER, models={}, others=(1,))": None,
+}
+
+
+def test_a_run_does_not_go_on_with_a_changed_adapter(teacher, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def begun(text):
+        (tmp_path / "own_adapter.py").write_text(text)
+        monkeypatch.delitem(sys.modules, "own_adapter", raising=False)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        with pytest.raises(Stop):
+            compress(recipe(tmp_path, teacher, adapter="own_adapter:ADAPTER"), tmp_path / "run", progress=until_samples)
+
+    begun(OWN)
+    assert (tmp_path / "run" / "check" / RECORD).exists()
+    for change, told in OTHERS.items():
+        if told is None:
+            begun(OWN + change)
+            continue
+        with pytest.raises(PpclError, match="was made with another adapter 'own': .*; use another --out") as caught:
+            begun(OWN + change)
+        assert told in str(caught.value)
+    # A run of an earlier version, which did not note its adapter.
+    record = json.loads((tmp_path / "run" / "check" / RECORD).read_text())
+    del record["settings"]["adapter"]
+    (tmp_path / "run" / "check" / RECORD).write_text(json.dumps({**record, "sha256": None}))
+    begun(OWN)
