@@ -46,8 +46,8 @@ class Whole:
     def samples(self) -> Need:
         """Recording: the pipeline of the teacher, with as many of its parts on the device as it has room for."""
         batch, model = self.memory.recipe.samples.batch, self.memory.blocks.model
-        # On the host are the calls of a step, and a copy of one on its way there.
-        host = batch * model.sample_bytes * (model.forwards + 1) + self._pinned
+        # On the host are the calls of a step, those of the pictures before, and a copy of one on its way there.
+        host = batch * model.sample_bytes * (2 * model.forwards + 1) + self._pinned
         return self._teachers.beside(self._called(self._teacher, batch), host)
 
     def velocities(self) -> Need:

@@ -14,11 +14,13 @@ WHOLE = {
 }
 """Models with all of their blocks."""
 SHALLOW = [
+    ("flux_8b", "samples"),
     ("flux_8b", "probe"),
     ("flux_8b", "depth"),
     ("flux_8b", "velocities"),
     ("flux_8b", "finetune"),
     ("flux_8b", "export"),
+    ("flux_8b", "evaluate"),
 ]
 """A few blocks of each stack, as wide as they are."""
 FEW = "8"
@@ -27,6 +29,7 @@ CASES = WHOLE | {
     for case in SHALLOW
 }
 WRITTEN = {
+    "samples": ["flux_8b, samples, few blocks"],
     "probes": ["flux_8b, probe, few blocks"],
     "velocities": ["flux_8b, velocities, few blocks"],
     "students": ["flux_8b, finetune, few blocks"],
