@@ -23,6 +23,7 @@ ADAPTER = Adapter(
     models={"fal/AuraFlow-v0.3": {"pos_embed_max_size": 9216}},
     dtype="float32",
     others=(1_223_550_976, 83_653_863),
+    decoding=1_541,
     example=example,
     stacks=(
         # No `ffn`: it is added to what enters the block, and a linear map in its place would delete the attention.

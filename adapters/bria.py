@@ -30,6 +30,7 @@ ADAPTER = Adapter(
     shared=("img_ids", "txt_ids"),
     guidance="guidance_scale",
     others=(4_762_310_656, 83_819_683),
+    decoding=1_541,
     example=example,
     stacks=(
         Stack(

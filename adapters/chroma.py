@@ -49,6 +49,7 @@ ADAPTER = Adapter(
     tables={"time_text_embed.mod_proj": rows},
     models={"lodestones/Chroma1-HD": {}, "lodestones/Chroma1-Base": {}},
     others=(4_762_310_656, 83_819_683),
+    decoding=1_541,
     example=example,
     stacks=(
         Stack(

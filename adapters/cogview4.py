@@ -24,6 +24,7 @@ ADAPTER = Adapter(
     guidance="guidance_scale",
     models={"zai-org/CogView4-6B": {"num_layers": 28, "attention_head_dim": 128, "num_attention_heads": 32}},
     others=(8_779_194_368, 83_819_683),
+    decoding=1_541,
     example=example,
     stacks=(
         Stack(

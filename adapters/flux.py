@@ -41,6 +41,7 @@ ADAPTER = Adapter(
         "Freepik/flux.1-lite-8B": {"guidance_embeds": True, "num_layers": 8},
     },
     others=(4_762_310_656, 123_060_480, 83_819_683),
+    decoding=1_541,
     example=example,
     noised=noised,
     stacks=(

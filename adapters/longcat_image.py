@@ -27,6 +27,7 @@ ADAPTER = Adapter(
     guidance="guidance_scale",
     models={"meituan-longcat/LongCat-Image": {"num_layers": 10, "num_single_layers": 20}},
     others=(8_292_166_656, 83_819_683),
+    decoding=1_541,
     example=example,
     stacks=(
         Stack(

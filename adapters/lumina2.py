@@ -26,6 +26,7 @@ ADAPTER = Adapter(
     guidance="guidance_scale",
     models={"Alpha-VLLM/Lumina-Image-2.0": {"cap_feat_dim": 2304}},
     others=(2_614_341_888, 83_819_683),
+    decoding=1_541,
     example=example,
     stacks=(
         Stack(

@@ -28,6 +28,7 @@ ADAPTER = Adapter(
     guidance="guidance_scale",
     models={"AIDC-AI/Ovis-Image-7B": {}},
     others=(1_720_574_976, 83_819_683),
+    decoding=1_541,
     example=example,
     stacks=(
         Stack(

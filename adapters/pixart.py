@@ -28,6 +28,7 @@ ADAPTER = Adapter(
     },
     dtype="float32",
     others=(4_762_310_656, 83_653_863),
+    decoding=1_541,
     example=example,
     stacks=(
         Stack(

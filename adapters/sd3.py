@@ -65,6 +65,7 @@ ADAPTER = Adapter(
     },
     dtype="float16",
     others=(4_762_310_656, 694_659_840, 123_650_304, 83_819_683),
+    decoding=1_541,
     example=example,
     stacks=(
         Stack(

@@ -34,6 +34,7 @@ ADAPTER = Adapter(
     models={"Tongyi-MAI/Z-Image-Turbo": {}, "Tongyi-MAI/Z-Image": {}},
     dtype="float32",
     others=(4_022_468_096, 83_819_683),
+    decoding=1_541,
     example=example,
     stacks=(
         Stack(

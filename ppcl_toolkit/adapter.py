@@ -119,6 +119,8 @@ class Adapter:
     others: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
     """Parameters of each of the pipeline's other parts, text encoders and autoencoder, for `ppcl plan`; by hub id where
     models differ in them, the first for those that are not listed."""
+    decoding: int = 3500
+    """Bytes per pixel that its autoencoder takes to decode in half precision, for `ppcl plan`."""
     dtype: str = "bfloat16"
     """Of the published weights: a run in this one leaves them in their files, and the system reads pages of those."""
     example: Example | None = None

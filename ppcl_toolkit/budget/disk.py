@@ -15,12 +15,14 @@ def disk(memory: Memory) -> dict[str, int]:
     low = {swap.rank for plan in memory.plans.values() for swap in plan.modulation_swaps}
     factors = max(low, default=0) * sum(map(sum, blocks.modulation))
     squares = memory.squares()[0] if recipe.searches else 0
+    # Modulation of low rank asks for the empty prompt, too.
+    empty = int(recipe.modulation is not None and not recipe.samples.edits and not recipe.samples.images)
     itemsize = blocks.model.dtype.itemsize
     variants = [whole.params(plan) * itemsize for plan in memory.plans.values()]
     tuned = [whole.params(memory.plans[name]) for name in recipe.tuned]
     students = max(tuned, default=0) if recipe.answered.steps else 0
     found = {
-        "samples": recipe.samples.count * blocks.model.forwards * blocks.model.sample_bytes,
+        "samples": (recipe.samples.count + empty) * blocks.model.forwards * blocks.model.sample_bytes,
         "probes": squares * FITTED,
         "velocities": _answered(memory),
         "bank": (banked + factors) * _WEIGHT,

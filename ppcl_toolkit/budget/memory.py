@@ -125,7 +125,7 @@ class Memory:
 
     def _together(self, plan: Plan) -> int:
         """Bytes of the maps of what is measured together, in fp64, and of the sums that the last of them come from."""
-        placed = [operation for operation in plan.operations if not isinstance(operation, TextRun)]
+        placed = [each for each in plan.operations if not isinstance(each, TextRun | ModulationSwap)]
         sums = [SUMS * sum(self._pairs[operation.stack]) for operation in placed]
         starts = range(0, len(sums), TOGETHER)
         return max((sum(sums[:s]) // 2 + sum(sums[s : s + TOGETHER]) for s in starts), default=0)

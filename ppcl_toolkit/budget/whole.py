@@ -11,9 +11,6 @@ from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.running.placement import ALONE, BY_BLOCKS, IN_TURN, RESIDENT, ROOM, calling_means
 from ppcl_toolkit.training.means import Means
 
-_DECODED = 3500
-"""Bytes per pixel that an autoencoder takes to decode: the most of the shipped families, counted."""
-
 
 @dataclass(frozen=True)
 class Whole:
@@ -49,8 +46,8 @@ class Whole:
     def samples(self) -> Need:
         """Recording: the pipeline of the teacher, with as many of its parts on the device as it has room for."""
         batch, model = self.memory.recipe.samples.batch, self.memory.blocks.model
-        # On the host are the calls of a step, and a copy of one on its way there.
-        host = batch * model.sample_bytes * (model.forwards + 1) + self._pinned
+        # On the host are the calls of a step, those of the pictures before, and a copy of one on its way there.
+        host = batch * model.sample_bytes * (2 * model.forwards + 1) + self._pinned
         return self._teachers.beside(self._called(self._teacher, batch), host)
 
     def velocities(self) -> Need:
@@ -101,8 +98,10 @@ class Whole:
         """Pictures of the teacher, then of each variant, which comes with text encoders of its own."""
         recipe, model = self.memory.recipe, self.memory.blocks.model
         batch = recipe.evaluate.batch
-        pixels = batch * int(recipe.teacher.call.get("height", 1024)) ** 2
-        device = max(self._called(own, batch, _DECODED * pixels) for own in (self._teacher, self._student))
+        call = recipe.teacher.call
+        pixels = batch * int(call.get("height", 1024)) * int(call.get("width", 1024))
+        decoding = model.adapter.decoding * self._itemsize // 2 * pixels
+        device = max(self._called(own, batch, decoding) for own in (self._teacher, self._student))
         # Pictures, and batches with what both say to them, in fp32.
         latents = model.example[model.adapter.latents].numel()
         held_out = recipe.evaluate.velocity_batches * recipe.samples.batch * (model.sample_bytes + 8 * latents)

@@ -32,6 +32,8 @@ def activate() -> Any:
     torch.cuda.max_memory_allocated = lambda *_: ledger.peak["cuda:0"]
     torch.cuda.mem_get_info = lambda *_: (ledger.card - ledger.live["cuda:0"], ledger.card)
     torch.cuda.get_device_properties = lambda *_: SimpleNamespace(total_memory=ledger.card, major=8, minor=0)
+    for name in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "ones_", "zeros_"):
+        setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)  # there is nothing to fill
     _tell_of_sizes(ledger)
     _move_by_data()
     _attend()

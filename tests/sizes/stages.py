@@ -1,7 +1,6 @@
 """Every stage that takes memory, as a run calls it."""
 
 from collections.abc import Callable
-from itertools import islice
 from types import SimpleNamespace
 
 import called
@@ -13,6 +12,7 @@ from ppcl_toolkit.artifacts import passes
 from ppcl_toolkit.artifacts.files import write_manifest
 from ppcl_toolkit.budget.blocks import Blocks
 from ppcl_toolkit.budget.memory import TOGETHER, Memory
+from ppcl_toolkit.plan import Interval, ModulationSwap
 from ppcl_toolkit.running import conditioning
 from ppcl_toolkit.selection.candidates import more_candidates
 from ppcl_toolkit.stages import depth, export, finetune, intervals, modulation, probe, select, width
@@ -59,18 +59,20 @@ def _modulation(subject: Subject) -> None:
 
 def _select(subject: Subject) -> None:
     section, plan = subject.recipe.select, subject.model.plan
-    candidates = list(dict.fromkeys(operation for plan in subject.plans.values() for operation in plan.operations))
+    chosen = [[o for o in own.operations if not isinstance(o, ModulationSwap)] for own in subject.plans.values()]
+    candidates = list(dict.fromkeys(operation for own in chosen for operation in own))
     together = section.order == "program"
     # As many as a plan takes there to be, as far as that matters.
     there = Memory(subject.recipe, Blocks(subject.model), subject.plans).candidates
     more = more_candidates(subject.runner, plan, candidates, subject.recipe)
-    candidates = list(islice(dict.fromkeys([*candidates, *more]), min(there, TOGETHER)))
+    # Of many, some visit has nothing but intervals.
+    intervals_first = sorted(dict.fromkeys([*candidates, *more]), key=lambda each: not isinstance(each, Interval))
+    candidates = intervals_first[: min(there, TOGETHER)]
     means = subject.batches(section.batch), section.batches
     for _ in select.measure(subject.runner, plan, candidates, *means):
         pass
     if together:
-        most = max((plan.operations for plan in subject.plans.values()), key=len)
-        select.measure_together(subject.runner, plan, most, *means)
+        select.measure_together(subject.runner, plan, max(chosen, key=len), *means)
 
 
 def _depth(subject: Subject) -> None:

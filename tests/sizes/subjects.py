@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.artifacts.storage import Bank, Desk
 from ppcl_toolkit.budget.model import Model
-from ppcl_toolkit.plan import Plan, trained_forms
+from ppcl_toolkit.plan import Form, Plan, low_rank_forms, trained_forms
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.running.placement import Placement
 from ppcl_toolkit.running.schedule import Runner
@@ -52,9 +52,16 @@ class Subject:
         """Return a bank that holds everything the plans ask for."""
         folder = self.desk.folder / "bank"
         for form in [form for form in trained_forms(self.plans.values()) if form.is_stock or not depth_only]:
-            state = self.model.costs.block(form).state_dict()
-            disk.keep(folder / f"{form.key}.safetensors", {name: (v.shape, torch.float32) for name, v in state.items()})
+            _keep(folder, form, self.model.costs.block(form).state_dict())
+        for form in [] if depth_only else low_rank_forms(self.plans.values()):
+            block = self.model.costs.block(form)
+            factored = tuple(f"{path}." for path, _ in block.blueprint.factored)
+            _keep(folder, form, {name: v for name, v in block.state_dict().items() if name.startswith(factored)})
         return Bank(folder)
+
+
+def _keep(folder: Path, form: Form, state: Mapping[str, Tensor]) -> None:
+    disk.keep(folder / f"{form.key}.safetensors", {name: (v.shape, torch.float32) for name, v in state.items()})
 
 
 @dataclass(frozen=True)

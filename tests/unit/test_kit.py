@@ -115,7 +115,7 @@ def test_what_is_written_is_an_adapter(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     made = load_adapter("written_flux:ADAPTER")
     assert made == adapter_of(found, "flux", convention)
-    optional = {"models", "others", "example", "noised", "dtype"}
+    optional = {"models", "others", "decoding", "example", "noised", "dtype"}
     assert all(getattr(made, f.name) == getattr(FLUX, f.name) for f in fields(Adapter) if f.name not in optional)
     undecided = write(found, "flux", "a class", None)
     assert undecided.count("# DECIDE:") == 2
