@@ -5,4 +5,6 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# On some processors MKL's sums depend on where operands lie in memory, and what is read from a file lies elsewhere.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 sys.path.insert(0, str(Path(__file__).parent))
