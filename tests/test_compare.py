@@ -136,7 +136,7 @@ def test_of_two_budgets_each_has_its_rows(world, tmp_path):
     for method in ("default", "uniform"):
         few, more = rows[1000, method], rows[2600, method]
         assert few["spent"] <= 1000 < more["spent"] <= 2600 and few["factors"] == [1.0]
-    assert rows[1000, "uniform"]["difference"] != rows[2600, "uniform"]["difference"]
+    assert rows[1000, "uniform"]["velocity_error"] != rows[2600, "uniform"]["velocity_error"]
     page = (tmp_path / "run/comparison.html").read_text()
     assert "uniform, 1k" in page and "uniform, 3k" in page and "1,000 or 2,600 block passes" in page
 

@@ -47,7 +47,7 @@ def said(monkeypatch, capfd, *words):
 )
 def test_generate_says_what_it_cannot_draw(monkeypatch, capfd, tmp_path, words, message):
     monkeypatch.chdir(tmp_path)
-    words = [word.format(folder=tmp_path) for word in words]
+    words = [word.replace("{folder}", str(tmp_path)) for word in words]
     assert message in said(monkeypatch, capfd, "generate", "shapes", "--prompt", "a red circle", *words)
     assert not list(tmp_path.iterdir())
 

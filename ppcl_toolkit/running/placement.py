@@ -20,6 +20,8 @@ from ppcl_toolkit.running.capture import map_tensors
 HOST = torch.device("cpu")
 ROOM = 0.85
 """Share of a device's memory that weights may take when a pipeline is called: the rest is for activations."""
+_WHOLE = 1.06
+"""By how much more room there has to be for all parts of a pipeline than they weigh."""
 RESIDENT, IN_TURN, ALONE, BY_BLOCKS = "resident", "parts in turn", "one part at a time", "transformer by blocks"
 """How a pipeline is called: all of it is on the device; or its transformer and one other part; or what is called alone;
 or a block of its transformer at most."""
@@ -189,8 +191,11 @@ def callable_on(pipeline: Any, device: torch.device, *, streamed: bool = False) 
 def calling_means(
     transformer: int, others: Collection[int], has: Callable[[int], bool], *, streamed: bool = False
 ) -> str:
-    """Return how a pipeline is called whose parts weigh so many bytes, where `has` tells how many there is room for."""
-    if not streamed and has(transformer + sum(others)):
+    """Return how a pipeline is called whose parts weigh so many bytes, where `has` tells how many there is room for.
+
+    All parts together want more room left than one in turn: it is beside them all that pictures are decoded.
+    """
+    if not streamed and has(round(_WHOLE * (transformer + sum(others)))):
         return RESIDENT
     if not streamed and has(transformer + max(others, default=0)):
         return IN_TURN
