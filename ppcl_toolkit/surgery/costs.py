@@ -71,9 +71,7 @@ class Costs:
         seen: dict[Any, int] = {}
 
         def kind(block: nn.Module, given: Streams) -> int:
-            weights = tuple((name, value.shape) for name, value in block.named_parameters())
-            key = (type(block), weights, tuple(None if stream is None else stream.shape for stream in given))
-            return seen.setdefault(key, len(seen))
+            return seen.setdefault(_kind(block, given), len(seen))
 
         return {
             stack.path: list(map(kind, stack.blocks(self._transformer), self._given[stack.path]))
@@ -83,14 +81,18 @@ class Costs:
     @cached_property
     @torch.no_grad()
     def _given(self) -> dict[str, list[Streams]]:
-        """Run the teacher without weights: the streams that each block is given."""
+        """Run the teacher without weights, one block of each kind: the streams that each block is given."""
         found: dict[str, list[Streams]] = {}
+        known: dict[Any, Streams] = {}
         for stack in self._adapter.stacks:
             arguments, streams = self.calls[stack.path]
             for block in stack.blocks(self._transformer):
                 found.setdefault(stack.path, []).append(streams)
-                with all_hold():
-                    streams = run_block(meta_copy(block), stack, arguments, streams)
+                key = (stack.path, _kind(block, streams))
+                if key not in known:
+                    with all_hold():
+                        known[key] = run_block(meta_copy(block), stack, arguments, streams)
+                streams = known[key]
         return found
 
     @property
@@ -126,6 +128,11 @@ class Costs:
         with counting() as counter, all_hold():
             run_block(block, stack, self.calls[form.stack][0], streams)
         return counter
+
+
+def _kind(block: nn.Module, given: Streams) -> tuple[Any, ...]:
+    weights = tuple((name, value.shape) for name, value in block.named_parameters())
+    return type(block), weights, tuple(None if stream is None else stream.shape for stream in given)
 
 
 def _count(module: nn.Module) -> int:

@@ -7,7 +7,7 @@ import functools
 import linecache
 import math
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form
 from ppcl_toolkit.running.capture import Arguments, Streams
 from ppcl_toolkit.surgery import graph
+from ppcl_toolkit.surgery.likeness import likeness
 from ppcl_toolkit.surgery.masks import all_hold
 from ppcl_toolkit.surgery.source import write_forward
 
@@ -83,12 +84,26 @@ def _become(block: nn.Module, blueprint: Blueprint) -> None:
 def draw(block: nn.Module, stack: Stack, form: Form, arguments: Arguments, streams: Streams) -> Blueprint:
     """Work out the blueprint by which `block` takes the text and FFN of `form`; the block may have no weights.
 
-    Raises `PpclError` where the architecture does not allow it.
+    Blocks that are alike have one, which is worked out once. Raises `PpclError` where the architecture does not allow
+    it.
     """
     given = streams.of(stack.streams)
     call = arguments | {stack.argument(name): given[name] for name in stack.streams}
+    try:
+        key = likeness((block, stack, form.text, form.ffn, call))
+    except TypeError:
+        return _drawn(block, stack, form, call, streams.image.dtype)
+    if key not in _DRAWN:
+        _DRAWN[key] = _drawn(block, stack, form, call, streams.image.dtype)
+    return _DRAWN[key]
+
+
+_DRAWN: dict[Hashable, Blueprint] = {}
+
+
+def _drawn(block: nn.Module, stack: Stack, form: Form, call: Arguments, dtype: torch.dtype) -> Blueprint:
     attention = () if stack.joint_attention is None else (stack.joint_attention,)
-    weightless = graph.meta_copy(block).to(streams.image.dtype)
+    weightless = graph.meta_copy(block).to(dtype)
     with all_hold():
         trace = graph.trace(weightless, call, {*stack.ffn.values(), *attention})
     before = trace.used()
