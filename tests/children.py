@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from nursery import Nursery
+from nursery import Nursery, forked
 from safetensors import SafetensorError
 
 from ppcl_toolkit import Recipe, compress
@@ -101,7 +101,7 @@ def running(
     """
 
     def work(tell: Callable[..., None]) -> dict[str, Any]:
-        subprocess.run = Nursery().run  # type: ignore[assignment]
+        subprocess.run = Nursery(forked).run  # type: ignore[assignment]
         workspace.silent = tell
         disk = Disk(out, full)
 

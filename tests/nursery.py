@@ -8,10 +8,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from diffusers.utils import dynamic_modules_utils
 
 _own = subprocess.run
 
@@ -19,17 +18,12 @@ _own = subprocess.run
 class Nursery:
     """Forks what `subprocess.run` is asked for, python with `-c` or `-m`, and ends with the process that asks.
 
-    It is to be opened before that process does anything; what it runs finds libraries imported, and no own module.
+    What it runs finds libraries imported, and no own module. `start` makes the process to fork from.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start: Callable[[socket.socket], Any]) -> None:
         self._asks, answers = socket.socketpair()
-        if os.fork() == 0:
-            for inherited in {int(path.name) for path in Path("/proc/self/fd").iterdir()} - {0, 1, 2, answers.fileno()}:
-                with contextlib.suppress(OSError):
-                    os.close(inherited)
-            _serve(answers)
-            os._exit(0)
+        start(answers)
         answers.close()
 
     def run(self, command: Any, **given: Any) -> subprocess.CompletedProcess[str]:
@@ -43,6 +37,22 @@ class Nursery:
             code = int(_receive(self._asks))
             said = [Path(place, name).read_text(errors="replace") for name in ("out", "err")]
         return subprocess.CompletedProcess(command, code, *said)
+
+
+def forked(answers: socket.socket) -> None:
+    """Fork from the process that asks, before it does anything."""
+    if os.fork() == 0:
+        for inherited in {int(path.name) for path in Path("/proc/self/fd").iterdir()} - {0, 1, 2, answers.fileno()}:
+            with contextlib.suppress(OSError):
+                os.close(inherited)
+        _serve(answers)
+        os._exit(0)
+
+
+def started(answers: socket.socket) -> None:
+    """Fork from a new process, whatever that which asks has done."""
+    number = answers.fileno()
+    subprocess.Popen([sys.executable, __file__, f"{number}"], pass_fds=[number], start_new_session=True)
 
 
 def _serve(answers: socket.socket) -> None:
@@ -64,6 +74,8 @@ def _become(words: list[str], cwd: str, env: dict[str, str], input: str, place: 
     for number, (name, flags) in enumerate((("in", os.O_RDONLY), ("out", 577), ("err", 577))):
         os.dup2(os.open(Path(place, name), flags, 0o600), number)
     sys.stdin, sys.stdout, sys.stderr = (open(n, "r" if n == 0 else "w", closefd=False) for n in range(3))  # noqa: SIM115
+    from diffusers.utils import dynamic_modules_utils
+
     dynamic_modules_utils.HF_MODULES_CACHE = env.get("HF_MODULES_CACHE", dynamic_modules_utils.HF_MODULES_CACHE)
     for known in [name for name in sys.modules if name.split(".")[0] == "ppcl_toolkit"]:
         del sys.modules[known]
@@ -102,3 +114,9 @@ def _exactly(whence: socket.socket, count: int) -> bytes:
             raise OSError("nobody asks any more")
         found += part
     return found
+
+
+if __name__ == "__main__":
+    from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline  # noqa: F401
+
+    _serve(socket.socket(fileno=int(sys.argv[1])))
