@@ -2,9 +2,12 @@
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
-from ppcl_toolkit.budget import Machine
-from ppcl_toolkit.budget.report import Budget, DryRun, dry_run
+from ppcl_toolkit.budget import Machine, report
+from ppcl_toolkit.budget.blocks import Blocks
+from ppcl_toolkit.budget.model import Model
+from ppcl_toolkit.budget.report import Budget, DryRun
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.recipe_files import shipped_recipes
 
@@ -12,6 +15,24 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 PLANNED = [name for name in shipped_recipes() if not name.startswith("tiny")]
 FIRST = "# Takes of a GPU: "
 TOLD = {stage: stage for stage in ("samples", "modulation", "select", "depth", "width")} | {"finetune": "fine-tuning"}
+
+
+def dry_run(recipe: Recipe, **given: Any) -> DryRun:
+    """Plan a recipe; its teacher's blocks are measured once for all that call it alike."""
+    return report.dry_run(recipe, blocks=blocks_of(recipe), **given)
+
+
+def blocks_of(recipe: Recipe) -> Blocks:
+    """Return the measures of a published teacher's blocks."""
+    schedule = {"streamed": "auto", "waiting_gb": None}
+    teacher = recipe.teacher.model_copy(update=schedule).model_dump_json()
+    key = (teacher, recipe.adapter, recipe.samples.edits is None, recipe.export.dtype)
+    if key not in _BLOCKS:
+        _BLOCKS[key] = Blocks(Model.of(recipe))
+    return _BLOCKS[key]
+
+
+_BLOCKS: dict[Any, Blocks] = {}
 
 
 def header(name: str, found: DryRun) -> str:
@@ -25,7 +46,7 @@ def header(name: str, found: DryRun) -> str:
     taken = [f"modulation {sizes('modulation')}"] if recipe.modulation else []
     if recipe.searches:
         taken += [f"depth {sizes('depth')}", *([f"width {sizes('width')}"] if found.hours["width"] else [])]
-        lean = Budget(recipe).stage("finetune", Machine(card=80 * 10**9, host=256 * 10**9))
+        lean = Budget(recipe, blocks=blocks_of(recipe)).stage("finetune", Machine(card=80 * 10**9, host=256 * 10**9))
         tuned = [round(needs["finetune"]["device"] / 1e9) for needs in schedules]
         taken.append(
             f"fine-tuning {tuned[0]} GB with AdamW, {round(lean.device / 1e9)} where 80 are there ({lean.means}), "

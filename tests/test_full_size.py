@@ -8,11 +8,11 @@ import pytest
 import tiny
 import torch
 from diffusers import FluxTransformer2DModel
+from headers import blocks_of, dry_run
 
 from ppcl_toolkit.adapter import available_adapters, load_adapter
 from ppcl_toolkit.artifacts.classes import stock_class
-from ppcl_toolkit.budget import HEADER, Machine, check_fits, check_machine, dry_run, report, side_by_side
-from ppcl_toolkit.budget.blocks import Blocks
+from ppcl_toolkit.budget import HEADER, Machine, check_fits, check_machine, report, side_by_side
 from ppcl_toolkit.budget.memory import Memory
 from ppcl_toolkit.budget.model import Model, count, is_known
 from ppcl_toolkit.budget.whole import Whole
@@ -141,7 +141,7 @@ def test_what_is_made_for_a_card_is_not_called_block_by_block_there(name, target
     card = CARDS[name, target] * 10**9
     (variant,) = (variant for variant in planned(name).variants if variant.name == target)
     recipe = Recipe.load(name)
-    memory = Memory(recipe, Blocks(Model.of(recipe)), {})
+    memory = Memory(recipe, blocks_of(recipe), {})
     means = Whole(memory, card, 10**12).calling(variant.bytes)
     assert means in ("parts in turn", "one part at a time")
     # Half a gigabyte less of a card, and it would not be: the target is no smaller than it has to be.
@@ -270,7 +270,7 @@ def test_every_listed_model_can_be_planned_without_a_download(path):
             transformer = stock_class(adapter).from_config(dict(adapter.models[path]))
         assert count(transformer) == TEACHERS[path]
         return
-    model = Model.of(recipe)
+    model = blocks_of(recipe).model
     assert count(model.transformer) == TEACHERS[path]
     assert len(model.others) > 1 and model.costs(model.plan).flops > 1e12
     assert is_known(recipe)
@@ -353,7 +353,7 @@ def test_jobs_fit_machines_that_people_have(recipe, card, host, devices, stages)
 def test_variants_of_any_family_draw_on_a_card_that_people_have(recipe):
     """Those of FLUX and Qwen-Image are above."""
     machine = Machine(card=24 * 10**9, host=64 * 10**9)
-    found = report.Budget(Recipe.load(recipe)).stage("evaluate", machine)
+    found = report.Budget(Recipe.load(recipe), blocks=blocks_of(Recipe.load(recipe))).stage("evaluate", machine)
     assert found.fits, found
 
 

@@ -186,12 +186,15 @@ class Budget:
         return int((ROOM * machine.host / machine.devices - least.host) / 1e9) if machine.has(least) else 0
 
 
-def dry_run(recipe: Recipe, tflops: float = 400.0, machine: Machine | None = None) -> DryRun:
+def dry_run(
+    recipe: Recipe, tflops: float = 400.0, machine: Machine | None = None, blocks: Blocks | None = None
+) -> DryRun:
     """Work out what `recipe` asks for on devices that sustain `tflops` TFLOP/s each.
 
+    What was measured of the `blocks` of this teacher, called alike, serves again.
     Raises `PpclError` where the teacher's config cannot be had, or a target is out of reach of the intervals given.
     """
-    budget = Budget(recipe)
+    budget = Budget(recipe, blocks=blocks)
     model = budget.model
     teacher = budget.blocks.measured("teacher", model.plan)
     variants = tuple(budget.blocks.measured(target.name, budget.plans[target.name]) for target in recipe.targets)
@@ -225,11 +228,14 @@ def check_fits(
 
     Before plans are `chosen`, those are assumed that the recipe lists, or such as the paper published.
     """
-    machine = Machine(card=device_bytes, host=host_bytes, devices=devices)
-    for stage in Budget(recipe, chosen).stages(machine):
+    _check_fits(Budget(recipe, chosen), Machine(card=device_bytes, host=host_bytes, devices=devices))
+
+
+def _check_fits(budget: Budget, machine: Machine) -> None:
+    for stage in budget.stages(machine):
         if not stage.fits:
-            there = f"{device_bytes / 1e9:.1f}" + (
-                f" GB and a host of {host_bytes / 1e9:.1f}" if host_bytes < UNLIMITED else ""
+            there = f"{machine.card / 1e9:.1f}" + (
+                f" GB and a host of {machine.host / 1e9:.1f}" if machine.host < UNLIMITED else ""
             )
             raise PpclError(
                 f"{stage.name} does not fit a device of {there} GB, of which a tenth is spare: {stage.otherwise}"
@@ -245,12 +251,11 @@ def check_machine(recipe: Recipe, device: torch.device) -> None:
     if device.type == "cuda" and is_known(recipe):
         total = torch.cuda.get_device_properties(device).total_memory
         try:
-            chosen = Budget(recipe).plans
+            budget = Budget(recipe)
         except PpclError:
             return  # what is out of reach of the blocks that a plan assumes may be in reach of those that a run finds
         devices = processes.world()[1]
-        check_fits(recipe, total, UNLIMITED, devices, chosen)
-        budget = Budget(recipe, chosen)
+        _check_fits(budget, Machine(card=total, host=UNLIMITED, devices=devices))
         if "finetune" not in budget.idle:
             memory = Memory(recipe, budget.blocks, budget.plans, devices=devices)
             Whole(memory, total, UNLIMITED).tuning.chosen(total, host_bytes() * devices)

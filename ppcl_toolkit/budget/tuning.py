@@ -51,7 +51,10 @@ class Tuning:
     @property
     def job(self) -> Job:
         """The job as the stage measures it."""
-        return self.memory.blocks.once(("job", self.plan.operations), self._job)
+        section = self.memory.recipe.finetune
+        return self.memory.blocks.once(
+            ("job", self.plan.operations, section.batch, section.gradient_checkpointing), self._job
+        )
 
     def _job(self) -> Job:
         model, section = self.memory.blocks.model, self.memory.recipe.finetune
