@@ -14,7 +14,7 @@ from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Interval, TextRun
 from ppcl_toolkit.recipe_files import Section, find_recipe, read_recipe
 from ppcl_toolkit.units import UNITS, check_size
-from ppcl_toolkit.values import Count, Decay, Name, Seed, Share, check_call
+from ppcl_toolkit.values import Count, Decay, Name, Seed, Seeds, Share, check_call
 
 Lossname = Literal["direction", "relative_mse", "direction_magnitude"]
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -294,7 +294,7 @@ class Evaluate(Section):
     edits: str | None = None
     """For editing pipelines: folder of images to edit, each with a .txt instruction beside it; replaces `prompts`."""
     count: PositiveInt = 70
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     batch: PositiveInt = 1
     velocity_batches: PositiveInt = 4
     """Batches for the relative velocity error."""

@@ -12,6 +12,7 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(lambda seeds: _distinct(seeds))]
 BLOCKS = 1000
 """More than any model has in a stack."""
 _WHOLE = {"height": 2**16, "width": 2**16, "num_inference_steps": 10_000, "max_sequence_length": 2**16}
@@ -36,6 +37,13 @@ def check_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(check_name)]
+
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    """Return seeds of which each makes something else."""
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"one of these seeds stands there twice: {', '.join(map(str, seeds))}")
+    return seeds
 
 
 def read_yaml(text: str) -> tuple[yaml.Node | None, Any]:

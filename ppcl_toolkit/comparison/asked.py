@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from ppcl_toolkit.recipe import Recipe, Target
 from ppcl_toolkit.recipe_files import Section, read_recipe
-from ppcl_toolkit.values import Name, Seed
+from ppcl_toolkit.values import Name, Seed, Seeds
 
 
 class Scoring(Section):
@@ -67,7 +67,7 @@ class Comparison(Section):
     modulation: Literal["without", "with", "both"] = "both"
     """Whether methods have modulation of low rank beneath them: none, all, or each once so and once so."""
     targets: Annotated[tuple[Aim, ...], Field(min_length=1)]
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     """Of training; the unit of the test."""
     passes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     """Block passes of every run, searches and all: a block forward on a sample is one, forward and backward three.
@@ -93,7 +93,7 @@ class Comparison(Section):
 
     @model_validator(mode="after")
     def _can_be_told_apart(self) -> "Comparison":
-        for what in (self.methods, self.seeds, self.passes, tuple(target.name.lower() for target in self.targets)):
+        for what in (self.methods, self.passes, tuple(target.name.lower() for target in self.targets)):
             if len(set(what)) < len(what):
                 raise ValueError(f"one of these stands there twice: {what}")
         return self
