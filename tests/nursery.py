@@ -1,6 +1,7 @@
 """Fresh processes without the seconds that imports take: forked from one that has imported them and run nothing yet."""
 
 import contextlib
+import functools
 import json
 import os
 import runpy
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 _own = subprocess.run
@@ -53,6 +55,19 @@ def started(answers: socket.socket) -> None:
     """Fork from a new process, whatever that which asks has done."""
     number = answers.fileno()
     subprocess.Popen([sys.executable, __file__, f"{number}"], pass_fds=[number], start_new_session=True)
+
+
+def adopt() -> None:
+    """Have this process verify exports and measure memory in forked processes, of one that starts with the first.
+
+    Those that commands and scripts start are new ones, imports and all.
+    """
+    from ppcl_toolkit.artifacts import variant
+    from ppcl_toolkit.stages import evaluate
+
+    nursery = functools.cache(lambda: Nursery(started))
+    for module in (variant, evaluate):
+        module.subprocess = SimpleNamespace(run=lambda *args, **given: nursery().run(*args, **given))
 
 
 def _serve(answers: socket.socket) -> None:

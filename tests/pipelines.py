@@ -1,16 +1,14 @@
-"""Work that one process does, or several share out: a test runs it here, and with torch.distributed.run as a script."""
+"""Work that one process does, or several share out."""
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import tiny
 import torch
+from crowd import Crowd
 from runs import DUAL, FLUX, SINGLE, batches, desk, plan_of, runner
 
 from ppcl_toolkit import processes
@@ -240,17 +238,10 @@ WORK = {
 
 def launched(count, work, out, *arguments):
     """Start `work` in `count` processes."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
-        + [__file__, work, str(out), *arguments],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
+    def mine():
+        torch.set_num_threads(1)
+        processes.pick_device("cpu")
+        WORK[work](out, *arguments)
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    processes.pick_device("cpu")
-    WORK[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
+    return Crowd(count, mine)

@@ -23,7 +23,9 @@ CHANGES = (
 )
 RUN = """
 import os, signal, sys
+from nursery import adopt
 from ppcl_toolkit import Recipe, compress
+adopt()
 recipe, out, kill, *overrides = sys.argv[1:]
 def progress(stage, done, total, note=""):
     if f"{stage}:{done}" == kill:
@@ -62,7 +64,7 @@ def run(world, out, kill="never", *overrides, processes=1):
     """A run in other processes; returns its exit status and what it said."""
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"] if processes > 1 else []
     command = [sys.executable, *launcher, world / "run.py", world / "recipe.yaml", out, kill, *overrides]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 

@@ -1,11 +1,11 @@
 """A training that is spread over processes goes on, on another number of them, with the same weights to the bit."""
 
-import os
 import shutil
 
 import pytest
 import torch
-from torch import multiprocessing, nn
+from crowd import together
+from torch import nn
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.errors import PpclError
@@ -42,10 +42,7 @@ def whole(value):
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def process(rank, ranks, port, folder, writes):
-    addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ.update(addresses | {"WORLD_SIZE": str(ranks)})
-    processes.pick_device("cpu")
+def process(_, ranks, folder, writes):
     for kind in KINDS:
         module, optimization = made(kind, 0 if writes else 5, spread=ranks > 1)
         (folder / kind).mkdir(exist_ok=True)
@@ -94,7 +91,7 @@ def check(folder, kind, module, optimization):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
-    multiprocessing.spawn(process, args=(2, 29591, folder, True), nprocs=2)
+    together(2, process, 2, folder, True)
     return folder
 
 
@@ -105,7 +102,7 @@ def test_another_number_of_processes_goes_on(written, tmp_path, readers):
     # Each wrote its own rows, and no more.
     saved = Saved(tmp_path / "adamw", "state", suffix=".tmp")
     assert [saved.part(rank, "weights/0.weight").shape[0] for rank in range(2)] == [65, 65]
-    multiprocessing.spawn(process, args=(readers, 29592 + readers, tmp_path, False), nprocs=readers)
+    together(readers, process, readers, tmp_path, False)
     for kind in KINDS:
         result = load_result(tmp_path / kind)
         assert {name: value.shape for name, value in result.items()} == {

@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from crowd import together
 from runs import DUAL, SINGLE, batches, desk, equal, plan_of, runner
-from torch import multiprocessing
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -281,9 +280,6 @@ def test_first_blocks_that_are_frozen_stay_and_the_others_learn(bank, tmp_path, 
 
 
 def one_of_two(rank, bank, folder):
-    addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29587", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ.update(addresses | {"WORLD_SIZE": "2"})
-    processes.pick_device("cpu")
     assert processes.gathered([f"only {rank}", "both"]) == ["only 0", "both", "only 1"]
     changes = {"features": 0.1, "clip": 0.01}
     whole, losses, _ = tuned(runner(), bank, folder / "whole", **changes)
@@ -316,7 +312,7 @@ def one_of_two(rank, bank, folder):
 
 
 def test_sharded_over_two_processes_equals_whole_students_in_each(bank, tmp_path):
-    multiprocessing.spawn(one_of_two, args=(bank, tmp_path), nprocs=2)
+    together(2, one_of_two, bank, tmp_path)
 
 
 class Exchanged(TorchDispatchMode):
@@ -333,10 +329,7 @@ class Exchanged(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def one_of_two_in_half(rank, bank, folder):
-    addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29589", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ.update(addresses | {"WORLD_SIZE": "2"})
-    processes.pick_device("cpu")
+def one_of_two_in_half(_, bank, folder):
     teacher, noised = of_dtype(torch.bfloat16)
     whole, losses, _ = tuned(teacher, bank, folder / "whole", noised)
     start, _, _ = tuned(teacher, bank, folder / "start", noised, steps=0)
@@ -357,7 +350,7 @@ def apart(one, other):
 
 
 def test_of_a_half_precision_teacher_halves_are_gathered_and_gradients_averaged_in_single(bank, tmp_path):
-    multiprocessing.spawn(one_of_two_in_half, args=(bank, tmp_path), nprocs=2)
+    together(2, one_of_two_in_half, bank, tmp_path)
 
 
 def test_a_loss_that_breaks_keeps_the_last_good_state(teacher, bank, tmp_path, monkeypatch):

@@ -1,11 +1,9 @@
 """A pass over batches: shared by processes, continued after a kill, and the same result."""
 
-import os
-
 import pytest
 import torch
+from crowd import together
 from runs import FLUX, batches, desk, runner
-from torch import multiprocessing
 
 import ppcl_toolkit.artifacts.passes as passes
 from ppcl_toolkit import processes
@@ -85,9 +83,6 @@ def detected(folder, count):
 
 
 def one_of_two(rank, folder):
-    addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29591", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ.update(addresses | {"WORLD_SIZE": "2"})
-    processes.pick_device("cpu")
     part = Numbers()
     asked, reported = run(folder, part, count=5)
     assert (asked, reported) == (([10, 12, 14], [2, 4, 5]), ([11, 13], [2, 4]))[rank]
@@ -105,7 +100,7 @@ def one_of_two(rank, folder):
 
 def test_two_processes_find_what_one_finds(tmp_path):
     (tmp_path / "two").mkdir()
-    multiprocessing.spawn(one_of_two, args=(tmp_path / "two",), nprocs=2)
+    together(2, one_of_two, tmp_path / "two")
     for count in COUNTS:
         detected(tmp_path / "one" / str(count), count)
         one, two = (tmp_path / kind / str(count) for kind in ("one", "two"))
