@@ -22,8 +22,7 @@ CHANGES = (
     "intervals={batches: 2, batch: 2, strategy: given, given: [{stack: transformer_blocks, first: 0, last: 1}, "
     "{stack: transformer_blocks, first: 2, last: 3}, {stack: single_transformer_blocks, first: 0, last: 1}]}",
     "targets=[{name: light, modulation: true}, {name: small, params: 60%, modulation: true, width: false}]",
-    "depth.checkpoint_every=1",
-    "finetune={steps: 6, batch: 2, checkpoint_every: 1}",
+    "finetune={steps: 6, batch: 2}",
 )
 COMPARISON = """
 job: {folder}/job.yaml
@@ -67,9 +66,9 @@ def whole(world):
     return compare(Comparison.load(world / "both.yaml"), world / "whole"), world / "whole"
 
 
-def run(world, out, kill="never", processes=1):
+def run(world, out, kill="never", *overrides, processes=1):
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"] if processes > 1 else []
-    command = [sys.executable, *launcher, world / "run.py", world / "both.yaml", out, kill, *PART]
+    command = [sys.executable, *launcher, world / "run.py", world / "both.yaml", out, kill, *PART, *overrides]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
@@ -179,11 +178,12 @@ def test_a_seed_changes_the_training_and_nothing_else(whole):
 
 def test_a_killed_comparison_ends_with_the_same_figures(world, whole):
     out = world / "killed"
-    status, said = run(world, out, "runs/2600/70/plain/velocity/0/finetune:3")
+    often = "settings={finetune.checkpoint_every: 2}"
+    status, said = run(world, out, "runs/2600/70/plain/velocity/0/finetune:3", often)
     assert status == -signal.SIGKILL, said[-2000:]
     made = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
     assert made
-    status, said = run(world, out)
+    status, said = run(world, out, "never", often)
     assert status == 0, said[-3000:]
     assert all(path.stat().st_mtime_ns == before for path, before in made.items())
     assert figures(json.loads((out / "comparison.json").read_text())["runs"]) == figures(part(whole[0]))

@@ -175,6 +175,7 @@ def _share(rows: int, rank: int, ranks: int) -> slice:
 def _batches(parts: Iterable[Part], rows: dict[str, int], *, everything: bool) -> Iterator[dict[str, Tensor]]:
     """Yield tensors on the host, as many at a time as one file shall hold; note the rows of those that are spread."""
     batch: dict[str, Tensor] = {}
+    size = 0
     for part in parts:
         if part.rows is not None:
             rows[part.name] = part.rows
@@ -182,8 +183,9 @@ def _batches(parts: Iterable[Part], rows: dict[str, int], *, everything: bool) -
             continue
         # A copy: weights can share memory, which the format refuses.
         batch[part.name] = part.tensor.detach().to("cpu", copy=True).contiguous()
-        if sum(tensor.nbytes for tensor in batch.values()) >= _FILE_BYTES:
+        size += batch[part.name].nbytes
+        if size >= _FILE_BYTES:
             yield batch
-            batch = {}
+            batch, size = {}, 0
     if batch:
         yield batch

@@ -5,11 +5,13 @@ import shutil
 import pytest
 import torch
 from crowd import together
+from safetensors.torch import load_file
 from torch import nn
 
 from ppcl_toolkit import processes
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Finetune
+from ppcl_toolkit.training import shards
 from ppcl_toolkit.training.checkpoint import load_result, load_training, save_result, save_training, steps_done
 from ppcl_toolkit.training.loop import Optimization
 from ppcl_toolkit.training.lowbit import plain
@@ -125,3 +127,13 @@ def test_the_index_is_last_and_what_is_damaged_is_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(PpclError, match=r"state.json.tmp or its files are damaged"):
         load_training(tmp_path, *made("adamw", 1, spread=False))
+
+
+def test_files_are_closed_when_they_are_large_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_FILE_BYTES", 48)
+    given = {f"{number}": torch.full((number + 1,), float(number)) for number in range(7)}
+    shards.save(tmp_path, "it", (shards.Part(name, value) for name, value in given.items()), {"mark": "a"})
+    sizes = [[*load_file(path)] for path in sorted(tmp_path.glob("it-*.safetensors"))]
+    # 4, 8, 12, 16, 20, 24 and 28 bytes: each file ends with what makes it 48 or more.
+    assert sizes == [["0", "1", "2", "3", "4"], ["5", "6"]]
+    assert all(torch.equal(Saved(tmp_path, "it").read(name), value) for name, value in given.items())
