@@ -14,7 +14,9 @@ DUAL = "transformer_blocks"
 
 
 def asked(**sections):
-    base = {"device": "cpu", "teacher": {"path": "shapes", "dtype": "float32"}, "targets": TARGETS}
+    call = {"height": 32, "width": 32, "num_inference_steps": 4, "max_sequence_length": 16}
+    teacher = {"path": "shapes", "dtype": "float32", "call": call}
+    base = {"device": "cpu", "teacher": teacher, "targets": TARGETS}
     return Recipe.model_validate({**base, **sections})
 
 
@@ -69,7 +71,7 @@ def test_a_wrong_adapter_is_known_before_the_first_sample(tmp_path, monkeypatch)
     monkeypatch.delitem(sys.modules, "mine")
     importlib.invalidate_caches()
     with pytest.raises(
-        PpclError, match="stage 'check' in .* is finished with other settings: check.adapter.stacks was"
+        PpclError, match="was made with another adapter 'flux': adapter.stacks was .*; use another --out"
     ):
         compress(asked(adapter="mine:ADAPTER"), tmp_path / "run")
 

@@ -24,9 +24,11 @@ class Whole:
         """Return by what means a stage that decides on them itself is made to fit; nothing of the others."""
         if stage == "finetune":
             return f"{self.means.optimizer}, offload {self.means.offload}"
-        called = {"samples": [self._teacher], "evaluate": [self._teacher, self._student]}.get(stage)
-        if called:
-            return max(map(self.calling, called), key=(RESIDENT, IN_TURN, ALONE, BY_BLOCKS).index)
+        if stage == "samples":
+            return self.calling(self._teacher, streamed=self.memory.streamed)
+        if stage == "evaluate":
+            both = map(self.calling, (self._teacher, self._student))
+            return max(both, key=(RESIDENT, IN_TURN, ALONE, BY_BLOCKS).index)
         if stage == "export":
             return RESIDENT if self._has(self._student) else BY_BLOCKS
         return ""
@@ -40,15 +42,16 @@ class Whole:
         flow, beside = blocks.flow(1), blocks.beside(1)
         forward = self.memory.resting().device + blocks.forward(1) + 3 * flow + beside
         depth = sum(map(len, blocks.params.values()))
-        device = max(self._called(self._teacher, 1), forward)
+        device = max(self._called(self._teacher, 1, streamed=self.memory.streamed), forward)
         return self._teachers.beside(device, -(-depth * (2 * flow + beside) // self.memory.devices))
 
     def samples(self) -> Need:
         """Recording: the pipeline of the teacher, with as many of its parts on the device as it has room for."""
         batch, model = self.memory.recipe.samples.batch, self.memory.blocks.model
         # On the host are the calls of a step, those of the pictures before, and a copy of one on its way there.
-        host = batch * model.sample_bytes * (2 * model.forwards + 1) + self._pinned
-        return self._teachers.beside(self._called(self._teacher, batch), host)
+        streamed = self.memory.streamed
+        host = batch * model.sample_bytes * (2 * model.forwards + 1) + self._pinned(streamed=streamed)
+        return self._teachers.beside(self._called(self._teacher, batch, streamed=streamed), host)
 
     def velocities(self) -> Need:
         """The teacher's answers to the batches of fine-tuning."""
@@ -101,12 +104,13 @@ class Whole:
         call = recipe.teacher.call
         pixels = batch * int(call.get("height", 1024)) * int(call.get("width", 1024))
         decoding = model.adapter.decoding * self._itemsize // 2 * pixels
+        # Pipelines come as there is room for them, however the teacher's blocks came so far: that is what is timed.
         device = max(self._called(own, batch, decoding) for own in (self._teacher, self._student))
         # Pictures, and batches with what both say to them, in fp32.
         latents = model.example[model.adapter.latents].numel()
         held_out = recipe.evaluate.velocity_batches * recipe.samples.batch * (model.sample_bytes + 8 * latents)
         # What this run wrote is read in place.
-        return self._teachers.beside(device, 12 * pixels + held_out + self._pinned, self._student + sum(self._others))
+        return self._teachers.beside(device, 12 * pixels + held_out + self._pinned(), self._student + sum(self._others))
 
     @property
     def others(self) -> Need:
@@ -151,18 +155,17 @@ class Whole:
     def _has(self, weights: int) -> bool:
         return weights <= ROOM * self.card
 
-    def calling(self, transformer: int) -> str:
+    def calling(self, transformer: int, *, streamed: bool = False) -> str:
         """Return how a pipeline is called whose transformer weighs so many bytes."""
-        return calling_means(transformer, self._others, self._has, streamed=self.memory.streamed)
+        return calling_means(transformer, self._others, self._has, streamed=streamed)
 
-    @property
-    def _pinned(self) -> int:
+    def _pinned(self, *, streamed: bool = False) -> int:
         """Bytes of the host from which a block comes to a device while another one runs there."""
-        return self.memory.blocks.largest if self.calling(self._teacher) == BY_BLOCKS else 0
+        return self.memory.blocks.largest if self.calling(self._teacher, streamed=streamed) == BY_BLOCKS else 0
 
-    def _called(self, transformer: int, batch: int, decoding: int = 0) -> int:
+    def _called(self, transformer: int, batch: int, decoding: int = 0, *, streamed: bool = False) -> int:
         """Bytes of a device on which a pipeline is called."""
-        means, others, blocks = self.calling(transformer), self._others, self.memory.blocks
+        means, others, blocks = self.calling(transformer, streamed=streamed), self._others, self.memory.blocks
         running, largest = self._running(batch * blocks.model.forwards), max(others, default=0)
         if means == RESIDENT:
             return transformer + sum(others) + max(running, decoding)
