@@ -167,7 +167,7 @@ def difference(found: Any, expected: Any, name: str = "") -> str:
 def _unlike(found: Any, expected: Tensor, name: str) -> str:
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         return f"{name}{_brief(found)} for {_brief(expected)}"
-    found = found.cpu()
+    found, expected = found.cpu(), expected.cpu()
     if torch.equal(found, expected):
         return ""
     if not expected.is_floating_point():

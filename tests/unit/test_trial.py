@@ -48,7 +48,7 @@ def test_a_video_is_tried_as_a_picture_is(tmp_path):
     (
         ({"text_query": ("attn.add_k_proj",)}, "dead text", "names 'attn.add_k_proj'"),
         ({"returns": ("image", "text")}, "fields", "returns of transformer_blocks"),
-        ({"ffn": {"image": "ff", "text": "attn"}}, "FFNs", "attn"),
+        ({"ffn": {"image": "ff", "text": "attn"}}, "blocks", "names 'attn' for the text, and without it"),
         ({"modulation": ("attn.to_q",)}, "modulation", ""),
     ),
 )
