@@ -92,11 +92,11 @@ def test_passes_are_those_that_are_counted(tmp_path, visits, monkeypatch):
 
 def test_weights_that_the_host_has_no_room_for_take_time():
     recipe = Recipe.load("flux_8b")
-    small, large = (dry_run(recipe, machine=Machine(card=24 * 10**9, host=host * 10**9)).hours for host in (48, 512))
+    small, large = (dry_run(recipe, machine=Machine(card=24 * 10**9, host=host * 10**9)).hours for host in (32, 512))
     teacher = 2 * 11_901_408_320
     visited = -(-recipe.depth.steps // recipe.teacher.chunk)
     assert small["depth"] - large["depth"] == pytest.approx(visited * teacher / 2e9 / 3600)
     assert small["finetune"] == large["finetune"]
     # On a card that holds it the teacher is read once.
-    whole = Machine(card=80 * 10**9, host=48 * 10**9)
+    whole = Machine(card=80 * 10**9, host=32 * 10**9)
     assert dry_run(recipe, machine=whole).hours["depth"] == pytest.approx(large["depth"])
