@@ -225,7 +225,9 @@ def test_a_run_does_not_go_on_with_a_changed_adapter(teacher, tmp_path, monkeypa
         monkeypatch.delitem(sys.modules, "counted_adapter", raising=False)
         shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
         with pytest.raises(Stop):
-            compress(recipe(tmp_path, teacher, adapter="counted_adapter:ADAPTER"), tmp_path / "run", progress=until_samples)
+            compress(
+                recipe(tmp_path, teacher, adapter="counted_adapter:ADAPTER"), tmp_path / "run", progress=until_samples
+            )
 
     begun(OWN)
     assert (tmp_path / "run" / "check" / RECORD).exists()
