@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
+from nursery import adopt
 
 from ppcl_toolkit import Recipe, cli, compress, export_target
 
@@ -29,6 +30,7 @@ def ppcl(*arguments: str | Path) -> None:
 
 
 def main(way: list[str], folder: Path, out: Path, overrides: list[str]) -> None:
+    adopt()
     tiny.small_edits()
     recipe = Recipe.load(folder / "recipe.yaml", overrides)
     (*_, variant) = compress(recipe, out)["variants"]
