@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from ppcl_toolkit.errors import PpclError
@@ -23,6 +23,13 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """What a recipe that names one has beneath its own keys."""
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _is_one_line(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.isprintable():
+            raise ValueError(f"{value[:80]!r} has a character that no name has")
+        return value
 
     def dump(self) -> str:
         """Return this as YAML, every key resolved."""

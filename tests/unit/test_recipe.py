@@ -256,6 +256,7 @@ def test_overrides_are_as_strict(load, override):
         ({"evaluate": {"seeds": []}}, "at least 1 item"),
         ({"evaluate": {"seeds": [-3]}}, "greater than or equal to 0"),
         ({"evaluate": {"seeds": [1, 0, 1]}}, "stands there twice: 1, 0, 1"),
+        ({"samples": {"prompts": "a\n.txt"}}, "has a character that no name has"),
         ({"teacher": {"path": "x", "call": {"num_inference_steps": 0}}}, "call.num_inference_steps is a whole number"),
         ({"teacher": {"path": "x", "call": {"height": "abc"}}}, "call.height is a whole number from 1 on, not 'abc'"),
         ({"teacher": {"path": "x", "call": {"guidance_scale": -1}}}, "call.guidance_scale is a number from 0 on"),
