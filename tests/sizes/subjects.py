@@ -111,13 +111,19 @@ def shallow(recipe: Recipe, blocks: int) -> Iterator[Callable[[Recipe], Recipe]]
     params = sum(parameter.numel() for parameter in whole.transformer.parameters())
     before = listed[path]
 
-    def share(size: str | None) -> str | None:
-        return f"{100 * parse_size(size, 10**15) / params:.1f}%" if size and not is_share(size) else size
+    def share(size: str | None, whole: int = params, unit: str = "params") -> str | None:
+        return f"{100 * parse_size(size, 10**15, unit) / whole:.1f}%" if size and not is_share(size) else size
 
     def smaller(other: Recipe) -> Recipe:
         if not blocks:
             return other
-        targets = [t.model_copy(update={"params": share(t.params), "depth": share(t.depth)}) for t in other.targets]
+        weight = params * getattr(torch, other.export.dtype).itemsize
+        targets = [
+            t.model_copy(
+                update={"params": share(t.params), "bytes": share(t.bytes, weight, "bytes"), "depth": share(t.depth)}
+            )
+            for t in other.targets
+        ]
         return other.model_copy(update={"targets": targets})
 
     fewer = {stack.depth_key: min(blocks, own[stack.path]) for stack in whole.adapter.stacks} if blocks else {}

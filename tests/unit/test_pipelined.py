@@ -25,7 +25,9 @@ def finished(process):
 
 
 def files(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Content by name; what a killed process was writing goes when its stage ends."""
+    whole = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in whole}
 
 
 @pytest.fixture(scope="module")
