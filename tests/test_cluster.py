@@ -18,8 +18,10 @@ from ppcl_toolkit.recipe_files import shipped_text
 RUN = """
 import os, signal, sys
 from pathlib import Path
+from nursery import adopt
 from ppcl_toolkit import Recipe, compress, processes
 from ppcl_toolkit.artifacts import workspace
+adopt()
 recipe, out, moment, end, *overrides = sys.argv[1:]
 died = Path(out + ".died")
 def progress(stage, done, total, note=""):
@@ -58,7 +60,7 @@ def run(world, out, moment="never", *, launcher=TORCHRUN, end="export", override
 
 
 def ended(command):
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    variables = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=400, check=False)
 
 

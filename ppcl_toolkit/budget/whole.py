@@ -27,7 +27,7 @@ class Whole:
         if stage == "samples":
             return self.calling(self._teacher, streamed=self.memory.streamed)
         if stage == "evaluate":
-            both = map(self.calling, (self._teacher, self._student))
+            both = self.calling(self._teacher, streamed=self.memory.streamed), self.calling(self._student)
             return max(both, key=(RESIDENT, IN_TURN, ALONE, BY_BLOCKS).index)
         if stage == "export":
             return RESIDENT if self._has(self._student) else BY_BLOCKS
@@ -104,13 +104,15 @@ class Whole:
         call = recipe.teacher.call
         pixels = batch * int(call.get("height", 1024)) * int(call.get("width", 1024))
         decoding = model.adapter.decoding * self._itemsize // 2 * pixels
-        # Pipelines come as there is room for them, however the teacher's blocks came so far: that is what is timed.
-        device = max(self._called(own, batch, decoding) for own in (self._teacher, self._student))
+        # Variants come as there is room for them, whatever is asked for the teacher.
+        streamed = self.memory.streamed
+        taught = self._called(self._teacher, batch, decoding, streamed=streamed)
+        device = max(taught, self._called(self._student, batch, decoding))
         # Pictures, and batches with what both say to them, in fp32.
         latents = model.example[model.adapter.latents].numel()
         held_out = recipe.evaluate.velocity_batches * recipe.samples.batch * (model.sample_bytes + 8 * latents)
         # What this run wrote is read in place.
-        return self._teachers.beside(device, 12 * pixels + held_out + self._pinned(), self._student + sum(self._others))
+        return self._teachers.beside(device, 12 * pixels + held_out + self._pinned(streamed=streamed), self._student + sum(self._others))
 
     @property
     def others(self) -> Need:
