@@ -112,7 +112,8 @@ class Whole:
         latents = model.example[model.adapter.latents].numel()
         held_out = recipe.evaluate.velocity_batches * recipe.samples.batch * (model.sample_bytes + 8 * latents)
         # What this run wrote is read in place.
-        return self._teachers.beside(device, 12 * pixels + held_out + self._pinned(streamed=streamed), self._student + sum(self._others))
+        host = 12 * pixels + held_out + self._pinned(streamed=streamed)
+        return self._teachers.beside(device, host, self._student + sum(self._others))
 
     @property
     def others(self) -> Need:
@@ -161,7 +162,7 @@ class Whole:
         """Return how a pipeline is called whose transformer weighs so many bytes."""
         return calling_means(transformer, self._others, self._has, streamed=streamed)
 
-    def _pinned(self, *, streamed: bool = False) -> int:
+    def _pinned(self, *, streamed: bool) -> int:
         """Bytes of the host from which a block comes to a device while another one runs there."""
         return self.memory.blocks.largest if self.calling(self._teacher, streamed=streamed) == BY_BLOCKS else 0
 

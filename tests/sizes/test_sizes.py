@@ -14,15 +14,15 @@ WHOLE = {
 }
 """Models with all of their blocks."""
 SHALLOW = [
-    ("flux_8b", "samples"),
-    ("flux_8b", "probe"),
-    ("flux_8b", "depth"),
-    ("flux_8b", "velocities"),
+    *(
+        ("flux_8b", stage, *schedule)
+        for stage in ("samples", "probe", "select", "depth", "velocities", "evaluate")
+        for schedule in ((), ("--streamed",))
+    ),
     ("flux_8b", "finetune"),
     ("flux_8b", "export"),
-    ("flux_8b", "evaluate"),
 ]
-"""A few blocks of each stack, as wide as they are."""
+"""A few blocks of each stack, as wide as they are; resident, and streamed."""
 FEW = "8"
 CASES = WHOLE | {
     ", ".join([*case, "few blocks"]): ["--recipe", case[0], "--stage", case[1], *case[2:], "--blocks", FEW]
