@@ -14,7 +14,10 @@ def likeness(value: Any) -> Hashable:
     Modules are taken by class, attributes and shapes of weights. A `TypeError` says that it cannot be told, as of
     closures and of what cannot be pickled.
     """
-    return _alike(value, {})
+    try:
+        return _alike(value, {})
+    except Exception as error:  # whatever a class raises that is not to be pickled
+        raise TypeError(f"what {type(value).__name__} is cannot be told: {error}") from error
 
 
 def _alike(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
@@ -37,7 +40,10 @@ def _alike(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
     if isinstance(value, list):
         return type(value), tuple(_alike(each, seen) for each in value)
     # As it would be pickled: what makes it, of what, and what it then is given.
-    make, given, *state = value.__reduce_ex__(2)
+    reduced = value.__reduce_ex__(2)
+    if isinstance(reduced, str):
+        return type(value), reduced
+    make, given, *state = reduced
     return type(value), make, *(_alike(each, seen) for each in (given, *state))
 
 

@@ -70,7 +70,11 @@ def test_what_cannot_be_told_is_said():
     def closed(gain):
         return lambda value: gain * value
 
-    for value in (closed(1.0), torch, (each for each in ())):
+    class Kept:
+        def __reduce__(self):
+            raise OSError("of this machine")
+
+    for value in (closed(1.0), torch, (each for each in ()), Kept()):
         with pytest.raises(TypeError):
             likeness({"it": value})
 
