@@ -12,7 +12,6 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(lambda seeds: _distinct(seeds))]
 BLOCKS = 1000
 """More than any model has in a stack."""
 _WHOLE = {"height": 2**16, "width": 2**16, "num_inference_steps": 10_000, "max_sequence_length": 2**16}
@@ -44,6 +43,9 @@ def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"one of these seeds stands there twice: {', '.join(map(str, seeds))}")
     return seeds
+
+
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
 def read_yaml(text: str) -> tuple[yaml.Node | None, Any]:

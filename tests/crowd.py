@@ -36,6 +36,8 @@ class Crowd:
         os.dup2(said, 1), os.dup2(said, 2)
         PartialState._reset_state()
         try:
+            torch.set_num_threads(1)
+            processes.pick_device("cpu")
             work()
         except BaseException:
             os.write(2, traceback.format_exc().encode())
@@ -62,12 +64,6 @@ class Crowd:
 
 def together(count: int, work: Callable[..., object], *given: object, timeout: float = 400) -> None:
     """Run `work(rank, *given)` in `count` processes that have found each other, and fail where one of them does."""
-
-    def mine() -> None:
-        torch.set_num_threads(1)
-        processes.pick_device("cpu")
-        work(processes.world()[0], *given)
-
-    crowd = Crowd(count, mine)
+    crowd = Crowd(count, lambda: work(processes.world()[0], *given))
     said, _ = crowd.communicate(timeout)
     assert crowd.returncode == 0, said[-3000:]

@@ -36,6 +36,7 @@ TESTS = {
     "surgery/assemble": ["assemble", "modulation_variant", "variant"],
     "surgery/costs": ["costs"],
     "surgery/graph": ["graph", "narrow"],
+    "surgery/likeness": ["likeness"],
     "surgery/modelling": ["variant", "modulation_variant"],
     "surgery/narrow": ["narrow", "modulation_variant"],
     "surgery/source": ["graph", "narrow"],

@@ -7,7 +7,6 @@ from functools import partial
 from unittest import mock
 
 import tiny
-import torch
 from crowd import Crowd
 from runs import DUAL, FLUX, SINGLE, batches, desk, plan_of, runner
 
@@ -238,10 +237,4 @@ WORK = {
 
 def launched(count, work, out, *arguments):
     """Start `work` in `count` processes."""
-
-    def mine():
-        torch.set_num_threads(1)
-        processes.pick_device("cpu")
-        WORK[work](out, *arguments)
-
-    return Crowd(count, mine)
+    return Crowd(count, lambda: WORK[work](out, *arguments))

@@ -26,7 +26,7 @@ def finished(process):
 
 def files(folder):
     """Content by name; what a killed process was writing goes when its stage ends."""
-    whole = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    whole = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".partial"]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in whole}
 
 
