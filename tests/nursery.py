@@ -57,15 +57,19 @@ def started(answers: socket.socket) -> None:
     subprocess.Popen([sys.executable, __file__, f"{number}"], pass_fds=[number], start_new_session=True)
 
 
-def adopt() -> None:
+def adopt(*, early: bool = False) -> None:
     """Have this process verify exports and measure memory in forked processes, of one that starts with the first.
 
-    Those that commands and scripts start are new ones, imports and all.
+    Those that commands and scripts start are new ones, imports and all. `early` is for a script that has run nothing
+    yet: it is what they are forked from, and libraries are imported once.
     """
+    nursery = functools.cache(lambda: Nursery(forked if early else started))
+    if early:
+        _import()
+        nursery()
     from ppcl_toolkit.artifacts import variant
     from ppcl_toolkit.stages import evaluate
 
-    nursery = functools.cache(lambda: Nursery(started))
     for module in (variant, evaluate):
         module.subprocess = SimpleNamespace(run=lambda *args, **given: nursery().run(*args, **given))
 
@@ -131,7 +135,10 @@ def _exactly(whence: socket.socket, count: int) -> bytes:
     return found
 
 
-if __name__ == "__main__":
+def _import() -> None:
     from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline  # noqa: F401
 
+
+if __name__ == "__main__":
+    _import()
     _serve(socket.socket(fileno=int(sys.argv[1])))

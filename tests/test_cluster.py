@@ -19,9 +19,9 @@ RUN = """
 import os, signal, sys
 from pathlib import Path
 from nursery import adopt
+adopt(early=True)
 from ppcl_toolkit import Recipe, compress, processes
 from ppcl_toolkit.artifacts import workspace
-adopt()
 recipe, out, moment, end, *overrides = sys.argv[1:]
 died = Path(out + ".died")
 def progress(stage, done, total, note=""):

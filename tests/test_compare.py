@@ -39,9 +39,9 @@ scoring: {{batches: 2, batch: 2}}
 RUN = """
 import os, signal, sys
 from nursery import adopt
+adopt(early=True)
 from ppcl_toolkit.comparison.asked import Comparison
 from ppcl_toolkit.comparison.main import compare
-adopt()
 recipe, out, kill, *given = sys.argv[1:]
 def progress(stage, done, total, note=""):
     if f"{stage}:{done}" == kill:

@@ -24,6 +24,8 @@ from ppcl_toolkit.stages.samples import load_samples
 
 RUN = """
 import os, signal, sys
+from nursery import adopt
+adopt(early=True)
 from ppcl_toolkit import Recipe, compress
 recipe, out, kill, *overrides = sys.argv[1:]
 def progress(stage, done, total, note=""):
@@ -54,7 +56,7 @@ def started(world, out, kill="never", *overrides, launcher=()):
     script.write_text(RUN)
     return subprocess.Popen(
         [sys.executable, *launcher, str(script), str(world / "recipe.yaml"), str(out), kill, *overrides],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

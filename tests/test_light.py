@@ -24,8 +24,8 @@ CHANGES = (
 RUN = """
 import os, signal, sys
 from nursery import adopt
+adopt(early=True)
 from ppcl_toolkit import Recipe, compress
-adopt()
 recipe, out, kill, *overrides = sys.argv[1:]
 def progress(stage, done, total, note=""):
     if f"{stage}:{done}" == kill:

@@ -30,7 +30,7 @@ def ppcl(*arguments: str | Path) -> None:
 
 
 def main(way: list[str], folder: Path, out: Path, overrides: list[str]) -> None:
-    adopt()
+    adopt(early=True)
     tiny.small_edits()
     recipe = Recipe.load(folder / "recipe.yaml", overrides)
     (*_, variant) = compress(recipe, out)["variants"]

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -159,6 +160,8 @@ def test_a_hub_id_is_recorded_with_its_commit(hub, tmp_path):
     """In a fresh process: the hub's client reads where its cache is when it is imported."""
     script = """
 import sys
+from nursery import adopt
+adopt(early=True)
 from ppcl_toolkit import Recipe, compress
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.artifacts.identity import source_of
@@ -177,7 +180,8 @@ except PpclError as error:
     print(error)
 """
     recipe(tmp_path, "tiny/flux")
-    environment = {**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
+    beside = str(Path(tiny.__file__).parent)
+    environment = {**os.environ, "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "PYTHONPATH": beside}
     words = [sys.executable, "-c", script, tmp_path / "recipe.yaml", tmp_path, COMMITS[1], COMMITS[0]]
     done = subprocess.run([*map(str, words)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
