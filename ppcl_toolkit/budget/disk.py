@@ -18,7 +18,7 @@ def disk(memory: Memory) -> dict[str, int]:
     # Modulation of low rank asks for the empty prompt, too.
     empty = int(recipe.modulation is not None and not recipe.samples.edits and not recipe.samples.images)
     itemsize = blocks.model.dtype.itemsize
-    variants = [whole.params(plan) * itemsize for plan in memory.plans.values()]
+    variants = [whole.params(plan) * itemsize + blocks.buffers for plan in memory.plans.values()]
     tuned = [whole.params(memory.plans[name]) for name in recipe.tuned]
     students = max(tuned, default=0) if recipe.answered.steps else 0
     found = {

@@ -60,17 +60,20 @@ class Memory:
         """Linear probes: sums of a slice's blocks on the host, and their probes in training."""
         section = self.recipe.probe
         squares, most = self.squares()
-        at_work = self._at_work(section.batch, self._added_up(section.batch))
+        passing, waiting = self.passing(section.batch)
+        # While a block runs, of the streams there is what it is given.
+        flow = 2 * self.blocks.flow(section.batch)
+        at_work = self._at_work(section.batch, self._added_up(section.batch) + flow) + passing - flow
         visiting = 2 * most * (SUMS if self.streamed else TRAINED)
         each = SUMS + FITTED + (TRAINED if section.steps else 0)
         needs, places = [], [Place(s, b, b) for s, own in self.blocks.params.items() for b in range(len(own))]
         for held, read in self._slices(places):
-            host = sum(sum(self._pairs[places[number].stack]) for number in read) * each + (
-                0 if section.steps else 6 * 8 * most
-            )
+            pairs = sum(sum(self._pairs[places[number].stack]) for number in read)
+            # No batch waits any more when the equations are solved, unless probes are trained then.
+            solved = pairs * each + (waiting if section.steps else 6 * 8 * most)
             # The first process writes the probes of all.
-            host = max(host, squares * FITTED)
-            needs.append(self.resting(held).beside(at_work + visiting, host).beside(*self.passing(section.batch)))
+            host = max(pairs * SUMS + waiting, solved, squares * FITTED)
+            needs.append(self.resting(held).beside(at_work + visiting, host))
         return largest(needs)
 
     def modulation(self) -> Need:

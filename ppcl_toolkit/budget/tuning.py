@@ -31,14 +31,15 @@ class Tuning:
         teacher = self.memory.frozen(blocks.teacher)
         written = min(_FILE, (weight + moments) * total)
         if means.offload == "blocks":
-            at_rest = (weight + gradient + moments) * (total - inside)
+            at_rest = (weight + gradient + moments) * (total - inside) + blocks.buffers
             visiting = weight + (moments if means.optimizer != "adamw" else gradient)
             host = (weight + gradient + moments) * inside
             return teacher.beside(int(at_rest + self._at_work(means, visiting=visiting)), int(host + written))
         share = self.memory.devices if section.shard else 1
         # Sharded, two blocks are whole at a time, and gradients of one.
         gathered = 0 if share == 1 else blocks.largest * 2 + blocks.largest // blocks.model.dtype.itemsize * 4
-        device = (weight + moments) * total / share + gathered + self._at_work(means, gradient * total // share)
+        at_rest = (weight + moments) * total / share + blocks.buffers
+        device = at_rest + gathered + self._at_work(means, gradient * total // share)
         return teacher.beside(int(device), int(min(_FILE, (weight + moments) * total / share)))
 
     def chosen(self, card: int, host: int) -> Means:
@@ -66,7 +67,7 @@ class Tuning:
     @cached_property
     def _params(self) -> int:
         blocks = self.memory.blocks
-        return blocks.outside // blocks.model.dtype.itemsize + sum(blocks.size(form) for form in self.plan.forms())
+        return blocks.fixed + sum(blocks.size(form) for form in self.plan.forms())
 
     def _at_work(self, means: Means, gradients: int = 0, visiting: float = 0.0) -> float:
         """Bytes of activations, of gradients that wait, of steps in the backward pass, and of a block that is visiting.

@@ -144,16 +144,17 @@ class Whole:
     @property
     def _student(self) -> int:
         """Bytes of the largest student."""
-        return self.params(self._largest) * self._itemsize
+        return self.params(self._largest) * self._itemsize + self.memory.blocks.buffers
 
     def params(self, plan: Plan) -> int:
         """Count the parameters of the student of `plan`."""
         blocks = self.memory.blocks
-        return blocks.outside // self._itemsize + sum(blocks.size(form) for form in plan.forms())
+        return blocks.fixed + sum(blocks.size(form) for form in plan.forms())
 
     def _running(self, batch: int) -> int:
-        passing, _ = self.memory.passing(batch)
-        return self.memory.blocks.forward(batch) + passing
+        """Bytes beside the weights while a model runs: of its streams there is what a block is given."""
+        blocks = self.memory.blocks
+        return blocks.forward(batch) + blocks.flow(batch) + blocks.beside(batch)
 
     def _has(self, weights: int) -> bool:
         return weights <= ROOM * self.card

@@ -110,8 +110,8 @@ def called(subject: Subject, transformer: Any = None) -> Any:
         listed = [size // subject.model.dtype.itemsize for size in subject.model.others]
         assert sorted(sizes) == sorted(listed), f"{sizes} are not the parts that the adapter lists: {listed}"
         found = kind(scheduler=_Scheduler(), transformer=transformer or subject.runner.transformer, **made)
-    # All of it is prompt.
-    found.prompt_template_encode, found.prompt_template_encode_start_idx = "{}", 0
+    # All of it is prompt, and five tokens end a template.
+    found.prompt_template_encode, found.prompt_template_encode_start_idx = "{}aaaaa", 0
     found.set_progress_bar_config(disable=True)
     found.image_processor.postprocess = _pictures
     return found
@@ -171,8 +171,12 @@ def run_evaluate(subject: Subject) -> None:
 
     def opened(*_: Any, **__: Any) -> Any:
         with subject.ledger.reading(here=True):
-            student = subject.model.student(subject.largest)
+            with torch.utils._python_dispatch._disable_current_modes():  # tables that are no buffers are copied
+                student = subject.model.student(subject.largest)
             student.to_empty(device="cpu").to(subject.model.dtype)
+            for module in student.modules():
+                tables = {name: v for name, v in vars(module).items() if isinstance(v, torch.Tensor)}
+                vars(module).update({name: torch.empty(v.shape, dtype=v.dtype) for name, v in tables.items()})
         return called(subject, student)
 
     evaluate.load_pipeline = opened

@@ -95,7 +95,7 @@ class Ledger(FakeTensorMode):
             single = isinstance(seen, torch.Tensor)
             return FakeTensor(self, seen, place) if single else [FakeTensor(self, each, place) for each in seen]
         key = (func, *_kinds((args, kwargs))) if _makes_anew(func) else ()
-        if None in key or not key:
+        if not key or any(each is None for each in key):
             return super().__torch_dispatch__(func, types, args, kwargs)
         if key not in self._outputs:
             made = super().__torch_dispatch__(func, types, args, kwargs)
@@ -209,7 +209,7 @@ def _kinds(value: Any) -> Iterator[Any]:
             yield from _kinds(each)
     elif value is None:
         yield ""
-    elif isinstance(value, torch.Tensor):
+    elif isinstance(value, torch.Tensor | torch.ScriptObject):
         yield None
     else:
         yield type(value)

@@ -97,7 +97,7 @@ def _finetune(subject: Subject) -> None:
     for number in range(section.steps * 8):
         shape = predicted(subject.model, section.batch)
         disk.keep(recorded._file(number), {"velocity": (shape, batches.dtype)}, {"tree": _TARGET})
-    finetune.finetune(subject.runner, subject.largest, subject.bank(), batches, recorded, section, subject.desk)
+    finetune.finetune(subject.runner, subject.tuned, subject.bank(), batches, recorded, section, subject.desk)
 
 
 def _velocities(subject: Subject) -> None:

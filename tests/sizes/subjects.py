@@ -42,8 +42,13 @@ class Subject:
 
     @property
     def largest(self) -> Plan:
-        """The plan of the first target: what fine-tuning and export take the most memory for."""
+        """The plan of the first target: what export takes the most memory for."""
         return next(iter(self.plans.values()))
+
+    @property
+    def tuned(self) -> Plan:
+        """The plan of the first target that is fine-tuned."""
+        return self.plans[next(name for name in self.plans if name in self.recipe.tuned)]
 
     def batches(self, size: int) -> "Batches":
         return Batches(self.model, size)

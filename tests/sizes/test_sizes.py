@@ -21,8 +21,17 @@ SHALLOW = [
     ),
     ("flux_8b", "finetune"),
     ("flux_8b", "export"),
+    ("qwen_image_10b", "width"),
+    ("qwen_image_10b", "finetune"),
+    ("qwen_image_10b", "evaluate"),
+    ("sd35_large_5b", "depth", "--streamed"),
+    ("sd35_medium_twice_as_fast", "export"),
+    ("flux2_klein_3b", "probe", "--streamed"),
+    ("z_image_4_6b", "velocities"),
+    ("chroma_6_9b", "depth"),
+    ("wan_1b", "probe"),
 ]
-"""A few blocks of each stack, as wide as they are; resident, and streamed."""
+"""A few blocks of each stack, as wide as they are; `count.py --all` has every recipe of theirs, and every stage."""
 FEW = "8"
 CASES = WHOLE | {
     ", ".join([*case, "few blocks"]): ["--recipe", case[0], "--stage", case[1], *case[2:], "--blocks", FEW]
