@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Stack, Stream
+from ppcl_toolkit.checking.alone import shifted
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.kit.depths import depends_on_depth, depth_keys, index_keys
 from ppcl_toolkit.kit.inside import look_inside
-from ppcl_toolkit.kit.watching import Called, changed, shifted, watch
+from ppcl_toolkit.kit.watching import Called, changed, watch
 from ppcl_toolkit.running.fields import lists_of
 
 OPEN = "DECIDE:"

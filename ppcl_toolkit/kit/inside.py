@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Stack, Stream
+from ppcl_toolkit.checking.alone import shifted
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.kit.watching import Called, changed, shifted, watch
+from ppcl_toolkit.kit.watching import Called, changed, watch
 from ppcl_toolkit.plan import Form
 from ppcl_toolkit.running.capture import Streams
+from ppcl_toolkit.running.fields import LAYERS
 from ppcl_toolkit.surgery.narrow import draw
 
-_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Note = Callable[[str, str], None]
 
 
@@ -124,7 +125,7 @@ def _networks(given: Mapping[Stream, Tensor], inner: Sequence[Called], attention
     # A module ends behind its parts: outermost ones come last.
     for call in reversed(inner):
         taken, made = call.tensors().values(), call.output
-        linear = sum(isinstance(part, _LINEAR) for part in call.module.modules())
+        linear = sum(isinstance(part, LAYERS) for part in call.module.modules())
         inside = attention is not None and f"{call.path}.".startswith(f"{attention.path}.")
         if linear < 2 or inside or len(taken) != 1 or "Attention" in type(call.module).__name__:
             continue
