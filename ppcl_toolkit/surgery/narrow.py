@@ -18,9 +18,9 @@ from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form
 from ppcl_toolkit.running.capture import Arguments, Streams
+from ppcl_toolkit.running.meta import without_data
 from ppcl_toolkit.surgery import graph
 from ppcl_toolkit.surgery.likeness import likeness
-from ppcl_toolkit.surgery.masks import all_hold
 from ppcl_toolkit.surgery.source import write_forward
 
 
@@ -104,7 +104,7 @@ _DRAWN: dict[Hashable, Blueprint] = {}
 def _drawn(block: nn.Module, stack: Stack, form: Form, call: Arguments, dtype: torch.dtype) -> Blueprint:
     attention = () if stack.joint_attention is None else (stack.joint_attention,)
     weightless = graph.meta_copy(block).to(dtype)
-    with all_hold():
+    with without_data():
         trace = graph.trace(weightless, call, {*stack.ffn.values(), *attention})
     before = trace.used()
     try:
