@@ -77,6 +77,8 @@ def check_streams(runner: Runner, batch: Batch) -> None:
 def check_mask(runner: Runner, batch: Batch) -> None:
     """Hide the last token of the text by its mask and change it: the velocity must stay as it is.
 
+    So must it without a mask, where all of the text counts.
+
     Raises `PpclError` where it does not.
     """
     named = runner.adapter.padded
@@ -88,20 +90,26 @@ def check_mask(runner: Runner, batch: Batch) -> None:
     mask[:, -1] = 0
     other = text.clone()
     other[:, -1] = shifted(other[:, -1])
+    pairs = ((text, mask), (other, mask), (text, torch.ones_like(mask)), (text, None))
     try:
-        found = [runner.velocity({**batch, named[0]: value, named[1]: mask}).cpu() for value in (text, other)]
+        found = [runner.velocity({**batch, named[0]: value, named[1]: each}).cpu() for value, each in pairs]
     except Exception as error:
         if not is_refusal(error):
             raise
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise PpclError(
-            f"adapter {family}: text_mask: the transformer takes no mask of the text, {list(mask.shape)}, as "
-            f"{named[1]!r} ({said})"
+            f"adapter {family}: text_mask: the transformer takes no mask of the text, {list(mask.shape)}, or "
+            f"none, as {named[1]!r} ({said})"
         ) from error
     if wrong := difference(found[1], found[0], "velocity"):
         raise PpclError(
             f"adapter {family}: text_mask: where {named[1]!r} is 0 for a token of {named[0]!r}, another "
             f"one there makes {wrong}: it does not say which tokens are padding"
+        )
+    if wrong := difference(found[3], found[2], "velocity"):
+        raise PpclError(
+            f"adapter {family}: text_mask: without {named[1]!r} there is {wrong} than with one in which all of "
+            f"{named[0]!r} counts, and batches without padding have none"
         )
 
 

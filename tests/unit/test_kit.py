@@ -40,8 +40,7 @@ def test_a_shipped_adapter_is_what_is_found_of_its_pipeline(family):
     assert set(made.shared) == set(shipped.shared) - {"skip_layers"}
 
 
-# Not Mochi, whose last block is another one: of its text it finds less than there is.
-@pytest.mark.parametrize("name", [name for name in available_adapters() if name != "mochi"])
+@pytest.mark.parametrize("name", available_adapters())
 def test_a_shipped_adapter_is_what_is_found_of_its_class(name):
     shipped = load_adapter(name)
     transformer, call = small(getattr(diffusers, shipped.transformer))

@@ -53,7 +53,7 @@ STACKS = [
     ("flux", {"ffn": {"image": "attn.to_out.0"}}, "attn.to_out.0 is a Linear in attn with 1 linear layers"),
     ("flux", {"ffn": {"image": "ff_context"}}, "names 'ff_context' for the image, and without it .* another text"),
     ("sd3", {"modulation": ("attn.to_q",)}, "modulation: transformer_blocks.2.attn.to_q is fed .*, modulation is one"),
-    ("flux", {"text_mask": "joint_attention_kwargs"}, r"takes no mask of the text, \[2, 5\], as 'joint_attention_kwar"),
+    ("flux", {"text_mask": "joint_attention_kwargs"}, r"takes no mask of the text, \[2, 5\], or none, as 'joint_at"),
     ("flux", {"text": "temb", "returns": ("image",)}, "returns of transformer_blocks"),
     ("qwen", {"text": None, "returns": ("image",)}, "text_mask of transformer_blocks: its blocks have no text stream"),
     (
