@@ -174,9 +174,7 @@ def reshape_block(
         gone = block.get_submodule(path)
         delattr(block.get_submodule(parent), name)
         if path in bypassed:
-            width = (
-                layer.out_features if isinstance(layer, nn.Linear) and layer.in_features != layer.out_features else 0
-            )
+            width = gone.out_features if isinstance(gone, nn.Linear) and gone.in_features != gone.out_features else 0
             setattr(block.get_submodule(parent), name, partial(bypass, width=width) if width else bypass)
     for path, chunks, parts in shrunk:
         linear = block.get_submodule(path)
