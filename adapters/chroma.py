@@ -1,13 +1,14 @@
 """Chroma: dual-stream blocks, then many that run both streams as one; modulation is a table by the numbers of blocks.
 
-Rows of `mod_proj` say which vector a small network makes, and the class fills them in by their numbers. A shorter model
-has the rows of its own blocks with its weights, so it is `custom`.
+Rows of `mod_proj` say which vector a small network makes, and the class fills them in by their numbers: three of each
+single block, six of each dual one, six more of its text; the two last are those of the output. A shorter model has the
+rows of its own blocks with its weights, so it is `custom`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from ppcl_toolkit.adapter import Adapter, Stack
+from ppcl_toolkit.adapter import Adapter, Stack, TableRows
 
 DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"
 
@@ -27,26 +28,13 @@ def example(config: Mapping[str, Any], call: Mapping[str, Any], references: int)
     }
 
 
-def rows(kept: Mapping[str, Sequence[int]], depths: Mapping[str, int]) -> list[int]:
-    """Rows of the blocks that are kept: three of each single one, six of each dual one, six more of its text, two last.
-
-    The two last are those of the output.
-    """
-    image = 3 * depths[SINGLE]
-    text = image + 6 * depths[DUAL]
-    last = text + 6 * depths[DUAL]
-    found = [3 * block + row for block in kept[SINGLE] for row in range(3)]
-    found += [start + 6 * block + row for start in (image, text) for block in kept[DUAL] for row in range(6)]
-    return [*found, last, last + 1]
-
-
 ADAPTER = Adapter(
     family="chroma",
     transformer="ChromaTransformer2DModel",
     packs=True,
     shared=("img_ids", "txt_ids"),
     guidance="guidance_scale",
-    tables={"time_text_embed.mod_proj": rows},
+    tables={"time_text_embed.mod_proj": TableRows(((SINGLE, 3), (DUAL, 6), (DUAL, 6), (None, 2)))},
     models={"lodestones/Chroma1-HD": {}, "lodestones/Chroma1-Base": {}},
     others=(4_762_310_656, 83_819_683),
     decoding=1_541,

@@ -1,7 +1,4 @@
-"""Mochi 1, text to video: dual-stream blocks, of which the last one only reads the text.
-
-There is no `example`: positions are computed under an autocast that devices without data do not have.
-"""
+"""Mochi 1, text to video: dual-stream blocks, of which the last one only reads the text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +24,20 @@ def remap(config: dict[str, Any], state: dict[str, Tensor], _: Mapping[str, Sequ
             state[f"{last}norm1_context.linear_1.{kind}"] = whole.chunk(4)[0].clone()
 
 
+def example(config: Mapping[str, Any], call: Mapping[str, Any], references: int) -> dict[str, Any]:
+    """Shapes of one call: latents are an eighth of a frame, and six frames; the text is padded."""
+    assert not references, "Mochi has no editing models"
+    rows, columns = call.get("height", 480) // 8, call.get("width", 848) // 8
+    frames = (call.get("num_frames", 19) - 1) // 6 + 1
+    text = call.get("max_sequence_length", config["max_sequence_length"])
+    return {
+        "hidden_states": (1, config["in_channels"], frames, rows, columns),
+        "encoder_hidden_states": (1, text, config["text_embed_dim"]),
+        "timestep": (1,),
+        "encoder_attention_mask": (1, text),
+    }
+
+
 ADAPTER = Adapter(
     family="mochi",
     transformer="MochiTransformer3DModel",
@@ -35,6 +46,7 @@ ADAPTER = Adapter(
     models={"genmo/mochi-1-preview": {}},
     dtype="float32",
     others=(4_762_310_656, 459_748_611),
+    example=example,
     stacks=(
         Stack(
             path=BLOCKS,

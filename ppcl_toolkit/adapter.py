@@ -82,6 +82,24 @@ class Stack:
         return blocks
 
 
+@dataclass(frozen=True, slots=True)
+class TableRows:
+    """Rows of a table that has a part for every stack, or several, one behind the other: `Adapter.tables`."""
+
+    parts: tuple[tuple[str | None, int], ...]
+    """Of each part: the path of a stack, and the rows of each of its blocks; or None, and rows that no block has."""
+
+    def __call__(self, kept: Mapping[str, Sequence[int]], depths: Mapping[str, int]) -> list[int]:
+        """Return the rows that stay where those blocks are kept."""
+        found: list[int] = []
+        start = 0
+        for path, count in self.parts:
+            for block in [0] if path is None else kept[path]:
+                found += range(start + count * block, start + count * (block + 1))
+            start += count * (1 if path is None else depths[path])
+        return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
     """A family of transformers: its stacks in forward order, and how a denoising call is made."""

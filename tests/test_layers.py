@@ -12,7 +12,7 @@ PLACES = {
     "rich": ("ppcl_toolkit/console.py",),
     "yaml": ("ppcl_toolkit/recipe_files.py", "ppcl_toolkit/values.py"),
     "accelerate": ("ppcl_toolkit/processes.py", "ppcl_toolkit/running/placement.py", "ppcl_toolkit/shapes/"),
-    "torch.fx": ("ppcl_toolkit/surgery/graph.py", "ppcl_toolkit/surgery/source.py", "ppcl_toolkit/surgery/masks.py"),
+    "torch.fx": ("ppcl_toolkit/surgery/graph.py", "ppcl_toolkit/surgery/source.py", "ppcl_toolkit/running/meta.py"),
     "diffusers": (
         "ppcl_toolkit/artifacts/pipeline.py",
         "ppcl_toolkit/artifacts/variant.py",

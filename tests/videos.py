@@ -128,7 +128,7 @@ def mochi() -> MochiPipeline:
         num_attention_heads=2,
         attention_head_dim=8,
         num_layers=4,
-        pooled_projection_dim=16,
+        pooled_projection_dim=24,
         text_embed_dim=32,
         time_embed_dim=8,
         max_sequence_length=16,

@@ -15,6 +15,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ppcl_toolkit.running.meta import without_data
+
 _HALF = {functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.mm, functional.conv2d}
 _EXACT = {functional.layer_norm, functional.softmax, torch.softmax, torch.rsqrt, Tensor.rsqrt, Tensor.pow, torch.pow}
 _EXACT |= {functional.rms_norm, functional.group_norm, functional.normalize, Tensor.norm, torch.norm}
@@ -37,7 +39,7 @@ def forward_peak(run: Callable[[], Any], half: torch.dtype | None = None) -> int
 
     With `half` it runs under autocast to that dtype.
     """
-    with torch.no_grad(), _Followed() as followed, _AsOnCards(half):
+    with torch.no_grad(), without_data(), _Followed() as followed, _AsOnCards(half):
         kept = run()
         del kept
     return followed.peak
@@ -47,7 +49,7 @@ def training_peak(run: Callable[[], Tensor], dtype: torch.dtype) -> Step:
     """Count a forward pass under autocast to `dtype` that returns a loss, and its backward pass."""
     half = None if dtype == torch.float32 else dtype
     with _Followed() as followed:
-        with torch.enable_grad(), _AsOnCards(half):
+        with torch.enable_grad(), without_data(), _AsOnCards(half):
             loss = run()
         before, followed.peak = followed.peak, followed.live
         kept = followed.live

@@ -8,6 +8,7 @@ from torch import Tensor
 from ppcl_toolkit.checking.witness import Witness, difference
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.capture import map_tensors, run_block, stack_calls, unpack
+from ppcl_toolkit.running.images import is_refusal
 from ppcl_toolkit.running.passage import Batch
 from ppcl_toolkit.running.schedule import Runner
 
@@ -55,9 +56,15 @@ def check_streams(runner: Runner, batch: Batch) -> None:
     runner.settle()
     given = dict(runner.placement.bring(batch))
     calls = []
-    for latents in (given[runner.adapter.latents], _shifted(given[runner.adapter.latents])):
+    for latents in (given[runner.adapter.latents], shifted(given[runner.adapter.latents])):
         call = {**given, runner.adapter.latents: latents}
         calls.append(stack_calls(runner.transformer, runner.adapter, first.path, call).streams)
+    flat = [list(tokens.shape) for tokens in calls[0] if tokens is not None and tokens.ndim != 3]
+    if flat:
+        raise PpclError(
+            f"adapter {runner.adapter.family}: {first.path} is given {flat[0]} as a stream, {first.image!r} or "
+            f"{first.text!r}: streams have tokens, [B, N, D]"
+        )
     image, text = (difference(one, other) for one, other in zip(*calls, strict=True))
     if not image:
         raise PpclError(
@@ -70,24 +77,42 @@ def check_streams(runner: Runner, batch: Batch) -> None:
 def check_mask(runner: Runner, batch: Batch) -> None:
     """Hide the last token of the text by its mask and change it: the velocity must stay as it is.
 
+    So must it without a mask, where all of the text counts.
+
     Raises `PpclError` where it does not.
     """
     named = runner.adapter.padded
     text = None if named is None else batch.get(named[0])
     if named is None or not isinstance(text, Tensor) or text.ndim != 3 or text.shape[1] < 2:
         return
-    given = batch.get(named[1])
+    given, family = batch.get(named[1]), runner.adapter.family
     mask = torch.ones(text.shape[:2], dtype=given.dtype if isinstance(given, Tensor) else torch.bool)
     mask[:, -1] = 0
     other = text.clone()
-    other[:, -1] = _shifted(other[:, -1])
-    found = [runner.velocity({**batch, named[0]: value, named[1]: mask}).cpu() for value in (text, other)]
+    other[:, -1] = shifted(other[:, -1])
+    pairs = ((text, mask), (other, mask), (text, torch.ones_like(mask)), (text, None))
+    try:
+        found = [runner.velocity({**batch, named[0]: value, named[1]: each}).cpu() for value, each in pairs]
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise PpclError(
+            f"adapter {family}: text_mask: the transformer takes no mask of the text, {list(mask.shape)}, or "
+            f"none, as {named[1]!r} ({said})"
+        ) from error
     if wrong := difference(found[1], found[0], "velocity"):
         raise PpclError(
-            f"adapter {runner.adapter.family}: text_mask: where {named[1]!r} is 0 for a token of {named[0]!r}, another "
+            f"adapter {family}: text_mask: where {named[1]!r} is 0 for a token of {named[0]!r}, another "
             f"one there makes {wrong}: it does not say which tokens are padding"
+        )
+    if wrong := difference(found[3], found[2], "velocity"):
+        raise PpclError(
+            f"adapter {family}: text_mask: without {named[1]!r} there is {wrong} than with one in which all of "
+            f"{named[0]!r} counts, and batches without padding have none"
         )
 
 
-def _shifted(value: Any) -> Any:
+def shifted(value: Any) -> Any:
+    """Return other tensors of the same shape and type, of values in the same range."""
     return map_tensors(value, lambda tensor: tensor.flip(-1) * 0.5 + 0.25 if tensor.is_floating_point() else tensor)

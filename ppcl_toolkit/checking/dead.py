@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ppcl_toolkit.adapter import Stack, Stream
-from ppcl_toolkit.checking.witness import BlockCall, Witness
+from ppcl_toolkit.checking.witness import BlockCall, Witness, middle
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.capture import map_tensors, run_block
 from ppcl_toolkit.running.schedule import Runner
@@ -18,22 +18,26 @@ from ppcl_toolkit.running.schedule import Runner
 def check_dead(runner: Runner, witness: Witness) -> None:
     """Spoil what only makes a block's own text (`text_query`, `text_out`): its image must come out as it was.
 
-    Raises `PpclError` with the module that the image needs.
+    Raises `PpclError` with the module that the image needs, or with another one that it does not.
     """
     runner.settle()
     for stack in runner.adapter.stacks:
         if stack.joint_attention is None:
             continue
-        # As the first blocks may lack what later ones have, or the last one: the one in the middle.
-        index = len(witness.calls[stack.path]) // 2
-        block, call = runner.blocks(stack.path)[index], witness.calls[stack.path][index]
+        index, block, call = middle(runner, witness, stack)
         for field in ("text_query", "text_out"):
             for path in [path for path in getattr(stack, field) if path in dict(block.named_modules())]:
-                if not _is_dead(runner, stack, block, call, path):
+                if not _left(runner, stack, block, call, path)["image"]:
                     raise PpclError(
                         f"adapter {runner.adapter.family}: {field} of {stack.path} names {path!r}, without which the "
                         f"image of block {index} is another one: it may not be taken out"
                     )
+        if path := _forgotten(runner, stack, block, call):
+            raise PpclError(
+                f"adapter {runner.adapter.family}: {stack.joint_attention} of {stack.path} makes nothing but its own "
+                f"text with {path!r}, and neither text_query nor text_out names that: read by nobody, it would stay "
+                "where text streams go"
+            )
 
 
 @torch.no_grad()
@@ -44,8 +48,7 @@ def check_networks(runner: Runner, witness: Witness) -> None:
     """
     runner.settle()
     for stack in runner.adapter.stacks:
-        index = len(witness.calls[stack.path]) // 2
-        block, call = runner.blocks(stack.path)[index], witness.calls[stack.path][index]
+        index, block, call = middle(runner, witness, stack)
         for stream, path in stack.ffn.items():
             if path not in dict(block.named_modules()):
                 continue
@@ -58,6 +61,19 @@ def check_networks(runner: Runner, witness: Witness) -> None:
                 )
 
 
+def _forgotten(runner: Runner, stack: Stack, block: nn.Module, call: BlockCall) -> str | None:
+    """Return a module with weights in the joint attention that has a part in its text alone, and is not named."""
+    assert stack.joint_attention is not None
+    for name, module in block.get_submodule(stack.joint_attention).named_modules():
+        path = f"{stack.joint_attention}.{name}"
+        named = any(f"{path}.".startswith(f"{other}.") for other in (*stack.text_query, *stack.text_out))
+        if name and not named and any(True for _ in module.parameters(recurse=False)):
+            left = _left(runner, stack, block, call, path)
+            if left["image"] and not left.get("text", True):
+                return path
+    return None
+
+
 def _left(runner: Runner, stack: Stack, block: nn.Module, call: BlockCall, path: str) -> dict[Stream, bool]:
     """Return which streams of a block are as they were where a module in it is spoiled."""
     arguments, streams = runner.placement.bring((call.arguments, call.streams))
@@ -66,10 +82,6 @@ def _left(runner: Runner, stack: Stack, block: nn.Module, call: BlockCall, path:
         with _spoiled([block.get_submodule(path)]):
             left = run_block(block, stack, arguments, streams).of(stack.returns)
     return {stream: torch.equal(value, left[stream]) for stream, value in whole.items()}
-
-
-def _is_dead(runner: Runner, stack: Stack, block: nn.Module, call: BlockCall, path: str) -> bool:
-    return _left(runner, stack, block, call, path)["image"]
 
 
 @contextlib.contextmanager

@@ -56,12 +56,19 @@ def check_dropped(runner: Runner, witness: Witness) -> None:
             raise PpclError(f"{what}: {error}") from error
         if wrong := _other_weights(student, stock):
             raise PpclError(f"{what}, {wrong}: {_NUMBERED}")
+        for block, form in student_blocks(student, adapter, plan):
+            if _is_changed(block, runner.blocks(form.stack)[form.first]):
+                own = witness.calls[form.stack][form.first]
+                said = f"{what}, {form.stack}[{form.first}], whose weights `remap` changes"
+                # At the end of its stack it may make no text.
+                _check_alone(runner, block, form, own, f"{said}, computes another image", text=False)
         # As it is when it is opened again.
         changed = _made_anew(student, stock)
         for block, form in student_blocks(student, adapter, plan):
             if told := ", ".join(said for module, said in changed if module in {*block.modules()}):
                 own = witness.calls[form.stack][form.first]
-                _check_alone(runner, block, form, own, f"{what}, {form.stack}[{form.first}], {told}")
+                said = f"{what}, {form.stack}[{form.first}], {told}"
+                _check_alone(runner, block, form, own, f"{said}, computes something else: {_NUMBERED}")
         with contextlib.ExitStack() as patches:
             for block, form in student_blocks(student, adapter, plan):
                 calls = witness.calls[form.stack]
@@ -91,14 +98,23 @@ def _answering(runner: Runner, block: nn.Module, form: Form, calls: list[BlockCa
     return forward
 
 
-def _check_alone(runner: Runner, block: nn.Module, form: Form, call: BlockCall, what: str) -> None:
-    """Run a block whose attributes are another position's: where it does not read them, they are no matter."""
+def _is_changed(block: nn.Module, own: nn.Module) -> bool:
+    """Whether a block has other weights than the teacher's, whose memory a student shares."""
+    one, other = ({(n, p.shape, p.data_ptr()) for n, p in b.named_parameters()} for b in (block, own))
+    return one != other
+
+
+def _check_alone(
+    runner: Runner, block: nn.Module, form: Form, call: BlockCall, wrong: str, *, text: bool = True
+) -> None:
+    """Run a block that is another position's: what it returns must be what it did; else it is `wrong`."""
     stack = runner.adapter.stack(form.stack)
     arguments, streams = runner.placement.bring((call.arguments, call.streams))
     with runner.placement.visit(block):
         output = run_block(block, stack, arguments, streams)
-    if difference(output.of(stack.returns), unpack(stack, call.output).of(stack.returns)):
-        raise PpclError(f"{what}, computes something else: {_NUMBERED}")
+    names = stack.returns if text else ("image",)
+    if difference(output.of(names), unpack(stack, call.output).of(names)):
+        raise PpclError(wrong)
 
 
 def _other_weights(student: nn.Module, stock: nn.Module) -> str:

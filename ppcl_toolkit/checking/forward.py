@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ppcl_toolkit.checking.alone import check_alone, check_mask, check_repeats, check_streams
 from ppcl_toolkit.checking.dead import check_networks
+from ppcl_toolkit.checking.joint import check_attention, check_modulation
 from ppcl_toolkit.checking.witness import Witness, check_blocks, witnessed
 from ppcl_toolkit.running.capture import map_tensors
 from ppcl_toolkit.running.passage import Batch
@@ -23,6 +24,7 @@ def check_forward(runner: Runner, call: Batch) -> Witness:
     """
     other = {**call, runner.adapter.timestep: _nearer(call[runner.adapter.timestep])}
     check_streams(runner, call)
+    check_mask(runner, call)
     # One witness at a time: it has what every block returns.
     witness = witnessed(runner, other)
     check_repeats(runner, witness)
@@ -30,8 +32,9 @@ def check_forward(runner: Runner, call: Batch) -> Witness:
     witness = witnessed(runner, call)
     check_blocks(runner, witness)
     check_alone(runner, witness, other)
-    check_mask(runner, call)
+    check_attention(runner, witness)
     check_networks(runner, witness)
+    check_modulation(runner, witness)
     return witness
 
 

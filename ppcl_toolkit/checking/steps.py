@@ -11,6 +11,11 @@ from ppcl_toolkit.running.capture import map_tensors
 from ppcl_toolkit.running.noising import Step
 from ppcl_toolkit.running.record import split
 
+_MORE = (
+    "known are calls of the prompt and of a negative one. What more there are (skipped layers, perturbed attention) go "
+    "by blocks that a shorter model has not: do without them in `teacher.call`"
+)
+
 
 def check_steps(steps: list[Step], other: Step, adapter: Adapter) -> None:
     """Compare the steps of a run, and its first with that of another prompt.
@@ -20,6 +25,7 @@ def check_steps(steps: list[Step], other: Step, adapter: Adapter) -> None:
     has nothing of its prompt.
     """
     family, first = f"adapter {adapter.family}", steps[0].call
+    _check_calls(steps, adapter)
     conditions = [name for name in first if name not in (adapter.latents, adapter.timestep, "return_dict")]
     for step in steps[1:]:
         for name in conditions:
@@ -29,8 +35,8 @@ def check_steps(steps: list[Step], other: Step, adapter: Adapter) -> None:
                     "the transformer would be told two different things"
                 )
     for name in adapter.shared:
-        one, two = _values(first.get(name)), _values(other.call.get(name))
-        if [_shape(v) for v in one] == [_shape(v) for v in two] and (wrong := difference(one, two, f"{name} ")):
+        one, two = _in_common(_values(first.get(name)), _values(other.call.get(name)))
+        if wrong := difference(one, two, f"{name} "):
             raise PpclError(
                 f"{family}: shared names {name!r}, and two prompts have different ones ({wrong}): it belongs to a "
                 "sample, and a batch would give all of them that of the first"
@@ -42,6 +48,42 @@ def check_steps(steps: list[Step], other: Step, adapter: Adapter) -> None:
             f"{family}: the first call of a step is the same for two prompts ({', '.join(own)}): it is that of the "
             "negative prompt, and the first one is recorded as the prompt's"
         )
+    prompts = [name for name in own if _unlike(other.call.get(name), first[name], name)]
+    for call in steps[0].others:
+        if all(not _unlike(call.get(name), first[name], name) for name in prompts):
+            raise PpclError(
+                f"{family}: the second call of a step has the prompt ({', '.join(prompts)}) again, where that of a "
+                f"negative one is recorded; {_MORE}"
+            )
+
+
+def _check_calls(steps: list[Step], adapter: Adapter) -> None:
+    """Raise a `PpclError` where a step has more calls than those of the prompt and of a negative one."""
+    guided = len(steps[0].call[adapter.latents]) > len(steps[0].sample)
+    for number, step in enumerate(steps):
+        count = 1 + len(step.others)
+        if count > (1 if guided else 2):
+            raise PpclError(
+                f"adapter {adapter.family}: the pipeline calls its transformer {count} times in a step"
+                f"{', once for prompt and negative prompt together' if guided else ''}; {_MORE}"
+            )
+        if len(step.others) > len(steps[0].others):
+            raise PpclError(
+                f"adapter {adapter.family}: the pipeline calls its transformer {count} times at step {number + 1}, and "
+                "less often at the first one, which is what samples keep"
+            )
+
+
+def _in_common(one: list[Any], other: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the values of two prompts as far as both have them: places of few tokens begin those of many."""
+    pairs = list(zip(one, other, strict=False))
+    return [_cut(a, b) for a, b in pairs], [_cut(b, a) for a, b in pairs]
+
+
+def _cut(value: Any, other: Any) -> Any:
+    if not isinstance(value, Tensor) or not isinstance(other, Tensor) or value.ndim != other.ndim:
+        return value
+    return value[tuple(slice(min(sizes)) for sizes in zip(value.shape, other.shape, strict=True))]
 
 
 def _unlike(found: Any, expected: Any, name: str) -> str:
@@ -55,7 +97,3 @@ def _values(value: Any) -> list[Any]:
     if isinstance(value, int | float):
         found.append(value)
     return found
-
-
-def _shape(value: Any) -> Any:
-    return value.shape if isinstance(value, Tensor) else None

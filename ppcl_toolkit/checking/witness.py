@@ -37,6 +37,12 @@ class Witness:
     velocity: Tensor
 
 
+def middle(runner: Runner, witness: Witness, stack: Stack) -> tuple[int, nn.Module, BlockCall]:
+    """Return the block in the middle of a stack, with its number and its call: those at the ends may lack something."""
+    index = len(witness.calls[stack.path]) // 2
+    return index, runner.blocks(stack.path)[index], witness.calls[stack.path][index]
+
+
 @torch.no_grad()
 def witnessed(runner: Runner, batch: Batch) -> Witness:
     """Run the teacher's own forward on one batch, and note how it calls its blocks.

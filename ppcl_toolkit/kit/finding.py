@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ppcl_toolkit.adapter import Stack, Stream
+from ppcl_toolkit.adapter import Stack, Stream, TableRows
+from ppcl_toolkit.checking.alone import shifted
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.kit.depths import depends_on_depth, depth_keys, index_keys
 from ppcl_toolkit.kit.inside import look_inside
-from ppcl_toolkit.kit.watching import Called, changed, shifted, watch
+from ppcl_toolkit.kit.tables import tables_of
+from ppcl_toolkit.kit.watching import Called, changed, watch
 from ppcl_toolkit.running.fields import lists_of
 
 OPEN = "DECIDE:"
@@ -30,6 +32,7 @@ class Found:
     timestep: str | None
     shared: tuple[str, ...]
     stacks: list[Stack] = field(default_factory=list)
+    tables: dict[str, TableRows] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     """By stack, or by "" of the whole: what was left open, or left out, and why."""
 
@@ -58,6 +61,7 @@ def find(transformer: nn.Module, call: Mapping[str, Any]) -> Found:
     keys = depth_keys(transformer)
     other = watch(transformer, {**call, latents: shifted(call[latents])})
     before: Stack | None = None
+    numbered: dict[str, list[str]] = {}
     for path, blocks in _called_in_order(transformer, calls, found):
         key = _depth_key(path, keys, found)
         streams = _streams(path, blocks, found)
@@ -80,14 +84,18 @@ def find(transformer: nn.Module, call: Mapping[str, Any]) -> Found:
         )
         _check_tokens(before, blocks[0])
         found.stacks.append(look_inside(transformer, before, blocks, call, found.note))
-        if own := _numbered(before, blocks):
+        numbered[path] = _numbered(before, blocks)
+        if others := depends_on_depth(transformer, path, key):
+            found.note(path, f"{OPEN} `remap`: where this stack has another depth, so are {others}")
+    found.tables = tables_of(transformer, found.stacks, call) if any(numbered.values()) else {}
+    told = {part for rows in found.tables.values() for part, _ in rows.parts}
+    for path, own in numbered.items():
+        if own and path not in told:
             found.note(
                 path,
                 f"{OPEN} each block is given {', '.join(own)} of its own, by its number, and blocks of a student have "
                 "other numbers",
             )
-        if others := depends_on_depth(transformer, path, key):
-            found.note(path, f"{OPEN} `remap`: where this stack has another depth, so are {others}")
     return found
 
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_toolkit.adapter import Stack, Stream
+from ppcl_toolkit.checking.alone import shifted
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.kit.watching import Called, changed, shifted, watch
+from ppcl_toolkit.kit.watching import Called, changed, watch
 from ppcl_toolkit.plan import Form
 from ppcl_toolkit.running.capture import Streams
+from ppcl_toolkit.running.fields import LAYERS
 from ppcl_toolkit.surgery.narrow import draw
 
-_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Note = Callable[[str, str], None]
 
 
@@ -27,7 +28,9 @@ def look_inside(
     first = blocks[0]
     inner = watch(first.module, first.arguments)
     given = {stream: first.arguments[stack.argument(stream)] for stream in stack.streams}
-    stack = replace(stack, modulation=_modulation(first, stack, inner))
+    everywhere = set.intersection(*({path for path, _ in call.module.named_modules()} for call in blocks))
+    # What the last block has in another place would not follow another block there.
+    stack = replace(stack, modulation=tuple(p for p in _modulation(first, stack, inner) if p in everywhere))
     attention = _joint_attention(given, inner)
     if attention is not None:
         stack = replace(stack, joint_attention=attention.path, attention_text=_text_argument(attention, given["text"]))
@@ -109,12 +112,13 @@ def _text_mask(transformer: nn.Module, stack: Stack, block: Called, call: Mappin
         mask = torch.ones(text.shape[:2], dtype=torch.bool)
         mask[:, -1] = False
         hidden = torch.cat([text[:, :-1], shifted(text[:, -1:])], dim=1)
-        one = other = None
-        # A mask of another kind is none that a sample can be given alone (Chroma's covers image and text).
-        with torch.no_grad(), contextlib.suppress(RuntimeError):
+        # A mask of another kind is none that a sample can be given alone (Chroma's covers image and text), and where
+        # all of the text counts there is none.
+        with torch.no_grad(), contextlib.suppress(RuntimeError, TypeError):
             one, other = (transformer(**{**call, stack.text: value, name: mask})[0] for value in (text, hidden))
-        if one is not None and not changed(one, other):
-            return name
+            transformer(**{**call, name: None})
+            if not changed(one, other):
+                return name
     return None
 
 
@@ -124,7 +128,7 @@ def _networks(given: Mapping[Stream, Tensor], inner: Sequence[Called], attention
     # A module ends behind its parts: outermost ones come last.
     for call in reversed(inner):
         taken, made = call.tensors().values(), call.output
-        linear = sum(isinstance(part, _LINEAR) for part in call.module.modules())
+        linear = sum(isinstance(part, LAYERS) for part in call.module.modules())
         inside = attention is not None and f"{call.path}.".startswith(f"{attention.path}.")
         if linear < 2 or inside or len(taken) != 1 or "Attention" in type(call.module).__name__:
             continue

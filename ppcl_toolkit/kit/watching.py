@@ -60,11 +60,6 @@ def changed(one: Any, other: Any) -> bool:
     return isinstance(one, Tensor) != isinstance(other, Tensor)
 
 
-def shifted(value: Any) -> Any:
-    """Return other tensors of the same shape and type, of values in the same range."""
-    return map_tensors(value, lambda tensor: tensor.flip(-1) * 0.5 + 0.25 if tensor.is_floating_point() else tensor)
-
-
 @contextlib.contextmanager
 def first_call(root: nn.Module) -> Iterator[dict[str, Any]]:
     """Keep the arguments of the first call of a module, by name."""

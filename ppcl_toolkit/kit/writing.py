@@ -10,7 +10,7 @@ from ppcl_toolkit.kit.finding import OPEN, Found
 _HEAD = '''"""{family}: found by running {source}. What is marked "{open}" was not decided: look at it."""
 
 from ppcl_toolkit import Adapter
-from ppcl_toolkit.adapter import Stack
+from ppcl_toolkit.adapter import {names}
 '''
 
 
@@ -32,6 +32,7 @@ def adapter_of(found: Found, family: str, convention: Convention | None) -> Adap
         timestep=found.timestep or "timestep",
         shared=found.shared,
         stacks=tuple(found.stacks),
+        tables=found.tables,
         **known,
     )
 
@@ -55,7 +56,8 @@ def write_test(family: str, pipeline: str | None, call: Mapping[str, Any]) -> st
 def write(found: Found, family: str, source: str, convention: Convention | None) -> str:
     """Return the source of a module that exports `ADAPTER`."""
     adapter = adapter_of(found, family, convention)
-    lines = [_HEAD.format(family=family, source=source, open=OPEN)]
+    names = "Stack, TableRows" if found.tables else "Stack"
+    lines = [_HEAD.format(family=family, source=source, open=OPEN, names=names)]
     stacks = {stack.path for stack in found.stacks}
     lines += [
         f"# {path}: {said}" if path else f"# {said}"

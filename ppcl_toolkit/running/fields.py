@@ -14,6 +14,8 @@ from ppcl_toolkit.errors import PpclError
 
 _MOST = 12
 """Names that an error lists."""
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Of which feed-forward networks are made."""
 
 
 def check_fields(adapter: Adapter, transformer: nn.Module, *, narrow: bool = False) -> None:
@@ -46,11 +48,16 @@ def _check_transformer(adapter: Adapter, transformer: nn.Module) -> None:
     buffers = [name for name, _ in transformer.named_buffers()]
     if unknown := [name for name in adapter.tables if name not in buffers]:
         raise PpclError(f"tables: {kind} has no buffer {_near(unknown[0], buffers, 'buffers')}")
+    first = adapter.stacks[0]
+    if first.text is None and first.text_mask is not None:
+        raise PpclError(f"text_mask of {first.path}: its blocks have no text stream, text is None")
     text = () if adapter.padded is None else (("text", adapter.padded[0]), ("text_mask", adapter.padded[1]))
     named = [("latents", adapter.latents), ("timestep", adapter.timestep), *text]
     for field, name in [*named, *(("shared", name) for name in adapter.shared)]:
         if name not in taken:
             raise PpclError(f"{field}: the forward of {kind} has no argument {_near(name, taken)}")
+    if twice := next((f"{name!r}, the {field}" for field, name in named if name in adapter.shared), None):
+        raise PpclError(f"shared names {twice}: there is one for each sample")
 
 
 def _blocks(stack: Stack, transformer: nn.Module) -> nn.ModuleList:
@@ -104,18 +111,11 @@ def _check_inside(stack: Stack, blocks: nn.ModuleList) -> None:
     for stream, path in stack.ffn.items():
         if stream not in stack.streams:
             raise PpclError(f"ffn of {stack.path}: {stream!r} is none of its streams, {_listed(stack.streams)}")
-        _inner(stack, blocks, "ffn", path)
+        _check_network(stack, path, _inner(stack, blocks, "ffn", path))
     if stack.joint_attention is not None:
-        attention = _inner(stack, blocks, "joint_attention", stack.joint_attention)
-        if stack.text is None:
-            raise PpclError(f"joint_attention of {stack.path}: its blocks have no text stream, text is None")
-        taken = _arguments(attention)
-        if stack.attention_text not in taken:
-            kind = f"{stack.joint_attention}, a {type(attention).__name__},"
-            raise PpclError(
-                f"attention_text of {stack.path}: the forward of {kind} has no argument "
-                f"{_near(stack.attention_text, taken)}"
-            )
+        _check_attention(stack, _inner(stack, blocks, "joint_attention", stack.joint_attention))
+    elif named := stack.text_query or stack.text_out:
+        raise PpclError(f"joint_attention of {stack.path} is None, and {named[0]!r} is to go with the text's queries")
     for field in ("text_query", "text_out", "modulation"):
         for path in getattr(stack, field):
             if _is_left_out(blocks[0], path):
@@ -123,6 +123,30 @@ def _check_inside(stack: Stack, blocks: nn.ModuleList) -> None:
             found = _inner(stack, blocks, field, path)
             if field == "modulation" and not isinstance(found, nn.Linear):
                 raise PpclError(f"modulation of {stack.path}: {path} is a {type(found).__name__}, not an nn.Linear")
+
+
+def _check_network(stack: Stack, path: str, network: nn.Module) -> None:
+    kind, inside = type(network).__name__, stack.joint_attention
+    layers = sum(isinstance(part, LAYERS) for part in network.modules())
+    if layers < 2 or "Attention" in kind or (inside is not None and f"{path}.".startswith(f"{inside}.")):
+        where = f" in {inside}" if inside is not None and path.startswith(f"{inside}.") else ""
+        raise PpclError(
+            f"ffn of {stack.path}: {path} is a {kind}{where} with {layers} linear layers, and no feed-forward network, "
+            "which has two at least"
+        )
+
+
+def _check_attention(stack: Stack, attention: nn.Module) -> None:
+    if stack.text is None or "text" not in stack.returns:
+        lack = "have no text stream, text is None" if stack.text is None else "return no text"
+        raise PpclError(f"joint_attention of {stack.path}: its blocks {lack}")
+    taken = _arguments(attention)
+    if stack.attention_text not in taken:
+        kind = f"{stack.joint_attention}, a {type(attention).__name__},"
+        raise PpclError(
+            f"attention_text of {stack.path}: the forward of {kind} has no argument "
+            f"{_near(stack.attention_text, taken)}"
+        )
 
 
 def _inner(stack: Stack, blocks: nn.ModuleList, field: str, path: str) -> nn.Module:

@@ -109,18 +109,26 @@ def run_pipeline(
         # Images or frames: whatever a pipeline makes comes first.
         made = pipeline(**asked)[0]
         return [_still(each) for each in made] if kind == "pil" else made
+    except PpclError:
+        raise
     except Exception as error:
         if call.get("image") is None and _takes_image(pipeline):
             raise PpclError(
                 f"{type(pipeline).__name__} edits images, and fails without one ({error}): give samples.edits and "
                 "evaluate.edits, folders of images with a .txt instruction each"
             ) from error
-        if isinstance(error, _REFUSED) and explained(error) is None and "device-side assert" not in str(error):
+        if is_refusal(error):
             given, said = ", ".join(f"{n}={shortened(v)}" for n, v in call.items()), " ".join(str(error).split())
             raise PpclError(
                 f"{type(pipeline).__name__} does not take these arguments: {said} (it was given {given or 'none'})"
             ) from error
         raise
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether an error is about the arguments of a call, and the machine is not to blame."""
+    blamed = explained(error) is not None or "device-side assert" in str(error)
+    return isinstance(error, _REFUSED) and not blamed
 
 
 def draw(pipeline: Any, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Image.Image:

@@ -71,6 +71,8 @@ class Step:
 
     call: dict[str, Any]
     """Arguments of the transformer, of its first call if there are more."""
+    others: tuple[dict[str, Any], ...] = ()
+    """Those of the calls behind the first."""
     timestep: float
     """What the scheduler is told."""
     sample: Tensor
@@ -118,12 +120,13 @@ def observed(pipeline: Any, adapter: Adapter, run: Any, count: int = 3) -> list[
     def called(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = dict(signature.bind(module, *args, **kwargs).arguments)
         bound.pop("self")
-        if not calls:
-            calls.append(map_tensors(bound, lambda tensor: tensor.detach().cpu().clone()))
+        calls.append(map_tensors(bound, lambda tensor: tensor.detach().cpu().clone()))
 
     def stepped(timestep: Any, sample: Tensor, _: Tensor) -> None:
         if calls:
-            steps.append(Step(call=calls.pop(), timestep=float(timestep), sample=sample.detach().cpu().clone()))
+            (first, *others), own = calls, sample.detach().cpu().clone()
+            steps.append(Step(call=first, others=tuple(others), timestep=float(timestep), sample=own))
+            calls.clear()
         if len(steps) == count:
             raise _Enough
 

@@ -6,8 +6,7 @@ A row is one entry of a batch as the transformer sees it; shapes: B rows, N toke
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, final
 
 import torch
 from PIL import Image
@@ -29,23 +28,18 @@ class _Recorded(BaseException):
 def denoised(pipeline: Any, adapter: Adapter, texts: Sequence[str], call: Mapping[str, Any], seed: int) -> list[Sample]:
     """Make the images of `texts`; return the calls of the first step, each with the latents that the run ends with."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
-    ends: list[Tensor] = []
-    end = partial(_keep, ends)
-    with _recording(pipeline.transformer, adapter) as calls, stepping(pipeline.scheduler, end):
+    with _recording(pipeline.transformer) as seen, stepping(pipeline.scheduler, seen.stepped):
         run_pipeline(pipeline, texts, generators, call, "latent")
+    assert seen.latents is not None, "the run took no step"
     # As the transformer has them: what a pipeline returns may be in another shape or scale.
-    (latents,) = ends
+    latents = seen.latents.cpu()
     # A second call belongs to the negative prompt, if the first has no more rows than there are images.
-    apart = len(calls[0][adapter.latents]) == len(latents)
+    apart = len(seen.calls[0][adapter.latents]) == len(latents)
     return [
         sample
-        for number, arguments in enumerate(calls)
-        for sample in split(adapter, arguments, latents.cpu(), negative=apart and number == 1)
+        for number, arguments in enumerate(seen.calls)
+        for sample in split(adapter, arguments, latents, negative=apart and number == 1)
     ]
-
-
-def _keep(ends: list[Tensor], _timestep: Any, _sample: Tensor, latents: Tensor) -> None:
-    ends[:] = [latents]
 
 
 def encoded(pipeline: Any, adapter: Adapter, text: str, picture: Image.Image, call: Mapping[str, Any]) -> Sample:
@@ -58,10 +52,10 @@ def encoded(pipeline: Any, adapter: Adapter, text: str, picture: Image.Image, ca
     if adapter.packs:
         rows, channels, *_, height, width = latents.shape
         latents = pipeline._pack_latents(latents, rows, channels, height, width)
-    with _recording(pipeline.transformer, adapter, first_only=True) as calls, contextlib.suppress(_Recorded):
+    with _recording(pipeline.transformer, first_only=True) as seen, contextlib.suppress(_Recorded):
         run_pipeline(pipeline, [text], None, call, "latent")
     # Under classifier-free guidance in one call, there is a row of the negative prompt, too.
-    return next(sample for sample in split(adapter, calls[0], latents.cpu()) if not sample.negative)
+    return next(sample for sample in split(adapter, seen.calls[0], latents.cpu()) if not sample.negative)
 
 
 @torch.no_grad()
@@ -97,6 +91,7 @@ def split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor, *, negat
     listed, tokens = isinstance(tokens, list), stacked(tokens)
     arguments.pop(adapter.timestep)
     arguments.pop("return_dict", None)
+    _check_shared(adapter, arguments, len(tokens))
     latents = as_given(latents, tokens, adapter)
     rows, count = len(tokens), len(latents)
     reference = tokens[:, latents.shape[1] :] if tokens.shape[1] > latents.shape[1] else None
@@ -112,6 +107,19 @@ def split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor, *, negat
     ]
 
 
+def _check_shared(adapter: Adapter, arguments: Mapping[str, Any], rows: int) -> None:
+    """Refuse what is `shared` by an adapter and has a part for each of several samples."""
+    for name in adapter.shared:
+        value = arguments.get(name)
+        parts = len(value) if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim) else 0
+        if parts == rows > 1:
+            raise PpclError(
+                f"adapter {adapter.family}: shared names {name!r}, of which the pipeline passes {rows} for {rows} "
+                "samples: one for each, and a batch would give all of them the first's; where that is chance, take "
+                "another samples.batch"
+            )
+
+
 def _one(value: Any, name: str, index: int, tokens: Tensor, listed: bool) -> Any:
     try:
         return row(value, index, len(tokens), listed=listed)
@@ -122,23 +130,48 @@ def _one(value: Any, name: str, index: int, tokens: Tensor, listed: bool) -> Any
         ) from found
 
 
+@final
+class _Seen:
+    """What a run calls a transformer with at its first step, and the latents [B, ...] behind its last."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.latents: Tensor | None = None
+        self._count = 0
+
+    def called(self, arguments: dict[str, Any]) -> None:
+        """Take a call: those of the first step are kept."""
+        self._count += 1
+        if self.latents is None:
+            self.calls.append({name: _resting(value) for name, value in arguments.items()})
+
+    def stepped(self, timestep: Any, _sample: Tensor, latents: Tensor) -> None:
+        """Take a step; `PpclError` where it had more calls than the first one."""
+        if self._count > len(self.calls):
+            raise PpclError(
+                f"the pipeline calls its transformer {self._count} times at timestep {float(timestep):g}, and less "
+                "often at the first step, which is what samples keep: do without what it begins later (skipped layers, "
+                "another guidance) in `teacher.call`"
+            )
+        self.latents, self._count = latents, 0
+
+
 @contextlib.contextmanager
-def _recording(transformer: Any, adapter: Adapter, *, first_only: bool = False) -> Iterator[list[dict[str, Any]]]:
+def _recording(transformer: Any, *, first_only: bool = False) -> Iterator[_Seen]:
     """Collect the arguments of the calls of the first denoising step: two where guidance makes a call of its own."""
     signature = inspect.signature(type(transformer).forward)
-    calls: list[dict[str, Any]] = []
+    seen = _Seen()
 
     def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = dict(signature.bind(module, *args, **kwargs).arguments)
         bound.pop("self")
-        if not calls or torch.equal(bound[adapter.timestep].cpu(), calls[0][adapter.timestep]):
-            calls.append({name: _resting(value) for name, value in bound.items()})
+        seen.called(bound)
         if first_only:
             raise _Recorded
 
     handle = transformer.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        yield calls
+        yield seen
     finally:
         handle.remove()
 

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from ppcl_toolkit.adapter import Adapter, Stack
 from ppcl_toolkit.running.capture import Arguments, Streams, map_tensors, stack_calls
 from ppcl_toolkit.running.flops import counting
+from ppcl_toolkit.running.meta import without_data
 from ppcl_toolkit.running.placement import device_of, moved
 
 Span = tuple[int, int]
@@ -76,7 +77,8 @@ def block_costs(transformer: nn.Module, adapter: Adapter, batch: Mapping[str, An
     batch = moved(dict(batch), device_of(transformer, adapter))
     costs, before = [], None
     for stack in adapter.stacks:
-        calls = stack_calls(transformer, adapter, stack.path, batch, before)
+        with without_data():
+            calls = stack_calls(transformer, adapter, stack.path, batch, before)
         before = calls.streams
         known: dict[Any, int] = {}
         for block, arguments in zip(stack.blocks(transformer), calls.arguments, strict=True):
@@ -91,6 +93,6 @@ def _operations(block: nn.Module, stack: Stack, arguments: Arguments, streams: S
     tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     given = {stack.argument(name): value for name, value in streams.of(stack.streams).items()}
     weights, call = map_tensors((tensors, {**arguments, **given}), lambda tensor: tensor.detach().to("meta"))
-    with counting() as counter:
+    with counting() as counter, without_data():
         functional_call(block, weights, (), call)
     return max(1, counter.get_total_flops())

@@ -12,6 +12,7 @@ from ppcl_toolkit.adapter import Adapter, Stack
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form, Interval, Plan
 from ppcl_toolkit.running.capture import Arguments, Streams, stack_calls
+from ppcl_toolkit.running.meta import without_data
 from ppcl_toolkit.running.placement import device_of, moved
 from ppcl_toolkit.surgery.graph import meta_copy, sharing_copy
 from ppcl_toolkit.surgery.narrow import NarrowBlock, keep_tables, low_rank, narrow
@@ -27,7 +28,8 @@ def example_calls(transformer: nn.Module, adapter: Adapter, kwargs: Mapping[str,
     calls: Calls = {}
     before = None
     for stack in adapter.stacks:
-        recorded = stack_calls(transformer, adapter, stack.path, kwargs, before)
+        with without_data():
+            recorded = stack_calls(transformer, adapter, stack.path, kwargs, before)
         calls[stack.path] = moved((recorded.arguments[0], recorded.streams), torch.device("meta"))
         # Shapes are all that matters here, and a stack does not change those of its streams.
         before = recorded.streams

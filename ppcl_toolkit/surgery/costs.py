@@ -13,10 +13,10 @@ from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.plan import Form, Plan
 from ppcl_toolkit.running.capture import Streams, passing, rerouted, run_block
 from ppcl_toolkit.running.flops import counting
+from ppcl_toolkit.running.meta import without_data
 from ppcl_toolkit.running.placement import device_of, moved
 from ppcl_toolkit.surgery.assemble import example_calls, standing_in
 from ppcl_toolkit.surgery.graph import meta_copy
-from ppcl_toolkit.surgery.masks import all_hold
 from ppcl_toolkit.surgery.narrow import narrow
 from ppcl_toolkit.units import Cost
 
@@ -90,7 +90,7 @@ class Costs:
                 found.setdefault(stack.path, []).append(streams)
                 key = (stack.path, _kind(block, streams))
                 if key not in known:
-                    with all_hold():
+                    with without_data():
                         known[key] = run_block(meta_copy(block), stack, arguments, streams)
                 streams = known[key]
         return found
@@ -110,6 +110,7 @@ class Costs:
                     inside += _count(block)
                     patches.enter_context(rerouted(block, passing(block, stack)))
             counter = patches.enter_context(counting())
+            patches.enter_context(without_data())
             with torch.no_grad():
                 self._transformer(**moved(dict(self._kwargs), device))
         return self._cost(_count(self._transformer) - inside, counter)
@@ -125,7 +126,7 @@ class Costs:
         if form.narrow_text and streams.text is not None:
             # The text and the z of the run's reference, behind one another.
             streams = Streams(streams.image, torch.cat([streams.text, streams.text], dim=1))
-        with counting() as counter, all_hold():
+        with counting() as counter, without_data():
             run_block(block, stack, self.calls[form.stack][0], streams)
         return counter
 

@@ -197,11 +197,14 @@ def replace_ffn(trace: Trace, path: str, name: str) -> None:
     if len(calls) != 1:
         raise PpclError(f"{path} is called {len(calls)} times: streams share it, so it cannot become linear")
     add, residual = _residual(calls[0])
-    attentions = {node for node in _ancestors(calls[0]) if _is_attention(trace, node)}
+    whole = {node for node in trace.graph.nodes if _is_attention(trace, node)}
+    attentions = whole & _ancestors(calls[0])
     if not attentions or not attentions <= _ancestors(residual):
         raise PpclError(f"{path} runs in parallel to the attention: a linear map would delete the attention")
     add.replace_all_uses_with(_plus_linear(trace, residual, name, before=add))
     _sweep(trace.graph)
+    if whole - set(trace.graph.nodes):
+        raise PpclError(f"{path} is followed by an attention before it is added: a linear map would delete that")
     if trace.calls(path):
         raise PpclError(f"{path} also serves another stream, so it cannot become linear")
 
@@ -210,8 +213,7 @@ def entering_text(trace: Trace, attention: str, argument: str) -> Node:
     """Return what enters `attention` as its text: z of Eq. 8."""
     (call,) = trace.calls(attention)
     names = list(inspect.signature(type(trace.block.get_submodule(attention)).forward).parameters)[1:]
-    given: dict[str, Any] = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
-    return given[argument]
+    return cast(Node, {**dict(zip(names, call.args, strict=False)), **call.kwargs}[argument])
 
 
 def hand_on_text(trace: Trace, z: Node, position: int) -> None:
@@ -228,7 +230,6 @@ def replace_text(trace: Trace, z: Node, argument: str, position: int, *, end: bo
     (text,) = (node for node in trace.graph.find_nodes(op="placeholder") if node.target == argument)
     if text.meta["value"].shape != z.meta["value"].shape:
         raise PpclError("the text that enters the attention has another shape than the text stream")
-    attentions = [user for user in z.users if _is_attention(trace, user)]
     first = next(node for node in trace.graph.nodes if node.op != "placeholder")
     with trace.graph.inserting_before(first):
         halves = trace.graph.create_node("call_method", "chunk", (text, 2), {"dim": 1}, "reference")
@@ -236,7 +237,7 @@ def replace_text(trace: Trace, z: Node, argument: str, position: int, *, end: bo
         z_reference = trace.graph.create_node("call_function", operator.getitem, (halves, 1), name="z_reference")
     h_reference.meta["value"] = z_reference.meta["value"] = text.meta["value"]
     mapped = _plus_linear(trace, z_reference, "linear_text_z", before=first)
-    for attention in attentions:
+    for attention in [user for user in z.users if _is_attention(trace, user)]:
         attention.replace_input_with(z, mapped)
     if trace.outputs()[position] is not None:
         trace.give(position, _plus_linear(trace, h_reference, "linear_text_h") if end else text)
@@ -336,9 +337,8 @@ def _is_symbolic(value: Any) -> bool:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear) or "Attention" in type(module).__name__:
-        return True
-    return not any(isinstance(part, nn.Linear) for part in module.modules())
+    whole = isinstance(module, nn.Linear) or "Attention" in type(module).__name__
+    return whole or not any(isinstance(part, nn.Linear) for part in module.modules())
 
 
 def _is_attention(trace: Trace, node: Node) -> bool:

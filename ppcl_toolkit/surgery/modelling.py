@@ -21,6 +21,7 @@ It needs torch and diffusers, and opens with `DiffusionPipeline.from_pretrained(
 import inspect
 import shutil
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch

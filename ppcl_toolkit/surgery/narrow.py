@@ -9,6 +9,7 @@ import math
 import zlib
 from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +19,9 @@ from ppcl_toolkit.adapter import Stack
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Form
 from ppcl_toolkit.running.capture import Arguments, Streams
+from ppcl_toolkit.running.meta import without_data
 from ppcl_toolkit.surgery import graph
 from ppcl_toolkit.surgery.likeness import likeness
-from ppcl_toolkit.surgery.masks import all_hold
 from ppcl_toolkit.surgery.source import write_forward
 
 
@@ -104,7 +105,7 @@ _DRAWN: dict[Hashable, Blueprint] = {}
 def _drawn(block: nn.Module, stack: Stack, form: Form, call: Arguments, dtype: torch.dtype) -> Blueprint:
     attention = () if stack.joint_attention is None else (stack.joint_attention,)
     weightless = graph.meta_copy(block).to(dtype)
-    with all_hold():
+    with without_data():
         trace = graph.trace(weightless, call, {*stack.ffn.values(), *attention})
     before = trace.used()
     try:
@@ -150,9 +151,12 @@ def narrow_class(base: type, blueprint: Blueprint) -> type[NarrowBlock]:
 # The next three are also copied into generated modelling files: torch only, and nothing from this package.
 
 
-def bypass(value: Tensor) -> Tensor:
-    """Stand in for a layer whose output nobody reads: a function, since LoRA loaders stumble over an `nn.Identity`."""
-    return value
+def bypass(value: Tensor, width: int = 0) -> Tensor:
+    """Stand in for a layer whose output nobody reads: a function, since LoRA loaders stumble over an `nn.Identity`.
+
+    Where that has another `width`, whatever is at hand is as wide.
+    """
+    return value[..., :1].expand(*value.shape[:-1], width) if width else value
 
 
 def reshape_block(
@@ -165,11 +169,13 @@ def reshape_block(
 ) -> None:
     """Remove, bypass and shrink submodules of a stock block, add linear maps of weight zero, factor others likewise."""
     like = next(block.parameters())
-    for path in [*removed, *bypassed]:
+    for path in dict.fromkeys([*removed, *bypassed]):
         parent, _, name = path.rpartition(".")
+        gone = block.get_submodule(path)
         delattr(block.get_submodule(parent), name)
         if path in bypassed:
-            setattr(block.get_submodule(parent), name, bypass)
+            width = gone.out_features if isinstance(gone, nn.Linear) and gone.in_features != gone.out_features else 0
+            setattr(block.get_submodule(parent), name, partial(bypass, width=width) if width else bypass)
     for path, chunks, parts in shrunk:
         linear = block.get_submodule(path)
         for name, value in list(linear.named_parameters(recurse=False)):
@@ -281,10 +287,6 @@ def _outermost(dead: Collection[str], alive: Collection[str]) -> tuple[str, ...]
 
 def _bypassed(block: nn.Module, stack: Stack) -> tuple[str, ...]:
     modules = dict(block.named_modules())
-    for path in stack.text_query:
-        linear = modules.get(path)
-        if isinstance(linear, nn.Linear) and linear.in_features != linear.out_features:
-            raise PpclError(f"{path} changes the width, so it cannot be bypassed")
     # Blocks of one stack may differ: the last one of SD3 has no text projection.
     return tuple(path for path in (*stack.text_query, *stack.text_out) if path in modules)
 

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.running.meta import without_data
 
 GB = 1e9
 _ROOM = 0.92
@@ -194,7 +195,7 @@ def _kept(student: nn.Module, blocks: Sequence[nn.Module], call: Callable[[], An
         )
     ]
     try:
-        with torch.enable_grad(), _Fused(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.enable_grad(), without_data(), _Fused(), saved_tensors_hooks(keep, lambda tensor: tensor):
             output = call()
     finally:
         for handle in handles:

@@ -5,12 +5,13 @@ import sys
 from dataclasses import fields, replace
 
 import diffusers
+import odd
 import pytest
 import strangers
 import tiny
 from families import FLUX, QWEN_IMAGE, SD3
 
-from ppcl_toolkit.adapter import Adapter, available_adapters, load_adapter
+from ppcl_toolkit.adapter import Adapter, TableRows, available_adapters, load_adapter
 from ppcl_toolkit.cli import main
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.kit.building import small
@@ -40,8 +41,7 @@ def test_a_shipped_adapter_is_what_is_found_of_its_pipeline(family):
     assert set(made.shared) == set(shipped.shared) - {"skip_layers"}
 
 
-# Not Mochi, whose last block is another one: of its text it finds less than there is.
-@pytest.mark.parametrize("name", [name for name in available_adapters() if name != "mochi"])
+@pytest.mark.parametrize("name", available_adapters())
 def test_a_shipped_adapter_is_what_is_found_of_its_class(name):
     shipped = load_adapter(name)
     transformer, call = small(getattr(diffusers, shipped.transformer))
@@ -102,12 +102,30 @@ def test_weights_that_depend_on_the_depth_ask_for_a_remap():
     assert find(tiny.flux_transformer(), tiny.flux_inputs()).notes == {}
 
 
+def test_rows_of_a_table_are_those_of_the_blocks_that_read_them(tmp_path, monkeypatch):
+    """Chroma: one table of modulation for all blocks. In a table of one row each, they may be read from its end, too."""
+    found, shipped = find(*small(diffusers.ChromaTransformer2DModel)), load_adapter("chroma")
+    assert found.tables == shipped.tables
+    assert not {stack.path for stack in found.stacks} & found.notes.keys()
+    (tmp_path / "written_chroma.py").write_text(write(found, "chroma", "a class", None))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_adapter("written_chroma:ADAPTER").tables == shipped.tables
+    for kind in ("table", "buffer"):
+        assert find(odd.runner(kind).transformer, odd.call()).tables == {"table": TableRows((("blocks", 1),))}
+
+
+def test_rows_that_stay_are_those_of_the_blocks_that_do():
+    """By hand, of six rows of two blocks, four of two others, and one of none."""
+    rows = TableRows((("a", 3), ("b", 2), (None, 1)))
+    assert rows({"a": [0, 1], "b": [0, 1]}, {"a": 2, "b": 2}) == [*range(11)]
+    assert rows({"a": [1], "b": [0]}, {"a": 2, "b": 2}) == [3, 4, 5, 6, 7, 10]
+
+
 def test_a_forward_that_goes_by_block_numbers_is_said():
-    """Chroma: one table of modulation for all blocks, of which each is given its own rows."""
-    found = find(*small(diffusers.ChromaTransformer2DModel))
-    assert [stack.path for stack in found.stacks] == ["transformer_blocks", "single_transformer_blocks"]
-    for stack in found.stacks:
-        assert found.notes[stack.path][0].startswith("DECIDE: each block is given temb of its own, by its number")
+    """Rows of a table that two blocks read each are nobody's."""
+    found = find(odd.runner("window").transformer, odd.call())
+    assert found.tables == {}
+    assert found.notes["blocks"][0].startswith("DECIDE: each block is given captions of its own, by its number")
 
 
 def test_what_is_written_is_an_adapter(tmp_path, monkeypatch):

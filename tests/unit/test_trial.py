@@ -48,8 +48,9 @@ def test_a_video_is_tried_as_a_picture_is(tmp_path):
     (
         ({"text_query": ("attn.add_k_proj",)}, "dead text", "names 'attn.add_k_proj'"),
         ({"returns": ("image", "text")}, "fields", "returns of transformer_blocks"),
-        ({"ffn": {"image": "ff", "text": "attn"}}, "blocks", "names 'attn' for the text, and without it"),
-        ({"modulation": ("attn.to_q",)}, "modulation", ""),
+        ({"ffn": {"image": "ff_context"}}, "blocks", "names 'ff_context' for the image, and without it"),
+        ({"modulation": ("attn.to_q",)}, "blocks", "modulation is one vector for each"),
+        ({"text_out": ()}, "dead text", "its own text with 'attn.to_add_out'"),
     ),
 )
 def test_what_is_wrong_is_said(stack, where, said, monkeypatch):

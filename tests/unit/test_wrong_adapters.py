@@ -1,0 +1,189 @@
+"""Adapters that name the wrong thing, pipelines that call once more: one sentence each, before anything is recorded."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import strangers
+import tiny
+import torch
+from diffusers import LayerSkipConfig, SkipLayerGuidance
+from families import FLUX, QWEN_IMAGE, SD3
+
+from ppcl_toolkit.adapter import load_adapter
+from ppcl_toolkit.checking.dead import check_dead
+from ppcl_toolkit.checking.dropped import check_dropped
+from ppcl_toolkit.checking.forward import check_forward
+from ppcl_toolkit.checking.steps import check_steps
+from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.plan import FfnSwap, Plan
+from ppcl_toolkit.running.fields import check_fields
+from ppcl_toolkit.running.images import run_pipeline
+from ppcl_toolkit.running.noising import observed
+from ppcl_toolkit.running.record import denoised
+from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.surgery.assemble import reshape
+
+MODELS = {
+    "flux": (tiny.flux_transformer, FLUX, tiny.flux_inputs()),
+    # As many tokens of text as of image.
+    "square": (tiny.flux_transformer, FLUX, tiny.flux_inputs(image_tokens=9, text_tokens=9)),
+    "sd3": (tiny.sd3_transformer, SD3, tiny.sd3_inputs()),
+    "qwen": (tiny.qwen_image_transformer, QWEN_IMAGE, tiny.qwen_image_inputs()),
+    "wan": (lambda: strangers.wan_pipeline().transformer, load_adapter("wan"), None),
+}
+FORGOTTEN = "neither text_query nor text_out names that: read by nobody, it would stay"
+STACKS = [
+    ("flux", {"text_out": ()}, f"its own text with 'attn.to_add_out', and {FORGOTTEN}"),
+    ("sd3", {"text_query": ("attn.norm_added_q",)}, f"its own text with 'attn.add_q_proj', and {FORGOTTEN}"),
+    ("qwen", {"text_query": ("attn.add_q_proj",)}, f"its own text with 'attn.norm_added_q', and {FORGOTTEN}"),
+    ("flux", {"joint_attention": None}, "is None, and 'attn.add_q_proj' is to go with the text's queries"),
+    ("flux", {"attention_text": "hidden_states"}, r"attn is given \[2, 9, 32\] as attention_text 'hidden_states'"),
+    ("flux", {"attention_text": "image_rotary_emb"}, "attn is given tuple as attention_text"),
+    ("sd3", {"attention_text": "attention_mask"}, "attn is given NoneType as attention_text"),
+    ("square", {"attention_text": "hidden_states"}, "another attention_text 'hidden_states' with another image"),
+    (
+        "flux",
+        {"joint_attention": "norm1_context", "attention_text": "x"},
+        "norm1_context is given nothing of the image: image and text do not meet there",
+    ),
+    ("wan", {"text": "encoder_hidden_states", "joint_attention": "attn2"}, "its blocks return no text"),
+    ("wan", {"ffn": {"image": "attn2"}}, "attn2 is a WanAttention with 4 linear layers, and no feed-forward network"),
+    ("wan", {"ffn": {"image": "norm2"}}, "norm2 is a FP32LayerNorm with 0 linear layers, and no feed-forward network"),
+    ("flux", {"ffn": {"image": "attn.to_out.0"}}, "attn.to_out.0 is a Linear in attn with 1 linear layers"),
+    ("flux", {"ffn": {"image": "ff_context"}}, "names 'ff_context' for the image, and without it .* another text"),
+    ("sd3", {"modulation": ("attn.to_q",)}, "modulation: transformer_blocks.2.attn.to_q is fed .*, modulation is one"),
+    ("flux", {"text_mask": "joint_attention_kwargs"}, r"takes no mask of the text, \[2, 5\], or none, as 'joint_at"),
+    ("flux", {"text": "temb", "returns": ("image",)}, "returns of transformer_blocks"),
+    ("qwen", {"text": None, "returns": ("image",)}, "text_mask of transformer_blocks: its blocks have no text stream"),
+    (
+        "flux",
+        {"image": "encoder_hidden_states", "text": "hidden_states", "returns": ("image", "text")},
+        "does not change",
+    ),
+]
+
+
+def all_checks(transformer, adapter, call):
+    check_fields(adapter, transformer)
+    runner = Runner(transformer.requires_grad_(False), adapter)
+    witness = check_forward(runner, call)
+    check_dead(runner, witness)
+    check_dropped(runner, witness)
+
+
+@pytest.mark.parametrize(("model", "stack", "said"), STACKS)
+def test_a_stack_that_names_the_wrong_thing_is_one_sentence(model, stack, said):
+    make, adapter, call = MODELS[model]
+    wrong = replace(adapter, stacks=(replace(adapter.stacks[0], **stack), *adapter.stacks[1:]))
+    with pytest.raises(PpclError, match=said):
+        all_checks(make(), wrong, call)
+
+
+def test_a_stream_has_tokens():
+    """Lumina's conditioning is handed to every block, and is no stream."""
+    adapter = load_adapter("lumina2")
+    wrong = replace(adapter, stacks=(replace(adapter.stacks[0], text="temb"),))
+    transformer, call = watched(strangers.STRANGERS["lumina2"], wrong)
+    with pytest.raises(PpclError, match=r"layers is given \[1, 24\] as a stream, 'hidden_states' or 'temb'"):
+        check_forward(Runner(transformer, wrong), call)
+
+
+def watched(stranger, adapter):
+    """A pipeline's transformer, and one call of it."""
+    build, asked = stranger
+    pipeline = build()
+    steps = observed(pipeline, adapter, lambda: run_pipeline(pipeline, ["a"], None, asked, "latent"), 1)
+    return pipeline.transformer.requires_grad_(False), {**steps[-1].call, "return_dict": False}
+
+
+def test_a_remap_that_changes_the_image_is_refused():
+    """SD3's text modulation with scale and shift the wrong way round: every shorter model would be another one."""
+
+    def remap(config, state, kept):
+        SD3.remap(config, state, kept)
+        for kind in ("weight", "bias"):
+            name = f"transformer_blocks.{config['num_layers'] - 1}.norm1_context.linear.{kind}"
+            scale, shift = state[name].chunk(2)
+            state[name] = torch.cat([shift, scale])
+
+    with pytest.raises(PpclError, match="whose weights `remap` changes, computes another image"):
+        all_checks(tiny.sd3_transformer(), replace(SD3, remap=remap), tiny.sd3_inputs())
+
+
+def test_what_would_take_an_attention_along_is_no_network():
+    """Wan's second norm leads to its attention to the text: a linear map behind it would be in place of both."""
+    adapter = load_adapter("wan")
+    wrong = replace(adapter, stacks=(replace(adapter.stacks[0], ffn={"image": "norm2"}),))
+    transformer, call = watched(strangers.STRANGERS["wan"], adapter)
+    plan = Plan(family="wan", depths=adapter.depths(transformer))
+    plan = plan.with_operations([FfnSwap(stack="blocks", block=0, streams=("image",))])
+    with pytest.raises(PpclError, match="norm2 is followed by an attention before it is added"):
+        reshape(transformer, wrong, plan, call)
+
+
+SMALL = {"height": 8, "width": 8, "max_sequence_length": 9, "num_inference_steps": 4}
+SKIPPED = {"guidance_scale": 3.0, "skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.9}
+
+
+def steps_of(pipeline, adapter, call):
+    runs = [partial(run_pipeline, pipeline, [text], None, call, "latent") for text in ("a red one", "two b")]
+    return observed(pipeline, adapter, runs[0]), observed(pipeline, adapter, runs[1], 1)[0]
+
+
+@pytest.mark.parametrize("start", (0.01, 0.5))
+def test_layers_skipped_for_guidance_are_refused(start):
+    """SD3's own: they begin within the steps that are looked at, or behind them, when the first picture is recorded."""
+    pipeline, call = tiny.sd3_pipeline(), {**SMALL, **SKIPPED, "skip_layer_guidance_start": start}
+    if start < 0.5:
+        with pytest.raises(
+            PpclError, match="2 times in a step, once for prompt and negative prompt together; known are"
+        ):
+            check_steps(*steps_of(pipeline, SD3, call), SD3)
+    with pytest.raises(PpclError, match="transformer 2 times at timestep .*, and less often at the first step"):
+        denoised(pipeline, SD3, ["a"], call, 0)
+
+
+@pytest.mark.parametrize(
+    ("scale", "said"), [(3.0, "3 times in a step; known are"), (1.0, "2 times at step 2, and less")]
+)
+def test_a_third_call_of_a_step_is_refused(scale, said):
+    """As guiders of diffusers make them: with classifier-free guidance, and without."""
+    adapter, (build, asked) = load_adapter("hunyuan_image"), strangers.STRANGERS["hunyuan_image"]
+    pipeline = build()
+    pipeline.guider = SkipLayerGuidance(
+        guidance_scale=scale,
+        skip_layer_guidance_start=0.0,
+        skip_layer_guidance_stop=1.0,
+        skip_layer_config=LayerSkipConfig(indices=[1], fqn="transformer_blocks"),
+    )
+    with pytest.raises(PpclError, match=said):
+        check_steps(*steps_of(pipeline, adapter, {**asked, "num_inference_steps": 4}), adapter)
+
+
+def test_a_second_call_with_the_prompt_is_no_negative_one():
+    pipeline = tiny.flux_pipeline()
+    steps, other = steps_of(pipeline, FLUX, {**SMALL, "true_cfg_scale": 3.0, "negative_prompt": ""})
+    check_steps(steps, other, FLUX)
+    again = [replace(step, others=(step.call,)) for step in steps]
+    with pytest.raises(PpclError, match=r"second call of a step has the prompt \(.*encoder_hidden_states.*\) again"):
+        check_steps(again, other, FLUX)
+
+
+def test_what_every_sample_has_is_not_shared():
+    """Texts of two lengths, values that two prompts have in common, and the mask of the text."""
+    z_image, call = load_adapter("z_image"), strangers.STRANGERS["z_image"][1]
+    wrong = replace(z_image, shared=("cap_feats",))
+    with pytest.raises(PpclError, match="shared names 'cap_feats', and two prompts have different ones"):
+        check_steps(*steps_of(strangers.z_image_pipeline(), wrong, {**call, "num_inference_steps": 4}), wrong)
+    guided = replace(FLUX, shared=(*FLUX.shared, "guidance"))
+    with pytest.raises(PpclError, match="shared names 'guidance', of which the pipeline passes 2 for 2 samples"):
+        denoised(tiny.flux_pipeline(), guided, ["a", "b"], SMALL, 0)
+    masked = replace(QWEN_IMAGE, shared=("encoder_hidden_states_mask",))
+    with pytest.raises(PpclError, match="shared names 'encoder_hidden_states_mask', the text_mask: there is one for"):
+        check_fields(masked, tiny.qwen_image_transformer())
+
+
+def test_stacks_in_the_wrong_order_are_refused():
+    with pytest.raises(PpclError, match=r"calls transformer_blocks\[0\] where the adapter has single_transformer"):
+        all_checks(tiny.flux_transformer(), replace(FLUX, stacks=FLUX.stacks[::-1]), tiny.flux_inputs())
