@@ -31,6 +31,13 @@ def denoised(pipeline: Any, adapter: Adapter, texts: Sequence[str], call: Mappin
     with _recording(pipeline.transformer) as seen, stepping(pipeline.scheduler, seen.stepped):
         run_pipeline(pipeline, texts, generators, call, "latent")
     assert seen.latents is not None, "the run took no step"
+    if len(stacked(seen.calls[0][adapter.latents])) > 1 and (names := _one_for_each_row(adapter, seen.calls[0])):
+        # By chance, or because a sample has its own: then those of a single prompt are as many as its rows, too.
+        for name in names & _one_for_each_row(adapter, _first_call(pipeline, texts[0], seed, call)):
+            raise PpclError(
+                f"adapter {adapter.family}: shared names {name!r}, of which the pipeline passes one for each sample: a "
+                "batch would give all of them the first's"
+            )
     # As the transformer has them: what a pipeline returns may be in another shape or scale.
     latents = seen.latents.cpu()
     # A second call belongs to the negative prompt, if the first has no more rows than there are images.
@@ -52,10 +59,9 @@ def encoded(pipeline: Any, adapter: Adapter, text: str, picture: Image.Image, ca
     if adapter.packs:
         rows, channels, *_, height, width = latents.shape
         latents = pipeline._pack_latents(latents, rows, channels, height, width)
-    with _recording(pipeline.transformer, first_only=True) as seen, contextlib.suppress(_Recorded):
-        run_pipeline(pipeline, [text], None, call, "latent")
+    first = _first_call(pipeline, text, 0, call)
     # Under classifier-free guidance in one call, there is a row of the negative prompt, too.
-    return next(sample for sample in split(adapter, seen.calls[0], latents.cpu()) if not sample.negative)
+    return next(sample for sample in split(adapter, first, latents.cpu()) if not sample.negative)
 
 
 @torch.no_grad()
@@ -91,7 +97,6 @@ def split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor, *, negat
     listed, tokens = isinstance(tokens, list), stacked(tokens)
     arguments.pop(adapter.timestep)
     arguments.pop("return_dict", None)
-    _check_shared(adapter, arguments, len(tokens))
     latents = as_given(latents, tokens, adapter)
     rows, count = len(tokens), len(latents)
     reference = tokens[:, latents.shape[1] :] if tokens.shape[1] > latents.shape[1] else None
@@ -107,17 +112,18 @@ def split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor, *, negat
     ]
 
 
-def _check_shared(adapter: Adapter, arguments: Mapping[str, Any], rows: int) -> None:
-    """Refuse what is `shared` by an adapter and has a part for each of several samples."""
-    for name in adapter.shared:
-        value = arguments.get(name)
-        parts = len(value) if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim) else 0
-        if parts == rows > 1:
-            raise PpclError(
-                f"adapter {adapter.family}: shared names {name!r}, of which the pipeline passes {rows} for {rows} "
-                "samples: one for each, and a batch would give all of them the first's; where that is chance, take "
-                "another samples.batch"
-            )
+def _one_for_each_row(adapter: Adapter, arguments: Mapping[str, Any]) -> set[str]:
+    """Return what is `shared` and has as many parts as a call has rows."""
+    rows = len(stacked(arguments[adapter.latents]))
+    given = {name: arguments.get(name) for name in adapter.shared}
+    parts = {n: v for n, v in given.items() if isinstance(v, list) or (isinstance(v, Tensor) and v.ndim)}
+    return {name for name, value in parts.items() if len(value) == rows}
+
+
+def _first_call(pipeline: Any, text: str, seed: int, call: Mapping[str, Any]) -> dict[str, Any]:
+    with _recording(pipeline.transformer, first_only=True) as seen, contextlib.suppress(_Recorded):
+        run_pipeline(pipeline, [text], [torch.Generator().manual_seed(seed)], call, "latent")
+    return seen.calls[0]
 
 
 def _one(value: Any, name: str, index: int, tokens: Tensor, listed: bool) -> Any:

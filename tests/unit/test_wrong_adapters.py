@@ -177,8 +177,11 @@ def test_what_every_sample_has_is_not_shared():
     with pytest.raises(PpclError, match="shared names 'cap_feats', and two prompts have different ones"):
         check_steps(*steps_of(strangers.z_image_pipeline(), wrong, {**call, "num_inference_steps": 4}), wrong)
     guided = replace(FLUX, shared=(*FLUX.shared, "guidance"))
-    with pytest.raises(PpclError, match="shared names 'guidance', of which the pipeline passes 2 for 2 samples"):
+    with pytest.raises(PpclError, match="shared names 'guidance', of which the pipeline passes one for each sample"):
         denoised(tiny.flux_pipeline(), guided, ["a", "b"], SMALL, 0)
+    # As many samples as an argument has tokens, by chance.
+    by_chance = denoised(tiny.flux_pipeline(), FLUX, ["a"] * SMALL["max_sequence_length"], SMALL, 0)
+    assert len(by_chance[0].arguments["txt_ids"]) == len(by_chance) == SMALL["max_sequence_length"]
     masked = replace(QWEN_IMAGE, shared=("encoder_hidden_states_mask",))
     with pytest.raises(PpclError, match="shared names 'encoder_hidden_states_mask', the text_mask: there is one for"):
         check_fields(masked, tiny.qwen_image_transformer())
