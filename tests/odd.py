@@ -12,7 +12,10 @@ from ppcl_toolkit.running.schedule import Runner
 WIDTH = 8
 _SIDES = ("sides", "refiners")
 """Kinds with two more stacks."""
-KINDS = ("plain", "skip", "changed", "tap", "table", "gain", "numbered", "captions", "buffer", "twice", *_SIDES)
+KINDS = (
+    *("plain", "skip", "changed", "tap", "table", "gain", "numbered", "captions", "buffer", "window", "twice"),
+    *_SIDES,
+)
 
 
 class Block(nn.Module):
@@ -42,7 +45,7 @@ class Odd(ModelMixin, ConfigMixin):
         self.left, self.right = (nn.ModuleList(Block() for _ in range(n)) for n in (left_layers, right_layers))
         self.captions = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(num_layers if kind == "captions" else 0))
         self.time, self.out = nn.Linear(1, WIDTH), nn.Linear(WIDTH, WIDTH)
-        if kind in ("table", "buffer"):
+        if kind in ("table", "buffer", "window"):
             self.register_buffer("table", torch.arange(num_layers * 1.0), persistent=False)
 
     def forward(self, hidden_states, timestep, return_dict=True):  # noqa: C901, ARG002 - one of each kind
@@ -69,6 +72,8 @@ class Odd(ModelMixin, ConfigMixin):
             if kind in ("table", "buffer"):
                 # Slices of a table, as if it had a row for every block.
                 given["captions"] = self.table[i if kind == "table" else i - len(self.table)]
+            if kind == "window":
+                given["captions"] = self.table[max(i - 1, 0) : i + 1].sum()
             if kind == "changed":
                 x = x * 1.5
             x = block(x, temb, **given)

@@ -38,7 +38,7 @@ SAID = {
     "gain": r"blocks\[2\].*is called with another hidden_states",
     "tap": r"with blocks\[0,1\] one block that answers as all of them did, the transformer makes another velocity",
     "table": r"table is \[5\] and \[4\] in Odd: it depends on the numbers of blocks",
-    "buffer": r"table is \[5\] and \[4\] in Odd",
+    **dict.fromkeys(("buffer", "window"), r"table is \[5\] and \[4\] in Odd"),
     "numbered": r"blocks\[2\],.* whose number was 2 and is 1, computes something else",
     "captions": r"captions\.4\.bias",
     "sides": r"calls right\[0\] where the adapter has left\[1\]",

@@ -103,7 +103,7 @@ def test_weights_that_depend_on_the_depth_ask_for_a_remap():
 
 
 def test_rows_of_a_table_are_those_of_the_blocks_that_read_them(tmp_path, monkeypatch):
-    """Chroma: one table of modulation for all blocks. One row each may be read from the end, too."""
+    """Chroma: one table of modulation for all blocks. In a table of one row each, it may be read from its end."""
     found, shipped = find(*small(diffusers.ChromaTransformer2DModel)), load_adapter("chroma")
     assert found.tables == shipped.tables
     assert not {stack.path for stack in found.stacks} & found.notes.keys()
