@@ -376,7 +376,7 @@ def test_weights_in_another_dtype_than_their_files_are_memory(tmp_path):
     recipe = Recipe.load("sd35_medium_twice_as_fast")
     half = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"dtype": "float16"})})
     converted, read = (dry_run(each).memory["streamed, 1 device"]["velocities"] for each in (recipe, half))
-    weights = sum(load_adapter("sd3").others) * 2 + planned("sd35_medium_twice_as_fast").teacher.bytes
+    weights = sum(load_adapter("sd3").others) * 2 + blocks_of(recipe).teacher
     assert converted["host"] - read["host"] == weights == read["pages"]
     assert converted["pages"] == 0
     # Of a folder that is here, the files themselves say it.
