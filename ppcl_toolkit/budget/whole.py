@@ -88,9 +88,8 @@ class Whole:
         """Assembling a variant beside the teacher, which is on the host by now, and running it once."""
         memory, batch = self.memory, self.memory.recipe.finetune.batch
         own = self._student
-        # Of the modulation of a teacher's block, the bank has that alone.
-        whole = (replace(form, modulation=0) for form in self._largest.forms())
-        forms = [form for form in whole if not form.is_teacher]
+        # Of a teacher's block the bank has the modulation alone; of another one's modulation, only factors are read.
+        forms = [form for form in self._largest.forms() if not replace(form, modulation=0).is_teacher]
         banked = sum(memory.blocks.size(form) for form in forms) * self._itemsize
         device = own if self._has(own) else memory.blocks.outside + 2 * memory.blocks.largest
         # Devices share the variants: no more of them are made at once than there are.
