@@ -108,14 +108,14 @@ def _check_call(stack: Stack, block: nn.Module) -> None:
 
 
 def _check_inside(stack: Stack, blocks: nn.ModuleList) -> None:
-    for stream, path in stack.ffn.items():
-        if stream not in stack.streams:
-            raise PpclError(f"ffn of {stack.path}: {stream!r} is none of its streams, {_listed(stack.streams)}")
-        _check_network(stack, path, _inner(stack, blocks, "ffn", path))
     if stack.joint_attention is not None:
         _check_attention(stack, _inner(stack, blocks, "joint_attention", stack.joint_attention))
     elif named := stack.text_query or stack.text_out:
         raise PpclError(f"joint_attention of {stack.path} is None, and {named[0]!r} is to go with the text's queries")
+    for stream, path in stack.ffn.items():
+        if stream not in stack.streams:
+            raise PpclError(f"ffn of {stack.path}: {stream!r} is none of its streams, {_listed(stack.streams)}")
+        _check_network(stack, path, _inner(stack, blocks, "ffn", path))
     for field in ("text_query", "text_out", "modulation"):
         for path in getattr(stack, field):
             if _is_left_out(blocks[0], path):
