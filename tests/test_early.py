@@ -51,7 +51,7 @@ def test_a_wrong_adapter_is_known_before_the_first_sample(tmp_path, monkeypatch)
         "import dataclasses\n"
         "from ppcl_toolkit.adapter import load_adapter\n"
         "own = load_adapter('flux')\n"
-        "dual = dataclasses.replace(own.stacks[0], text_query=('attn.add_k_proj',))\n"
+        "dual = dataclasses.replace(own.stacks[0], text_query=('attn.add_k_proj', 'attn.norm_added_q'))\n"
         "ADAPTER = dataclasses.replace(own, stacks=(dual, own.stacks[1]))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
