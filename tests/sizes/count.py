@@ -208,7 +208,7 @@ WIDE = (
     "chroma_6_9b",
     "wan_1b",
 )
-"""A recipe of every family and of every teacher, counted at full width and few blocks."""
+"""Recipes of ten teachers, counted at full width and few blocks."""
 ROWS = [
     (recipe, stage, *options)
     for recipe in PLANS

@@ -31,7 +31,7 @@ SHALLOW = [
     ("chroma_6_9b", "depth"),
     ("wan_1b", "probe"),
 ]
-"""A few blocks of each stack, as wide as they are; `count.py --all` has every recipe of theirs, and every stage."""
+"""A few blocks of each stack, as wide as they are; `count.py --all` has more stages of them."""
 FEW = "8"
 CASES = WHOLE | {
     ", ".join([*case, "few blocks"]): ["--recipe", case[0], "--stage", case[1], *case[2:], "--blocks", FEW]
