@@ -151,12 +151,9 @@ def narrow_class(base: type, blueprint: Blueprint) -> type[NarrowBlock]:
 # The next three are also copied into generated modelling files: torch only, and nothing from this package.
 
 
-def bypass(value: Tensor, width: int = 0) -> Tensor:
-    """Stand in for a layer whose output nobody reads: a function, since LoRA loaders stumble over an `nn.Identity`.
-
-    Where that has another `width`, whatever is at hand is as wide.
-    """
-    return value[..., :1].expand(*value.shape[:-1], width) if width else value
+def bypass(value: Tensor, width: int | None = None) -> Tensor:
+    """Stand in for a layer of `width` that nobody reads: a function, since LoRA loaders stumble over `nn.Identity`."""
+    return value if width in (None, value.shape[-1]) else value[..., :1].expand(*value.shape[:-1], width)
 
 
 def reshape_block(
@@ -171,11 +168,10 @@ def reshape_block(
     like = next(block.parameters())
     for path in dict.fromkeys([*removed, *bypassed]):
         parent, _, name = path.rpartition(".")
-        gone = block.get_submodule(path)
-        delattr(block.get_submodule(parent), name)
+        owner, width = block.get_submodule(parent), getattr(block.get_submodule(path), "out_features", None)
+        delattr(owner, name)
         if path in bypassed:
-            width = gone.out_features if isinstance(gone, nn.Linear) and gone.in_features != gone.out_features else 0
-            setattr(block.get_submodule(parent), name, partial(bypass, width=width) if width else bypass)
+            setattr(owner, name, partial(bypass, width=width))
     for path, chunks, parts in shrunk:
         linear = block.get_submodule(path)
         for name, value in list(linear.named_parameters(recurse=False)):
