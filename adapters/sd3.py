@@ -43,7 +43,6 @@ def example(config: Mapping[str, Any], call: Mapping[str, Any], references: int)
 ADAPTER = Adapter(
     family="sd3",
     transformer="SD3Transformer2DModel",
-    shared=("skip_layers",),
     guidance="guidance_scale",
     remap=remap,
     models={

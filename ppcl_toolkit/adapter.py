@@ -161,7 +161,8 @@ class Adapter:
     @property
     def checked(self) -> dict[str, Any]:
         """What a check against the pipeline is of, as JSON has it."""
-        own = {"latents": self.latents, "timestep": self.timestep, "negatives_last": self.negatives_last}
+        names = ("latents", "timestep", "packs", "guidance", "negatives_last")
+        own = {name: getattr(self, name) for name in names}
         stacks = [asdict(stack) for stack in self.stacks]
         found: dict[str, Any] = json.loads(json.dumps({**own, "shared": self.shared, "stacks": stacks}))
         return found

@@ -1,5 +1,7 @@
 """Steps of a real run against each other: what a sample keeps of the first one must hold for all."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -8,13 +10,54 @@ from ppcl_toolkit.adapter import Adapter
 from ppcl_toolkit.checking.witness import difference
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.capture import map_tensors
-from ppcl_toolkit.running.noising import Step
+from ppcl_toolkit.running.noising import Noising, Step, check_negatives, noising_of, observed
 from ppcl_toolkit.running.record import split
 
+_OTHER = "nothing that anybody asked for"
+"""A prompt."""
 _MORE = (
     "known are calls of the prompt and of a negative one. What more there are (skipped layers, perturbed attention) go "
     "by blocks that a shorter model has not: do without them in `teacher.call`"
 )
+
+
+def check_run(pipeline: Any, adapter: Adapter, run: Callable[..., Any]) -> tuple[Noising, dict[str, Any]]:
+    """Check an adapter on the first steps of `run()`, which calls `pipeline`; return how it noises, and a call.
+
+    `run(prompt)` calls it with another prompt, `run(None, name=value)` with another argument.
+
+    Raises `PpclError` with what would go wrong: see `check_steps`, and also where the pipeline does not pack as the
+    adapter says, or is guided by another argument.
+    """
+    if adapter.packs and not callable(getattr(pipeline, "_pack_latents", None)):
+        raise PpclError(f"adapter {adapter.family}: packs is True, and {type(pipeline).__name__} has no _pack_latents")
+    steps = observed(pipeline, adapter, run)
+    (other,) = observed(pipeline, adapter, lambda: run(_OTHER), 1)
+    check_negatives(steps[0], other, adapter)
+    noising = noising_of(pipeline.scheduler, adapter, steps)
+    check_steps(steps, other, adapter)
+    if _is_guided(steps[0], adapter):
+        _check_guidance(pipeline, adapter, run)
+    return noising, {**steps[-1].call, "return_dict": False}
+
+
+def _is_guided(step: Step, adapter: Adapter) -> bool:
+    """Whether every picture is run twice, in two calls or in one."""
+    return bool(step.others) or len(step.call[adapter.latents]) > len(step.sample)
+
+
+def _check_guidance(pipeline: Any, adapter: Adapter, run: Callable[..., Any]) -> None:
+    """Raise a `PpclError` where it is not the adapter's `guidance` that has a pipeline run every picture twice."""
+    family, name = f"adapter {adapter.family}: guidance names {adapter.guidance!r}", type(pipeline).__name__
+    if adapter.guidance not in inspect.signature(type(pipeline).__call__).parameters:
+        if hasattr(pipeline, "guider"):  # which is told when the pipeline is built
+            return
+        raise PpclError(f"{family}, and {name} takes no such argument, though it runs every picture twice")
+    (step,) = observed(pipeline, adapter, lambda: run(None, **{adapter.guidance: 1.0}), 1)
+    if _is_guided(step, adapter):
+        raise PpclError(
+            f"{family}, and where that is 1, {name} runs every picture twice as before: it is guided by something else"
+        )
 
 
 def check_steps(steps: list[Step], other: Step, adapter: Adapter) -> None:

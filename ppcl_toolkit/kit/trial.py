@@ -17,6 +17,7 @@ from ppcl_toolkit.checking.dead import check_dead
 from ppcl_toolkit.checking.dropped import check_dropped, intervals
 from ppcl_toolkit.checking.forward import check_forward
 from ppcl_toolkit.checking.in_place import called_in_place
+from ppcl_toolkit.checking.steps import check_run
 from ppcl_toolkit.checking.witness import Witness, difference
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.kit.building import small
@@ -25,7 +26,6 @@ from ppcl_toolkit.running.capture import answer
 from ppcl_toolkit.running.conditioning import Layer, vectors
 from ppcl_toolkit.running.fields import check_fields
 from ppcl_toolkit.running.images import check_call, run_pipeline
-from ppcl_toolkit.running.noising import noising_of, observed
 from ppcl_toolkit.running.placement import HOST
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import reshape
@@ -110,10 +110,12 @@ def _tried(name: str, attempt: Callable[[], str | None] | None) -> Trial:
 
 
 def _noise(pipeline: Any, adapter: Adapter, call: Mapping[str, Any], found: dict[str, Any]) -> str:
-    generators = [torch.Generator().manual_seed(0)]
-    steps = observed(pipeline, adapter, lambda: run_pipeline(pipeline, [_PROMPT], generators, call, "latent"))
-    noising = noising_of(pipeline.scheduler, adapter, steps)
-    found.update(steps[-1].call)
+    def run(prompt: str | None = None, **changed: Any) -> None:
+        generators = [torch.Generator().manual_seed(0)]
+        run_pipeline(pipeline, [prompt or _PROMPT], generators, {**call, **changed}, "latent")
+
+    noising, own = check_run(pipeline, adapter, run)
+    found.update(own)
     if noising.kind == "diffusion":
         return f"diffusion of {len(noising.signal)} levels, told their number"
     offset, scale = (f"{value:g}" for value in (noising.offset, abs(noising.scale)))

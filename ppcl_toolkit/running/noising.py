@@ -77,6 +77,8 @@ class Step:
     """What the scheduler is told."""
     sample: Tensor
     """The latents that it is given."""
+    made: tuple[int, ...] = ()
+    """Shape of what the transformer made of its first call."""
 
 
 class _Enough(BaseException):
@@ -115,6 +117,7 @@ def observed(pipeline: Any, adapter: Adapter, run: Any, count: int = 3) -> list[
         raise PpclError(f"{name} has no scheduler: how its latents are noised cannot be known")
     signature = inspect.signature(type(pipeline.transformer).forward)
     calls: list[dict[str, Any]] = []
+    made: list[tuple[int, ...]] = []
     steps: list[Step] = []
 
     def called(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -122,20 +125,22 @@ def observed(pipeline: Any, adapter: Adapter, run: Any, count: int = 3) -> list[
         bound.pop("self")
         calls.append(map_tensors(bound, lambda tensor: tensor.detach().cpu().clone()))
 
+    def answered(_module: Any, _args: Any, output: Any) -> None:
+        made.append(tuple(stacked(output[0]).shape))
+
     def stepped(timestep: Any, sample: Tensor, _: Tensor) -> None:
         if calls:
             (first, *others), own = calls, sample.detach().cpu().clone()
-            steps.append(Step(call=first, others=tuple(others), timestep=float(timestep), sample=own))
-            calls.clear()
+            step = Step(call=first, others=tuple(others), timestep=float(timestep), sample=own, made=made[0])
+            steps.append(step)
+            calls.clear(), made.clear()
         if len(steps) == count:
             raise _Enough
 
-    handle = pipeline.transformer.register_forward_pre_hook(called, with_kwargs=True)
-    try:
-        with stepping(pipeline.scheduler, stepped), contextlib.suppress(_Enough):
-            run()
-    finally:
-        handle.remove()
+    with stepping(pipeline.scheduler, stepped), contextlib.suppress(_Enough), contextlib.ExitStack() as hooks:
+        hooks.callback(pipeline.transformer.register_forward_pre_hook(called, with_kwargs=True).remove)
+        hooks.callback(pipeline.transformer.register_forward_hook(answered).remove)
+        run()
     if not steps:
         raise PpclError(f"{name} takes no step of its scheduler with its transformer: such a run cannot be recorded")
     for argument in (adapter.latents, adapter.timestep):
@@ -242,6 +247,11 @@ def _check_latents(step: Step, adapter: Adapter) -> None:
         raise PpclError(
             f"adapter {adapter.family}: noised counts {counted} tokens of a call, and the scheduler steps "
             f"{own.shape[1]} of them"
+        )
+    if adapter.noised is None and own.ndim == 3 and own.shape[1] < given.shape[1] == step.made[1]:
+        raise PpclError(
+            f"adapter {adapter.family}: noised is None, and the transformer makes {step.made[1]} tokens where the "
+            f"scheduler steps {own.shape[1]}: those of reference images follow, and nobody reads their velocity"
         )
     if not torch.allclose(seen.float(), own.to(seen.dtype).float(), rtol=1e-2, atol=1e-2):
         raise PpclError(

@@ -11,6 +11,7 @@ family needs no data code.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,14 +55,16 @@ def record_samples(runner: Runner, teacher: Teacher, recipe: Recipe, desk: Desk)
             save_tree(path, [{name: getattr(s, name) for name in Sample.__slots__} for s in samples])
 
 
-def rehearse(teacher: Teacher, recipe: Recipe, prompt: str | None = None) -> None:
-    """Run the pipeline for the first source, or another prompt in its place, and keep nothing of it."""
+def rehearse(teacher: Teacher, recipe: Recipe, prompt: str | None = None, **changed: Any) -> None:
+    """Run the pipeline for the first source, or another prompt in its place, and keep nothing of it.
+
+    `changed` are arguments of the call in place of the recipe's.
+    """
     (text, path), *_ = sources(recipe.samples, recipe.seed)
     image = {"image": read_image(path, "samples.edits")} if recipe.samples.edits and path is not None else {}
     generators = [torch.Generator().manual_seed(recipe.seed)]
-    run_pipeline(
-        teacher.pipeline, [text if prompt is None else prompt], generators, {**recipe.teacher.call, **image}, "latent"
-    )
+    call = {**recipe.teacher.call, **image, **changed}
+    run_pipeline(teacher.pipeline, [text if prompt is None else prompt], generators, call, "latent")
 
 
 def load_samples(folder: Path, name: str = "*") -> Recorded:

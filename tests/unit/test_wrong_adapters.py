@@ -9,12 +9,13 @@ import tiny
 import torch
 from diffusers import LayerSkipConfig, SkipLayerGuidance
 from families import FLUX, QWEN_IMAGE, SD3
+from PIL import Image
 
 from ppcl_toolkit.adapter import load_adapter
 from ppcl_toolkit.checking.dead import check_dead
 from ppcl_toolkit.checking.dropped import check_dropped
 from ppcl_toolkit.checking.forward import check_forward
-from ppcl_toolkit.checking.steps import check_steps
+from ppcl_toolkit.checking.steps import check_run, check_steps
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Plan
 from ppcl_toolkit.running.fields import check_fields
@@ -190,3 +191,49 @@ def test_what_every_sample_has_is_not_shared():
 def test_stacks_in_the_wrong_order_are_refused():
     with pytest.raises(PpclError, match=r"calls transformer_blocks\[0\] where the adapter has single_transformer"):
         all_checks(tiny.flux_transformer(), replace(FLUX, stacks=FLUX.stacks[::-1]), tiny.flux_inputs())
+
+
+def runner_of(pipeline, call):
+    def run(prompt=None, **changed):
+        run_pipeline(pipeline, [prompt or "a"], [torch.Generator().manual_seed(0)], {**call, **changed}, "latent")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "adapter", "call"),
+    [
+        (tiny.flux_pipeline(), FLUX, {"true_cfg_scale": 3.0, "negative_prompt": ""}),
+        (tiny.sd3_pipeline(), SD3, {"guidance_scale": 3.0}),
+    ],
+    ids=["in two calls", "in one"],
+)
+def test_guidance_is_what_makes_a_pipeline_run_pictures_twice(pipeline, adapter, call):
+    run = runner_of(pipeline, {**SMALL, **call})
+    noising, own = check_run(pipeline, adapter, run)
+    assert noising.kind == "flow" and own["return_dict"] is False
+    # FLUX is told its distilled guidance beside, Stable Diffusion that of skipped layers.
+    other = "guidance_scale" if adapter is FLUX else "skip_layer_guidance_scale"
+    with pytest.raises(PpclError, match=f"guidance names '{other}', and where that is 1, .* runs every picture twice"):
+        check_run(pipeline, replace(adapter, guidance=other), run)
+    with pytest.raises(PpclError, match="guidance names 'cfg', and .*Pipeline takes no such argument, though it runs"):
+        check_run(pipeline, replace(adapter, guidance="cfg"), run)
+    # Where nothing is run twice, there are no negatives to count.
+    plain = {**SMALL, **call, adapter.guidance: 1.0}
+    check_run(pipeline, replace(adapter, guidance="cfg"), runner_of(pipeline, plain))
+
+
+def test_tokens_of_references_are_counted():
+    """FLUX Kontext's pipeline throws their velocity away: an adapter that does not would train on it."""
+    pipeline = tiny.flux_kontext_pipeline()
+    run = runner_of(
+        pipeline, {**SMALL, "image": Image.new("RGB", (8, 8), "red"), "_auto_resize": False, "max_area": 64}
+    )
+    check_run(pipeline, FLUX, run)
+    with pytest.raises(PpclError, match=r"noised is None, and the transformer makes \d+ tokens where the scheduler st"):
+        check_run(pipeline, replace(FLUX, noised=None), run)
+
+
+def test_packing_needs_a_pipeline_that_packs():
+    with pytest.raises(PpclError, match="packs is True, and StableDiffusion3Pipeline has no _pack_latents"):
+        check_run(tiny.sd3_pipeline(), replace(SD3, packs=True), runner_of(tiny.sd3_pipeline(), SMALL))
