@@ -31,7 +31,7 @@ methods: [default, uniform, velocity]
 modulation: {modulation}
 targets: [{{name: "70", params: 70%}}]
 seeds: [0, 1]
-passes: 2600
+passes: 1400
 trials: {{factors: [0.5, 2.0], seed: 7, batches: 1}}
 tolerance: 0.08
 scoring: {{batches: 2, batch: 2}}
@@ -93,7 +93,7 @@ def test_every_run_is_there_with_its_size_and_what_it_spent(whole):
     for made in summary["runs"]:
         assert "failed" not in made, made
         assert made["off"] == 0 and abs(made["params"] / total / 0.7 - 1) <= 0.08
-        assert 0.5 * 2600 < sum(made["passes"].values()) <= 2600
+        assert 0.5 * 1400 < sum(made["passes"].values()) <= 1400
         assert made["steps"]["finetune"] >= 1
         assert (made["passes"]["modulation"] > 0) == made["modulation"]
         assert any("modulation" in operation for operation in made["plan"]) == made["modulation"]
@@ -129,7 +129,7 @@ def test_every_method_learns_at_the_best_of_the_rates_that_it_tried(whole):
     for made in summary["runs"]:
         errors = tried[made["method"], made["modulation"]]
         assert made["factor"] == min(errors, key=errors.get)
-        record = f"runs/2600/70/{'modulation' if made['modulation'] else 'plain'}/{made['method']}/{made['seed']}"
+        record = f"runs/1400/70/{'modulation' if made['modulation'] else 'plain'}/{made['method']}/{made['seed']}"
         rate = json.loads((out / record / "finetune/made_from.json").read_text())["settings"]["learning_rate"]
         assert rate == pytest.approx(1e-4 * made["factor"])
     # No picture is drawn for a trial, and what did not win is in the table.
@@ -139,16 +139,16 @@ def test_every_method_learns_at_the_best_of_the_rates_that_it_tried(whole):
 
 
 def test_of_two_budgets_each_has_its_rows(world, tmp_path):
-    given = ["passes=[1000, 2600]", "seeds=[0]", "modulation=without", "methods=[default, uniform]", "trials=null"]
+    given = ["passes=[800, 1400]", "seeds=[0]", "modulation=without", "methods=[default, uniform]", "trials=null"]
     summary = compare(Comparison.load(world / "both.yaml", given), tmp_path / "run")
     rows = {(row["budget"], row["method"]): row for row in summary["rows"]}
-    assert [*rows] == [(1000, "default"), (1000, "uniform"), (2600, "default"), (2600, "uniform")]
+    assert [*rows] == [(800, "default"), (800, "uniform"), (1400, "default"), (1400, "uniform")]
     for method in ("default", "uniform"):
-        few, more = rows[1000, method], rows[2600, method]
-        assert few["spent"] <= 1000 < more["spent"] <= 2600 and few["factors"] == [1.0]
-    assert rows[1000, "uniform"]["velocity_error"] != rows[2600, "uniform"]["velocity_error"]
+        few, more = rows[800, method], rows[1400, method]
+        assert few["spent"] <= 800 < more["spent"] <= 1400 and few["factors"] == [1.0]
+    assert rows[800, "uniform"]["velocity_error"] != rows[1400, "uniform"]["velocity_error"]
     page = (tmp_path / "run/comparison.html").read_text()
-    assert "uniform, 1k" in page and "uniform, 3k" in page and "1,000 or 2,600 block passes" in page
+    assert "uniform, 800" in page and "uniform, 1k" in page and "800 or 1,400 block passes" in page
 
 
 def test_what_diverges_is_made_once_more_with_a_third_of_its_rate(world, tmp_path):
@@ -159,7 +159,7 @@ def test_what_diverges_is_made_once_more_with_a_third_of_its_rate(world, tmp_pat
     (made,) = summary["runs"]
     assert made["factor"] == pytest.approx(1 / 3) and "broke off after 1 of" in made["failed"]
     assert "seed 0 broke off at ×1, and is of a third of it" in summary["rows"][0]["note"]
-    runs = tmp_path / "run/runs/2600/70/plain/velocity/0"
+    runs = tmp_path / "run/runs/1400/70/plain/velocity/0"
     rates = [
         json.loads((folder / "finetune/made_from.json").read_text())["settings"]["learning_rate"]
         for folder in (runs, runs / "again")
@@ -180,7 +180,7 @@ def test_a_seed_changes_the_training_and_nothing_else(whole):
 def test_a_killed_comparison_ends_with_the_same_figures(world, whole):
     out = world / "killed"
     often = "settings={finetune.checkpoint_every: 2}"
-    status, said = run(world, out, "runs/2600/70/plain/velocity/0/finetune:3", often)
+    status, said = run(world, out, "runs/1400/70/plain/velocity/0/finetune:3", often)
     assert status == -signal.SIGKILL, said[-2000:]
     made = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
     assert made

@@ -47,7 +47,7 @@ def test_it_is_known_before_the_first_sample(sections, message, tmp_path):
 
 
 def test_a_wrong_adapter_is_known_before_the_first_sample(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "mended.py").write_text(
         "import dataclasses\n"
         "from ppcl_toolkit.adapter import load_adapter\n"
         "own = load_adapter('flux')\n"
@@ -56,24 +56,24 @@ def test_a_wrong_adapter_is_known_before_the_first_sample(tmp_path, monkeypatch)
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(PpclError, match="text_query of transformer_blocks names 'attn.add_k_proj', without which"):
-        compress(asked(adapter="mine:ADAPTER"), tmp_path / "run")
+        compress(asked(adapter="mended:ADAPTER"), tmp_path / "run")
     assert not list((tmp_path / "run").glob("samples*"))
     # Mended, the same command goes on.
-    text = (tmp_path / "mine.py").read_text().replace("add_k_proj", "add_q_proj")
-    (tmp_path / "mine.py").write_text(text)
-    monkeypatch.delitem(sys.modules, "mine")
+    text = (tmp_path / "mended.py").read_text().replace("add_k_proj", "add_q_proj")
+    (tmp_path / "mended.py").write_text(text)
+    monkeypatch.delitem(sys.modules, "mended")
     importlib.invalidate_caches()
     with pytest.raises(_SampledError):
-        compress(asked(adapter="mine:ADAPTER"), tmp_path / "run", progress=_until_samples)
+        compress(asked(adapter="mended:ADAPTER"), tmp_path / "run", progress=_until_samples)
     assert (tmp_path / "run" / "check" / "noising.json").is_file()
     # What was checked is that adapter: another one is not taken for it.
-    (tmp_path / "mine.py").write_text(text.replace("add_q_proj", "add_v_proj"))
-    monkeypatch.delitem(sys.modules, "mine")
+    (tmp_path / "mended.py").write_text(text.replace("add_q_proj", "add_v_proj"))
+    monkeypatch.delitem(sys.modules, "mended")
     importlib.invalidate_caches()
     with pytest.raises(
         PpclError, match="was made with another adapter 'flux': adapter.stacks was .*; use another --out"
     ):
-        compress(asked(adapter="mine:ADAPTER"), tmp_path / "run")
+        compress(asked(adapter="mended:ADAPTER"), tmp_path / "run")
 
 
 class _SampledError(Exception):

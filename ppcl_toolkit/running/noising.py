@@ -133,7 +133,8 @@ def observed(pipeline: Any, adapter: Adapter, run: Any, count: int = 3) -> list[
             (first, *others), own = calls, sample.detach().cpu().clone()
             step = Step(call=first, others=tuple(others), timestep=float(timestep), sample=own, made=made[0])
             steps.append(step)
-            calls.clear(), made.clear()
+            calls.clear()
+            made.clear()
         if len(steps) == count:
             raise _Enough
 

@@ -1,6 +1,6 @@
 """A training on disk, to go on bit by bit, on as many processes as wrote it or on another number of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -37,7 +37,8 @@ def load_training(folder: Path, module: nn.Module, optimization: Optimization) -
     with torch.no_grad():
         for name, value in _values(module):
             local(value).copy_(saved.read(f"weights/{name}", own_rows(value)))
-    states = {i: _moments(saved, name, p) for i, (name, p) in enumerate(_trained(module))}
+    entries = _entries(saved)
+    states = {i: _moments(saved, entries.get(name, {}), p) for i, (name, p) in enumerate(_trained(module))}
     optimization.load_state({**saved.facts, "moments": states})
 
 
@@ -72,15 +73,22 @@ def _everything(module: nn.Module, optimization: Optimization) -> Iterator[Part]
                 yield Part(f"moments/{name}/{key}{kind}", tensor, rows)
 
 
-def _moments(saved: Saved, name: str, parameter: Tensor) -> State:
-    prefix = f"moments/{name}/"
-    keys = {entry.removeprefix(prefix).partition(".")[0] for entry in saved.names if entry.startswith(prefix)}
+def _entries(saved: Saved) -> dict[str, dict[str, str]]:
+    """Return where the moments of each parameter are, by their keys; an 8-bit moment is where its codes are."""
+    found: dict[str, dict[str, str]] = {}
+    for entry in saved.names:
+        name, _, own = entry.removeprefix("moments/").rpartition("/")
+        if entry.startswith("moments/") and own.partition(".")[2] in ("", "codes"):
+            found.setdefault(name, {})[own.partition(".")[0]] = entry
+    return found
+
+
+def _moments(saved: Saved, entries: Mapping[str, str], parameter: Tensor) -> State:
     state: State = {}
-    for key in sorted(keys):
+    for key, entry in sorted(entries.items()):
         # Who has which rows is the same for the tensors of an 8-bit moment.
-        entry = next(e for e in saved.names if e in (f"{prefix}{key}", f"{prefix}{key}.codes"))
         holders = saved.holders(entry, own_rows(parameter))
-        pieces = [_piece(saved, rank, f"{prefix}{key}") for rank, _ in holders]
+        pieces = [_piece(saved, rank, entry.removesuffix(".codes")) for rank, _ in holders]
         whole = len(pieces) == 1 and holders[0][1] == slice(None)
         moment = pieces[0] if whole else joined(pieces, [rows for _, rows in holders])
         state[key] = int(moment) if moment.dtype == torch.int64 else moment

@@ -120,6 +120,7 @@ class Saved:
         try:
             files = sorted(folder.glob(f"{self.facts['files']}-*.safetensors{suffix}"))
             self._files: dict[tuple[int, str], Path] = {}
+            self._open: tuple[Path, Any] | None = None
             for path in files:
                 with safe_open(path, framework="pt") as file:
                     rank = int(path.name.removeprefix(f"{self.facts['files']}-").partition("-")[0])
@@ -136,11 +137,17 @@ class Saved:
     def part(self, rank: int, name: str, rows: slice = slice(None)) -> Tensor:
         """Return what one process wrote under a name, or some rows of that."""
         try:
-            with safe_open(self._files[rank, name], framework="pt") as file:
-                found: Tensor = file.get_tensor(name) if rows == slice(None) else file.get_slice(name)[rows]
+            file = self._opened(self._files[rank, name])
+            found: Tensor = file.get_tensor(name) if rows == slice(None) else file.get_slice(name)[rows]
         except (OSError, KeyError, SafetensorError) as error:
             raise self._damaged(error) from error
         return found
+
+    def _opened(self, path: Path) -> Any:
+        """Return a file, whose head is read once: tensors are mostly asked for in their order there."""
+        if self._open is None or self._open[0] != path:
+            self._open = (path, safe_open(path, framework="pt"))
+        return self._open[1]
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Return a tensor, or some of its rows, from the files of those that have them."""
