@@ -120,7 +120,9 @@ class Adapter:
     shared: tuple[str, ...] = ()
     """Arguments that have no batch dimension."""
     noised: Noised | None = None
-    """`noised(call)` counts the noised tokens of a call; None where reference tokens never follow them."""
+    """`noised(call)` counts the noised tokens of a call; None where they are all of it, and of what is made of it."""
+    noised_last: bool = False
+    """Whether they are the last ones: references, and in what is made of a call the text, too, come before them."""
     remap: Remap | None = None
     """`remap(config, state_dict, kept)`, in place, for families whose other weights depend on block numbers."""
     tables: Mapping[str, Rows] = field(default_factory=dict)
@@ -161,7 +163,7 @@ class Adapter:
     @property
     def checked(self) -> dict[str, Any]:
         """What a check against the pipeline is of, as JSON has it."""
-        names = ("latents", "timestep", "packs", "guidance", "negatives_last")
+        names = ("latents", "timestep", "packs", "guidance", "negatives_last", "noised_last")
         own = {name: getattr(self, name) for name in names}
         stacks = [asdict(stack) for stack in self.stacks]
         found: dict[str, Any] = json.loads(json.dumps({**own, "shared": self.shared, "stacks": stacks}))
@@ -183,6 +185,13 @@ class Adapter:
         if isinstance(self.others, tuple):
             return self.others
         return self.others.get(model) or next(iter(self.others.values()))
+
+    def noised_of(self, call: Mapping[str, Any], tokens: Tensor) -> Tensor:
+        """Return the noised ones of the tokens [B, N, C] that a call has, or that are made of it."""
+        if self.noised is None:
+            return tokens
+        count = self.noised(call)
+        return tokens[:, tokens.shape[1] - count :] if self.noised_last else tokens[:, :count]
 
     @property
     def padded(self) -> tuple[str, str] | None:

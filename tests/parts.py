@@ -13,6 +13,8 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -191,3 +193,39 @@ def qwen3_encoder() -> Qwen3ForCausalLM:
         eos_token_id=258,
     )
     return Qwen3ForCausalLM(config).eval()
+
+
+def qwen3_vl_encoder() -> Qwen3VLForConditionalGeneration:
+    torch.manual_seed(0)
+    number = {name: 256 + i for i, name in enumerate(QWEN_TOKENS)}
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 256 + len(QWEN_TOKENS),
+        "bos_token_id": number["<|endoftext|>"],
+        "eos_token_id": number["<|im_end|>"],
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e6},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "patch_size": 14,
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+    }
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=number["<|image_pad|>"],
+        video_token_id=number["<|video_pad|>"],
+        vision_start_token_id=number["<|vision_start|>"],
+        vision_end_token_id=number["<|vision_end|>"],
+    )
+    return Qwen3VLForConditionalGeneration(config).eval()

@@ -5,6 +5,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKLHunyuanImage,
+    AutoencoderKLQwenImage21,
     BriaPipeline,
     BriaTransformer2DModel,
     ChromaPipeline,
@@ -23,6 +24,8 @@ from diffusers import (
     OvisImageTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
 )
@@ -260,4 +263,39 @@ def chroma() -> ChromaPipeline:
         text_encoder=parts.t5_encoder(),
         tokenizer=parts.t5_tokenizer(),
         transformer=chroma_transformer(),
+    )
+
+
+def qwen_image21() -> QwenImage21Pipeline:
+    """Qwen-Image 2.1: text and pictures in one stream, the noised one last."""
+    torch.manual_seed(0)
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        context_in_dim=16,
+        mlp_ratio=2,
+        axes_dims_rope=(2, 2, 4),
+    )
+    vae = AutoencoderKLQwenImage21(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=4,
+        dim_mult=[1] * 5,
+        num_res_blocks=1,
+        latents_mean=[0.1] * 4,
+        latents_std=[1.5] * 4,
+    )
+    processor = parts.qwen_processor()
+    processor.chat_template = processor.tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'][0]['text'] }}<|im_end|>\n{% endfor %}"
+    )
+    return parts.finished(
+        QwenImage21Pipeline,
+        vae=vae.eval(),
+        text_encoder=parts.qwen3_vl_encoder(),
+        processor=processor,
+        transformer=parts.randomize(transformer),
     )

@@ -39,6 +39,14 @@ class Numbers(Tensor):
         return self.known.tolist()
 
     @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Choose between two numbers by those of a mask: `torch.where` makes them tensors without data, before."""
+        if func is torch.where and len(args) == 3 and not any(isinstance(value, Tensor) for value in args[1:]):
+            return cls(torch.where(args[0].known, *args[1:]))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Compute with the numbers where every operand has them, and without where one has none."""
         del types

@@ -1,6 +1,6 @@
 """A student's blocks where they learned: at their places in the teacher, whose forward runs around them."""
 
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def called_in_place(
         blocks = stack.blocks(whole)
         blocks[form.first] = block
         for index in range(form.first + 1, form.last + 1):
-            blocks[index] = _Passed(block, stack)
+            blocks[index] = _Passed(blocks[index], stack)
     own = {**dict(student.named_parameters()), **dict(student.named_buffers())}
     inside = tuple(f"{stack.path}." for stack in adapter.stacks)
     for name, tensor in [*whole.named_parameters(), *whole.named_buffers()]:
@@ -43,8 +43,12 @@ def called_in_place(
 
 @final
 class _Passed(nn.Module):
-    """Takes the place of a block, and hands on the streams that it is given."""
+    """Takes the place of a block, and hands on the streams that it is given; what code reads of the block is there."""
 
     def __init__(self, block: nn.Module, stack: Stack) -> None:
         super().__init__()
+        vars(self)["_block"] = block  # no part of this: its weights stay where they are
         self.forward = passing(block, stack)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_block"], name)

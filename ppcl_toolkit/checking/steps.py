@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ppcl_toolkit.adapter import Adapter
@@ -27,7 +28,7 @@ def check_run(pipeline: Any, adapter: Adapter, run: Callable[..., Any]) -> tuple
     `run(prompt)` calls it with another prompt, `run(None, name=value)` with another argument.
 
     Raises `PpclError` with what would go wrong: see `check_steps`, and also where the pipeline does not pack as the
-    adapter says, or is guided by another argument.
+    adapter says, or is guided by another argument, or steps by other tokens.
     """
     if adapter.packs and not callable(getattr(pipeline, "_pack_latents", None)):
         raise PpclError(f"adapter {adapter.family}: packs is True, and {type(pipeline).__name__} has no _pack_latents")
@@ -36,8 +37,9 @@ def check_run(pipeline: Any, adapter: Adapter, run: Callable[..., Any]) -> tuple
     check_negatives(steps[0], other, adapter)
     noising = noising_of(pipeline.scheduler, adapter, steps)
     check_steps(steps, other, adapter)
-    if _is_guided(steps[0], adapter):
-        _check_guidance(pipeline, adapter, run)
+    plain = _unguided(pipeline, adapter, run) if _is_guided(steps[0], adapter) else steps[0]
+    if plain is not None:
+        _check_velocity(plain, adapter)
     return noising, {**steps[-1].call, "return_dict": False}
 
 
@@ -46,17 +48,33 @@ def _is_guided(step: Step, adapter: Adapter) -> bool:
     return bool(step.others) or len(step.call[adapter.latents]) > len(step.sample)
 
 
-def _check_guidance(pipeline: Any, adapter: Adapter, run: Callable[..., Any]) -> None:
-    """Raise a `PpclError` where it is not the adapter's `guidance` that has a pipeline run every picture twice."""
+def _unguided(pipeline: Any, adapter: Adapter, run: Callable[..., Any]) -> Step | None:
+    """Return a step at a guidance of 1; None where a pipeline is told its guidance when it is built.
+
+    Raises `PpclError` where it is not the adapter's `guidance` that has the pipeline run every picture twice.
+    """
     family, name = f"adapter {adapter.family}: guidance names {adapter.guidance!r}", type(pipeline).__name__
     if adapter.guidance not in inspect.signature(type(pipeline).__call__).parameters:
-        if hasattr(pipeline, "guider"):  # which is told when the pipeline is built
-            return
+        if hasattr(pipeline, "guider"):
+            return None
         raise PpclError(f"{family}, and {name} takes no such argument, though it runs every picture twice")
     (step,) = observed(pipeline, adapter, lambda: run(None, **{adapter.guidance: 1.0}), 1)
     if _is_guided(step, adapter):
         raise PpclError(
             f"{family}, and where that is 1, {name} runs every picture twice as before: it is guided by something else"
+        )
+    return step
+
+
+def _check_velocity(step: Step, adapter: Adapter) -> None:
+    """Raise a `PpclError` where a pipeline steps by other tokens of what its transformer makes than the adapter has."""
+    if adapter.noised is None or step.velocity is None or step.made.shape == step.velocity.shape:
+        return
+    own, velocity = adapter.noised_of(step.call, step.made).float(), step.velocity.float()
+    if not any(torch.allclose(sign * own, velocity, rtol=1e-2, atol=1e-2) for sign in (1, -1)):
+        raise PpclError(
+            f"adapter {adapter.family}: noised_last is {adapter.noised_last}, and of the {step.made.shape[1]} tokens "
+            f"that the transformer makes, the scheduler is given {velocity.shape[1]} others"
         )
 
 
@@ -75,7 +93,7 @@ def check_steps(steps: list[Step], other: Step, adapter: Adapter) -> None:
             if wrong := _unlike(step.call.get(name), first[name], name):
                 raise PpclError(
                     f"{family}: the pipeline passes {wrong} at a later step: samples keep what it was at the first, so "
-                    "the transformer would be told two different things"
+                    "the transformer would be told two different things; what turns that off belongs in `teacher.call`"
                 )
     for name in adapter.shared:
         one, two = _in_common(_values(first.get(name)), _values(other.call.get(name)))
@@ -134,9 +152,9 @@ def _unlike(found: Any, expected: Any, name: str) -> str:
 
 
 def _values(value: Any) -> list[Any]:
-    """Return the tensors and numbers in a value: what else there is may be made anew at every step."""
+    """Return the tensors in a value, or numbers and words: what else there is may be made anew at every step."""
     found: list[Any] = []
     map_tensors(value, found.append)
-    if isinstance(value, int | float):
+    if isinstance(value, int | float | str):
         found.append(value)
     return found

@@ -16,6 +16,8 @@ _TEXTS = ("joint", "text", "caption", "context", "cross", "cap_", "cond", "featu
 _WIDTHS = ("dim", "channels", "hidden_size", "width")
 _PER_SAMPLE: tuple[tuple[str, Callable[[], Iterable[Any]]], ...] = (
     (r"t|time|.*timesteps?(_.*)?", lambda: (torch.tensor([0.3, 0.7]), torch.tensor([3, 7]))),
+    # Of a text with places for an image, each of four of its tokens.
+    (r"img_mask", lambda: (torch.tensor([[False] * WORDS + [True] * (SIDE * SIDE // 4)] * ROWS),)),
     (r".*mask.*", lambda: _masks()),
     (r"guidance|.*scale.*", lambda: (torch.tensor([3.5, 4.5]),)),
     (r"num_frames", lambda: (1, _FRAMES)),

@@ -105,9 +105,8 @@ def answer(transformer: nn.Module, call: Mapping[str, Any]) -> Tensor:
 
 
 def predict(transformer: nn.Module, adapter: Adapter, call: Mapping[str, Any]) -> Tensor:
-    """Return the velocity of the noised latents of a call: pipelines throw away that of reference tokens."""
-    velocity = answer(transformer, call)
-    return velocity if adapter.noised is None else velocity[:, : adapter.noised(call)]
+    """Return the velocity of the noised latents of a call: pipelines throw away that of other tokens."""
+    return adapter.noised_of(call, answer(transformer, call))
 
 
 def stack_calls(

@@ -1,7 +1,7 @@
 """Recorded samples, and the noised batches that are made of them.
 
 Noise is added in the space in which the transformer sees latents, as `Noising` says, on the noised tokens only;
-reference tokens of edit models follow them unchanged.
+reference tokens of edit models stay beside them, unchanged.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ class Sample:
     arguments: dict[str, Any]
     """Every other argument of the recorded call but the timestep."""
     reference: Tensor | None = None
-    """Tokens behind the noised ones, [1, M, C]."""
+    """Tokens behind the noised ones, or before them where these are last, [1, M, C]."""
     listed: bool = False
     """Whether the transformer takes latents as a list of samples without a batch dimension, [C, ...] each."""
     negative: bool = False
@@ -118,7 +118,8 @@ class Batches:
         noise = torch.randn(clean.shape, generator=generator)
         noised = self.noising.noised(clean, noise, sigma)
         if chosen[0].reference is not None:
-            noised = torch.cat([noised, torch.cat([s.reference for s in chosen if s.reference is not None])], dim=1)
+            others = torch.cat([s.reference for s in chosen if s.reference is not None])
+            noised = torch.cat([others, noised] if self.adapter.noised_last else [noised, others], dim=1)
         calls = [sample.arguments for sample in chosen]
         calls = calls if self.adapter.padded is None else padded(calls, *self.adapter.padded)
         listed = chosen[0].listed

@@ -77,8 +77,10 @@ class Step:
     """What the scheduler is told."""
     sample: Tensor
     """The latents that it is given."""
-    made: tuple[int, ...] = ()
-    """Shape of what the transformer made of its first call."""
+    made: Tensor
+    """What the transformer made of its first call."""
+    velocity: Tensor | None = None
+    """What the scheduler is given for it."""
 
 
 class _Enough(BaseException):
@@ -87,7 +89,7 @@ class _Enough(BaseException):
 
 @contextlib.contextmanager
 def stepping(scheduler: Any, after: Any) -> Iterator[None]:
-    """Call `after(timestep, sample, result)` behind each step of a scheduler; samples are [B, ...]."""
+    """Call `after(given, result)` behind each step of a scheduler, of its arguments by name; samples are [B, ...]."""
     own = scheduler.step
     signature = inspect.signature(own)
 
@@ -96,7 +98,7 @@ def stepping(scheduler: Any, after: Any) -> Iterator[None]:
     def step(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         result = own(*args, **kwargs)
-        after(given["timestep"], given["sample"], result[0] if isinstance(result, tuple) else result.prev_sample)
+        after(given, result[0] if isinstance(result, tuple) else result.prev_sample)
         return result
 
     scheduler.step = step
@@ -117,22 +119,23 @@ def observed(pipeline: Any, adapter: Adapter, run: Any, count: int = 3) -> list[
         raise PpclError(f"{name} has no scheduler: how its latents are noised cannot be known")
     signature = inspect.signature(type(pipeline.transformer).forward)
     calls: list[dict[str, Any]] = []
-    made: list[tuple[int, ...]] = []
+    made: list[Tensor] = []
     steps: list[Step] = []
 
     def called(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = dict(signature.bind(module, *args, **kwargs).arguments)
         bound.pop("self")
-        calls.append(map_tensors(bound, lambda tensor: tensor.detach().cpu().clone()))
+        calls.append(map_tensors(bound, _copied))
 
     def answered(_module: Any, _args: Any, output: Any) -> None:
-        made.append(tuple(stacked(output[0]).shape))
+        made.append(stacked(output[0]).detach().cpu())
 
-    def stepped(timestep: Any, sample: Tensor, _: Tensor) -> None:
+    def stepped(given: Mapping[str, Any], _: Tensor) -> None:
         if calls:
-            (first, *others), own = calls, sample.detach().cpu().clone()
-            step = Step(call=first, others=tuple(others), timestep=float(timestep), sample=own, made=made[0])
-            steps.append(step)
+            (first, *others), level = calls, float(given["timestep"])
+            own, velocity = (map_tensors(given.get(name), _copied) for name in ("sample", "model_output"))
+            found = {"timestep": level, "sample": own, "made": made[0], "velocity": velocity}
+            steps.append(Step(call=first, others=tuple(others), **found))
             calls.clear()
             made.clear()
         if len(steps) == count:
@@ -216,6 +219,10 @@ def _flow(scheduler: Any, told: list[float], levels: list[float], call: Mapping[
     )
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
+
+
 def _plain(value: float) -> float:
     """Round to four digits: what is left is rounding on the way to the transformer."""
     return 0.0 if abs(value) < 1e-4 else round(value, 3 - math.floor(math.log10(abs(value))))
@@ -242,17 +249,18 @@ def _check_latents(step: Step, adapter: Adapter) -> None:
     """Refuse pipelines that give the transformer other latents than their scheduler steps."""
     given = stacked(step.call[adapter.latents])
     own = as_given(step.sample, given, adapter)
-    # Rows are repeated for guidance; references follow the noised tokens.
-    seen = given[: len(own), : own.shape[1]]
+    # Rows are repeated for guidance; references are beside the noised tokens.
+    first = given.shape[1] - own.shape[1] if adapter.noised_last else 0
+    seen = given[: len(own), first : first + own.shape[1]]
     if adapter.noised is not None and (counted := adapter.noised(step.call)) != own.shape[1]:
         raise PpclError(
             f"adapter {adapter.family}: noised counts {counted} tokens of a call, and the scheduler steps "
             f"{own.shape[1]} of them"
         )
-    if adapter.noised is None and own.ndim == 3 and own.shape[1] < given.shape[1] == step.made[1]:
+    if adapter.noised is None and own.ndim == 3 and own.shape[1] < step.made.shape[1]:
         raise PpclError(
-            f"adapter {adapter.family}: noised is None, and the transformer makes {step.made[1]} tokens where the "
-            f"scheduler steps {own.shape[1]}: those of reference images follow, and nobody reads their velocity"
+            f"adapter {adapter.family}: noised is None, and the transformer makes {step.made.shape[1]} tokens where "
+            f"the scheduler steps {own.shape[1]}: nobody reads the velocity of the others, those of reference images"
         )
     if not torch.allclose(seen.float(), own.to(seen.dtype).float(), rtol=1e-2, atol=1e-2):
         raise PpclError(

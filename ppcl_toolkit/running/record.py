@@ -99,7 +99,8 @@ def split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor, *, negat
     arguments.pop("return_dict", None)
     latents = as_given(latents, tokens, adapter)
     rows, count = len(tokens), len(latents)
-    reference = tokens[:, latents.shape[1] :] if tokens.shape[1] > latents.shape[1] else None
+    others = tokens.shape[1] - latents.shape[1]
+    reference = (tokens[:, :others] if adapter.noised_last else tokens[:, -others:]) if others else None
     return [
         Sample(
             latents=latents[i % count : i % count + 1],
@@ -151,13 +152,13 @@ class _Seen:
         if self.latents is None:
             self.calls.append({name: _resting(value) for name, value in arguments.items()})
 
-    def stepped(self, timestep: Any, _sample: Tensor, latents: Tensor) -> None:
+    def stepped(self, given: Mapping[str, Any], latents: Tensor) -> None:
         """Take a step; `PpclError` where it had more calls than the first one."""
         if self._count > len(self.calls):
             raise PpclError(
-                f"the pipeline calls its transformer {self._count} times at timestep {float(timestep):g}, and less "
-                "often at the first step, which is what samples keep: do without what it begins later (skipped layers, "
-                "another guidance) in `teacher.call`"
+                f"the pipeline calls its transformer {self._count} times at timestep {float(given['timestep']):g}, and "
+                "less often at the first step, which is what samples keep: do without what it begins later (skipped "
+                "layers, another guidance) in `teacher.call`"
             )
         self.latents, self._count = latents, 0
 

@@ -38,7 +38,7 @@ def steps_of(scheduler, told, dtype=torch.float32, count=3):
         sample = torch.randn(1, 9, 4)
         told_of = torch.as_tensor(told(t, sigma)).to(dtype).repeat(2)
         call = {"hidden_states": sample.to(dtype), "timestep": told_of, "img_ids": torch.zeros(9, 3)}
-        found.append(Step(call=call, timestep=float(t), sample=sample, made=sample.shape))
+        found.append(Step(call=call, timestep=float(t), sample=sample, made=sample))
     return found
 
 

@@ -234,6 +234,35 @@ def test_tokens_of_references_are_counted():
         check_run(pipeline, replace(FLUX, noised=None), run)
 
 
+QWEN_IMAGE21, (build_21, asked_21) = load_adapter("qwen_image21"), strangers.STRANGERS["qwen_image21"]
+
+
+@pytest.mark.parametrize("edits", (False, True))
+def test_of_one_stream_the_noised_tokens_are_those_that_the_scheduler_steps(edits):
+    """Qwen-Image 2.1 makes text and references, too, before them."""
+    pipeline = build_21()
+    edit = {"image": Image.new("RGB", (64, 64), "red"), "output_resolution": 64} if edits else {}
+    run = runner_of(pipeline, {**asked_21, **edit, "num_inference_steps": 4})
+    noising, call = check_run(pipeline, QWEN_IMAGE21, run)
+    assert (noising.offset, noising.scale) == (0, 1) and call["hidden_states"].shape[1] == (40 if edits else 24)
+    all_checks(pipeline.transformer, QWEN_IMAGE21, call)
+    # With references, those would be in the place of the latents.
+    said = (
+        r"\[1, 40, 4\] are not the latents" if edits else "noised_last is False, and of the .* tokens that the transf"
+    )
+    with pytest.raises(PpclError, match=said):
+        check_run(pipeline, replace(QWEN_IMAGE21, noised_last=False), run)
+    with pytest.raises(PpclError, match="noised is None, and the transformer makes .* where the scheduler steps 24"):
+        check_run(pipeline, replace(QWEN_IMAGE21, noised=None), run)
+
+
+def test_what_a_pipeline_keeps_from_its_first_step_cannot_be_recorded():
+    pipeline = build_21()
+    run = runner_of(pipeline, {**asked_21, "use_kv_cache": True, "num_inference_steps": 4})
+    with pytest.raises(PpclError, match="passes kv_cache_mode .* at a later step: .*; what turns that off belongs in"):
+        check_run(pipeline, QWEN_IMAGE21, run)
+
+
 def test_packing_needs_a_pipeline_that_packs():
     with pytest.raises(PpclError, match="packs is True, and StableDiffusion3Pipeline has no _pack_latents"):
         check_run(tiny.sd3_pipeline(), replace(SD3, packs=True), runner_of(tiny.sd3_pipeline(), SMALL))
