@@ -148,7 +148,7 @@ def test_of_two_budgets_each_has_its_rows(world, tmp_path):
         assert few["spent"] <= 800 < more["spent"] <= 1400 and few["factors"] == [1.0]
     assert rows[800, "uniform"]["velocity_error"] != rows[1400, "uniform"]["velocity_error"]
     page = (tmp_path / "run/comparison.html").read_text()
-    assert "uniform, 800" in page and "uniform, 1k" in page and "800 or 1,400 block passes" in page
+    assert "uniform, 0.8k" in page and "uniform, 1.4k" in page and "800 or 1,400 block passes" in page
 
 
 def test_what_diverges_is_made_once_more_with_a_third_of_its_rate(world, tmp_path):

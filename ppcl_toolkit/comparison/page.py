@@ -81,7 +81,7 @@ def _lead(summary: Mapping[str, Any]) -> str:
 
 
 def _label(row: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    budget = f", {row['budget'] / 1e3:,.0f}k" if len(summary["passes"]) > 1 else ""
+    budget = f", {row['budget'] / 1e3:,g}k" if len(summary["passes"]) > 1 else ""
     return f"{row['method']}{budget}"
 
 

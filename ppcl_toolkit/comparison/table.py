@@ -56,7 +56,7 @@ def results(
 
 def cells(row: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
     """Return a row as text, in the order of `HEADER`."""
-    head = [f"{row['budget'] / 1e3:,.0f}k", row["target"], row["method"], "low rank" if row["modulation"] else "whole"]
+    head = [f"{row['budget'] / 1e3:,g}k", row["target"], row["method"], "low rank" if row["modulation"] else "whole"]
     if row["params"] is None:
         return [*head, *["–"] * 9, row["note"]]
     against = "–"
@@ -91,7 +91,7 @@ def tried(summary: Mapping[str, Any]) -> list[list[str]]:
     for trial in summary["trials"]:
         found.setdefault(cell_of(trial), []).append(told(trial))
     return [
-        [f"{budget / 1e3:,.0f}k", target, method, "low rank" if lever else "whole", "; ".join(said)]
+        [f"{budget / 1e3:,g}k", target, method, "low rank" if lever else "whole", "; ".join(said)]
         for (budget, target, lever, method), said in found.items()
     ]
 
