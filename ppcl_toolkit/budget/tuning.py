@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ppcl_toolkit.budget.memory import Memory, Need
+from ppcl_toolkit.budget.numbers import Numbers
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.surgery.assemble import student_blocks
 from ppcl_toolkit.training.means import BYTES, Job, Machine, Means, choose_means, job_of
@@ -91,6 +92,8 @@ class Tuning:
 
     def _many(self, name: str, value: Any) -> Any:
         adapter, batch = self.memory.blocks.model.adapter, self.memory.recipe.finetune.batch
+        if isinstance(value, Numbers):
+            return Numbers(torch.cat([value.known] * batch))
         if isinstance(value, Tensor) and name not in adapter.shared:
             return torch.empty((batch, *value.shape[1:]), dtype=value.dtype, device="meta")
         return value * batch if isinstance(value, list) else value

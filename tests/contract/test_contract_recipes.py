@@ -26,6 +26,7 @@ TEACHERS = {
 OTHERS = {
     "black-forest-labs/FLUX.2-klein-4B": "flux2",
     "Tongyi-MAI/Z-Image-Turbo": "z_image",
+    "Qwen/Qwen-Image-2.1": "qwen_image21",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan",
     "lodestones/Chroma1-HD": "chroma",
 }

@@ -205,10 +205,11 @@ WIDE = (
     "sd35_medium_twice_as_fast",
     "flux2_klein_3b",
     "z_image_4_6b",
+    "qwen_image21_5b",
     "chroma_6_9b",
     "wan_1b",
 )
-"""Recipes of ten teachers, counted at full width and few blocks."""
+"""Recipes of eleven teachers, counted at full width and few blocks."""
 ROWS = [
     (recipe, stage, *options)
     for recipe in PLANS
