@@ -205,7 +205,7 @@ WIDE = (
     "sd35_medium_twice_as_fast",
     "flux2_klein_3b",
     "z_image_4_6b",
-    "qwen_image21_4_8b",
+    "qwen_image21_5b",
     "chroma_6_9b",
     "wan_1b",
 )
