@@ -128,7 +128,7 @@ def observed(pipeline: Any, adapter: Adapter, run: Any, count: int = 3) -> list[
         calls.append(map_tensors(bound, _copied))
 
     def answered(_module: Any, _args: Any, output: Any) -> None:
-        made.append(stacked(output[0]).detach().cpu())
+        made.append(_copied(stacked(output[0])))
 
     def stepped(given: Mapping[str, Any], _: Tensor) -> None:
         if calls:
