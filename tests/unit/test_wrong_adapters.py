@@ -18,8 +18,10 @@ from ppcl_toolkit.checking.forward import check_forward
 from ppcl_toolkit.checking.steps import check_run, check_steps
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import FfnSwap, Plan
+from ppcl_toolkit.running.capture import predict
 from ppcl_toolkit.running.fields import check_fields
 from ppcl_toolkit.running.images import run_pipeline
+from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.noising import observed
 from ppcl_toolkit.running.record import denoised
 from ppcl_toolkit.running.schedule import Runner
@@ -254,6 +256,20 @@ def test_of_one_stream_the_noised_tokens_are_those_that_the_scheduler_steps(edit
         check_run(pipeline, replace(QWEN_IMAGE21, noised_last=False), run)
     with pytest.raises(PpclError, match="noised is None, and the transformer makes .* where the scheduler steps 24"):
         check_run(pipeline, replace(QWEN_IMAGE21, noised=None), run)
+
+
+def test_references_stay_before_tokens_that_are_last():
+    pipeline = build_21()
+    edit = {"image": Image.new("RGB", (64, 64), "red"), "output_resolution": 64, "num_inference_steps": 2}
+    (sample,) = denoised(pipeline, QWEN_IMAGE21, ["a"], {**asked_21, **edit}, 0)
+    assert sample.reference.shape == (1, 16, 4) and sample.latents.shape == (1, 24, 4)
+    batch = Batches(samples=[sample], adapter=QWEN_IMAGE21, size=1, seed=0)[0]
+    given = batch["hidden_states"]
+    assert torch.equal(given[:, :16], sample.reference) and given.shape[1] == 40
+    with torch.no_grad():
+        assert torch.equal(
+            predict(pipeline.transformer, QWEN_IMAGE21, batch), pipeline.transformer(**batch)[0][:, -24:]
+        )
 
 
 def test_what_a_pipeline_keeps_from_its_first_step_cannot_be_recorded():
