@@ -30,6 +30,7 @@ ADAPTER = Adapter(
     latents="x",
     timestep="t",
     guidance="guidance_scale",
+    unguided=0.0,
     negatives_last=True,
     models={"Tongyi-MAI/Z-Image-Turbo": {}, "Tongyi-MAI/Z-Image": {}},
     dtype="float32",

@@ -131,7 +131,10 @@ class Adapter:
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Hub ids, and where their config differs from the class's defaults: `ppcl plan` needs no download for these."""
     guidance: str = "true_cfg_scale"
-    """Argument of the pipeline that, above 1, makes it run every picture twice: classifier-free guidance."""
+    """Argument of the pipeline that, above `unguided`, makes it run every picture twice: classifier-free guidance."""
+    unguided: float = 1.0
+    """Its value where no picture is. Of the prompt's velocity c and the negative's n, the run's is n + s (c - n), and
+    c + s (c - n) for pipelines that are unguided at 0."""
     negatives_last: bool = False
     """Whether, where one call has the rows of negative prompts too, they are behind those of the prompts."""
     distilled: str = "guidance"
@@ -163,7 +166,7 @@ class Adapter:
     @property
     def checked(self) -> dict[str, Any]:
         """What a check against the pipeline is of, as JSON has it."""
-        names = ("latents", "timestep", "packs", "guidance", "negatives_last", "noised_last")
+        names = ("latents", "timestep", "packs", "guidance", "unguided", "negatives_last", "noised_last")
         own = {name: getattr(self, name) for name in names}
         stacks = [asdict(stack) for stack in self.stacks]
         found: dict[str, Any] = json.loads(json.dumps({**own, "shared": self.shared, "stacks": stacks}))
@@ -185,6 +188,11 @@ class Adapter:
         if isinstance(self.others, tuple):
             return self.others
         return self.others.get(model) or next(iter(self.others.values()))
+
+    def scale(self, call: Mapping[str, Any]) -> float | None:
+        """Return the s of n + s (c - n) that the pipeline's arguments ask for; None where they do not say."""
+        value = call.get(self.guidance)
+        return None if value is None else float(value) + 1 - self.unguided
 
     def noised_of(self, call: Mapping[str, Any], tokens: Tensor) -> Tensor:
         """Return the noised ones of the tokens [B, N, C] that a call has, or that are made of it."""

@@ -330,7 +330,7 @@ def _noised(
         sigma_mean=recipe.samples.sigma_mean,
         sigma_std=recipe.samples.sigma_std,
         dtype=getattr(torch, recipe.teacher.dtype),
-        negatives=share_of_negatives(recipe.teacher.call.get(teacher.adapter.guidance)),
+        negatives=share_of_negatives(teacher.adapter.scale(recipe.teacher.call)),
     )
 
 
@@ -341,7 +341,7 @@ def _calibration(recipe: Recipe, run: Workspace, noised: Callable[[str, int], Ba
     batches = replace(batches, uniform=True, guidance=recipe.modulation.guidance)
     empty = load_samples(run.path / "samples", EMPTY)
     call = recipe.teacher.call
-    guided = float(call.get(batches.adapter.guidance, 1) or 1) > 1
+    guided = (batches.adapter.scale(call) or 1) > 1
     facts = {"negative_prompt": call.get("negative_prompt", "") if guided else None}
     return Calibration(batches=batches, empty=replace(batches, samples=empty) if empty else None, facts=facts)
 

@@ -16,6 +16,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     HunyuanImagePipeline,
     HunyuanImageTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     LongCatImagePipeline,
     LongCatImageTransformer2DModel,
     Lumina2Pipeline,
@@ -298,4 +300,33 @@ def qwen_image21() -> QwenImage21Pipeline:
         text_encoder=parts.qwen3_vl_encoder(),
         processor=processor,
         transformer=parts.randomize(transformer),
+    )
+
+
+def krea2() -> Krea2Pipeline:
+    torch.manual_seed(0)
+    transformer = Krea2Transformer2DModel(
+        in_channels=4,
+        num_layers=4,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        timestep_embed_dim=16,
+        text_hidden_dim=16,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=24,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return parts.finished(
+        Krea2Pipeline,
+        vae=parts.qwen_vae(),
+        text_encoder=parts.qwen3_vl_encoder().model,
+        tokenizer=parts.qwen_tokenizer(),
+        transformer=parts.randomize(transformer),
+        text_encoder_select_layers=(1, 2),
     )

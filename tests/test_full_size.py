@@ -31,6 +31,8 @@ TEACHERS = {
     "black-forest-labs/FLUX.1-schnell": 11_891_178_560,
     "Qwen/Qwen-Image-Edit-2511": 20_430_401_088,
     "Qwen/Qwen-Image-2.1": 7_115_124_736,
+    "krea/Krea-2-Raw": 12_820_073_036,
+    "krea/Krea-2-Turbo": 12_820_073_036,
     "black-forest-labs/FLUX.2-klein-4B": 3_875_544_576,
     "black-forest-labs/FLUX.2-klein-base-4B": 3_875_544_576,
     "black-forest-labs/FLUX.2-klein-9B": 9_078_581_248,

@@ -56,6 +56,7 @@ SKIPPED = {
     "bria": {DUAL: ([1], TEXT_FIRST), SINGLE: ([1, 2], TEXT_FIRST)},
     "hunyuan_image": {DUAL: ([2], IMAGE_FIRST), SINGLE: ([1], IMAGE_FIRST)},
     "qwen_image21": {DUAL: ([1, 3], ALONE)},
+    "krea2": {DUAL: ([1, 2], ALONE)},
 }
 """By stack, the blocks that a test skips, each behind the one that stands for it, and what a block hands on."""
 
@@ -163,9 +164,10 @@ ONE_RUN = (
     {"kind": "text_run", "stack": DUAL, "reference": 0, "last": 1},
     {"kind": "ffn_swap", "stack": DUAL, "block": 0, "streams": ["image", "text"]},
 )
+IMAGE_FFN = ({"kind": "ffn_swap", "stack": DUAL, "block": 0, "streams": ["image"]},)
 NARROW = {
     **dict.fromkeys(("flux2", "hunyuan_video", "hunyuan_image", "chroma", "bria", "mochi"), ONE_RUN),
-    **dict.fromkeys(("sana", "qwen_image21"), ({"kind": "ffn_swap", "stack": DUAL, "block": 0, "streams": ["image"]},)),
+    **dict.fromkeys(("sana", "qwen_image21", "krea2"), IMAGE_FFN),
     "z_image": ({"kind": "ffn_swap", "stack": "layers", "block": 2, "streams": ["image"]},),
 }
 """What goes of the width, too: text streams, and FFNs, of which Sana's are convolutions and Z-Image's have a norm."""

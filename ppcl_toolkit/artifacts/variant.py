@@ -252,7 +252,8 @@ def _check_libraries(folder: Path, index: Mapping[str, Any]) -> None:
     """Refuse parts of a pipeline that diffusers would import from anywhere else than from its own two libraries."""
     for name, part in index.items():
         library = part[0] if isinstance(part, list) and part and name != "transformer" else None
-        if library is not None and library not in ("diffusers", "transformers"):
+        # Others are lists of numbers that a pipeline takes.
+        if isinstance(library, str) and library not in ("diffusers", "transformers"):
             raise PpclError(
                 f"{folder / 'model_index.json'} takes {name} from {library!r}; diffusers or transformers may"
             )

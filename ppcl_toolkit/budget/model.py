@@ -74,7 +74,7 @@ class Model:
         example = {name: _empty(shape, transformer.dtype) for name, shape in shapes.items()} | {"return_dict": False}
         # A distilled model is told `guidance_scale`, and not run twice for it.
         told = adapter.guidance == "guidance_scale" and transformer.config.get("guidance_embeds")
-        forwards = 2 if float(recipe.teacher.call.get(adapter.guidance, 1) or 1) > 1 and not told else 1
+        forwards = 2 if (adapter.scale(recipe.teacher.call) or 1) > 1 and not told else 1
         folder = Path(resolve(recipe.teacher.path))
         in_place = (_dtype(folder / "transformer") or adapter.dtype) == recipe.teacher.dtype
         others = _parts(folder) or adapter.others_of(recipe.teacher.path)

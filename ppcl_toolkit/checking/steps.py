@@ -49,7 +49,7 @@ def _is_guided(step: Step, adapter: Adapter) -> bool:
 
 
 def _unguided(pipeline: Any, adapter: Adapter, run: Callable[..., Any]) -> Step | None:
-    """Return a step at a guidance of 1; None where a pipeline is told its guidance when it is built.
+    """Return a step without guidance; None where a pipeline is told its guidance when it is built.
 
     Raises `PpclError` where it is not the adapter's `guidance` that has the pipeline run every picture twice.
     """
@@ -58,10 +58,11 @@ def _unguided(pipeline: Any, adapter: Adapter, run: Callable[..., Any]) -> Step 
         if hasattr(pipeline, "guider"):
             return None
         raise PpclError(f"{family}, and {name} takes no such argument, though it runs every picture twice")
-    (step,) = observed(pipeline, adapter, lambda: run(None, **{adapter.guidance: 1.0}), 1)
+    (step,) = observed(pipeline, adapter, lambda: run(None, **{adapter.guidance: adapter.unguided}), 1)
     if _is_guided(step, adapter):
         raise PpclError(
-            f"{family}, and where that is 1, {name} runs every picture twice as before: it is guided by something else"
+            f"{family}, and where that is {adapter.unguided:g}, {name} runs every picture twice as before: it is "
+            "guided by something else, or `unguided` at another value"
         )
     return step
 

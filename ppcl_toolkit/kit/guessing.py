@@ -42,6 +42,8 @@ def guesses(name: str, kind: str, config: Mapping[str, Any], *, first: bool) -> 
             return
     if name.endswith("ids") and "token" not in name and "input" not in name:
         words = "txt" in name or "text" in name
+        if name == "position_ids":  # of text and image
+            yield torch.cat([torch.zeros(WORDS, 3), *_places(SIDE * SIDE, SIDE, {})][:2])
         yield from _places(WORDS if words else SIDE * SIDE, 1 if words else SIDE, config)
     elif "ensor" in kind or listed or "cond" in name or "feats" in name:
         yield from _vectors(name, config, listed=listed)
@@ -86,6 +88,8 @@ def _vectors(name: str, config: Mapping[str, Any], *, listed: bool) -> Iterator[
         tokens, vector = _noise(ROWS, WORDS, width), _noise(ROWS, width)
         if listed:
             yield list(tokens)
+        if layers := config.get("num_text_layers"):  # of the text's encoder
+            yield _noise(ROWS, WORDS, layers, width)
         yield from (vector, tokens) if "pooled" in name else (tokens, vector)
         yield tokens[:, None]
     yield torch.arange(ROWS * WORDS).view(ROWS, WORDS) % 3
