@@ -225,6 +225,18 @@ def test_guidance_is_what_makes_a_pipeline_run_pictures_twice(pipeline, adapter,
     check_run(pipeline, replace(adapter, guidance="cfg"), runner_of(pipeline, plain))
 
 
+def test_guidance_may_be_off_at_another_value():
+    """Z-Image's pipeline adds guidance to the prompt's velocity: at 1, pictures are run twice."""
+    adapter, (build, call) = load_adapter("z_image"), strangers.STRANGERS["z_image"]
+    pipeline = build()
+    run = runner_of(pipeline, {**call, "num_inference_steps": 4, "guidance_scale": 3.0})
+    check_run(pipeline, adapter, run)
+    with pytest.raises(PpclError, match="and where that is 1, ZImagePipeline runs every picture twice as before"):
+        check_run(pipeline, replace(adapter, unguided=1.0), run)
+    assert adapter.scale({"guidance_scale": 3.0}) == 4.0 and adapter.scale({"guidance_scale": 0.0}) == 1.0
+    assert SD3.scale({"guidance_scale": 3.0}) == 3.0 and SD3.scale({}) is None
+
+
 def test_tokens_of_references_are_counted():
     """FLUX Kontext's pipeline throws their velocity away: an adapter that does not would train on it."""
     pipeline = tiny.flux_kontext_pipeline()
