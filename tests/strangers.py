@@ -166,7 +166,10 @@ STRANGERS = {
     "bria": (pictures.bria, {**TINY, "max_sequence_length": 24}),
     "chroma": (pictures.chroma, TINY),
     "hunyuan_image": (pictures.hunyuan_image, {"height": 8, "width": 8}),
-    "krea2": (pictures.krea2, {**TINY, "height": 128, "width": 192, "max_sequence_length": 160}),
+    "krea2": (
+        pictures.krea2,
+        {"height": 128, "width": 192, "guidance_scale": 0.0, "max_sequence_length": 160},
+    ),
     "qwen_image21": (pictures.qwen_image21, {"height": 64, "width": 96, "use_kv_cache": False}),
 }
 """By the name of its adapter, how a family's pipeline is made, and what the pipeline is asked for."""
