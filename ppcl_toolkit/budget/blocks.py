@@ -14,7 +14,7 @@ from ppcl_toolkit.budget.passes import Step, forward_peak, learning, training_pe
 from ppcl_toolkit.plan import Form, Plan
 from ppcl_toolkit.running.capture import Arguments, Streams, map_tensors, run_block
 from ppcl_toolkit.running.schedule import Reading
-from ppcl_toolkit.surgery.graph import meta_copy
+from ppcl_toolkit.surgery.copies import meta_copy
 from ppcl_toolkit.surgery.narrow import modulation_layers
 from ppcl_toolkit.training.losses import LOSSES
 from ppcl_toolkit.training.segment import Segment, block_inputs

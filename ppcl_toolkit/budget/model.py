@@ -21,8 +21,8 @@ from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.records import check_depths
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import Calls, reshape
+from ppcl_toolkit.surgery.copies import meta_copy
 from ppcl_toolkit.surgery.costs import Costs
-from ppcl_toolkit.surgery.graph import meta_copy
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """As safetensors calls them."""

@@ -13,7 +13,7 @@ from ppcl_toolkit.plan import Form, Interval, Plan
 from ppcl_toolkit.running.capture import bind, predict, rerouted, run_block, unpack
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import drop_blocks, stock_of, student_blocks
-from ppcl_toolkit.surgery.graph import sharing_copy
+from ppcl_toolkit.surgery.copies import sharing_copy
 from ppcl_toolkit.surgery.narrow import NarrowBlock
 
 _PLAIN = (bool, int, float, str)

@@ -11,7 +11,7 @@ from ppcl_toolkit.running.capture import answer, passing
 from ppcl_toolkit.running.passage import Batch
 from ppcl_toolkit.running.placement import computing_on, moved
 from ppcl_toolkit.surgery.assemble import student_blocks
-from ppcl_toolkit.surgery.graph import sharing_copy
+from ppcl_toolkit.surgery.copies import sharing_copy
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from ppcl_toolkit.running.images import check_call, run_pipeline
 from ppcl_toolkit.running.placement import HOST
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import reshape
-from ppcl_toolkit.surgery.graph import sharing_copy
+from ppcl_toolkit.surgery.copies import sharing_copy
 from ppcl_toolkit.surgery.narrow import modulation_layers
 
 _PROMPT = "a red circle"

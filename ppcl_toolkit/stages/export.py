@@ -30,7 +30,7 @@ from ppcl_toolkit.running.capture import map_tensors
 from ppcl_toolkit.running.placement import HOST
 from ppcl_toolkit.running.schedule import Batch
 from ppcl_toolkit.surgery.assemble import is_stock
-from ppcl_toolkit.surgery.graph import sharing_copy
+from ppcl_toolkit.surgery.copies import sharing_copy
 
 _RECORD = "variant.json"
 

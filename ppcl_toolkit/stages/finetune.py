@@ -25,7 +25,7 @@ from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.placement import HOST, moved
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import student_blocks, student_of
-from ppcl_toolkit.surgery.graph import meta_copy
+from ppcl_toolkit.surgery.copies import meta_copy
 from ppcl_toolkit.training import loop
 from ppcl_toolkit.training.checkpoint import load_result, load_training, save_result, save_training, steps_done
 from ppcl_toolkit.training.losses import LOSSES, without_padding

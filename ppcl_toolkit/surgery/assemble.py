@@ -14,7 +14,7 @@ from ppcl_toolkit.plan import Form, Interval, Plan
 from ppcl_toolkit.running.capture import Arguments, Streams, stack_calls
 from ppcl_toolkit.running.meta import without_data
 from ppcl_toolkit.running.placement import device_of, moved
-from ppcl_toolkit.surgery.graph import meta_copy, sharing_copy
+from ppcl_toolkit.surgery.copies import meta_copy, sharing_copy
 from ppcl_toolkit.surgery.narrow import NarrowBlock, keep_tables, low_rank, narrow
 
 Calls = dict[str, tuple[Arguments, Streams]]

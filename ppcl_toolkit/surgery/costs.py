@@ -16,7 +16,7 @@ from ppcl_toolkit.running.flops import counting
 from ppcl_toolkit.running.meta import without_data
 from ppcl_toolkit.running.placement import device_of, moved
 from ppcl_toolkit.surgery.assemble import example_calls, standing_in
-from ppcl_toolkit.surgery.graph import meta_copy
+from ppcl_toolkit.surgery.copies import meta_copy
 from ppcl_toolkit.surgery.narrow import narrow
 from ppcl_toolkit.units import Cost
 

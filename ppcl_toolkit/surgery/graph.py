@@ -5,14 +5,11 @@ read data. Attention, plain norms and feed-forward networks are single nodes; ev
 rewrite checks what it assumes: every check stands for a real architecture where it would silently give a wrong block.
 """
 
-import copy
 import functools
 import inspect
 import operator
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -22,6 +19,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.capture import map_tensors
+from ppcl_toolkit.surgery.copies import meta_copy
 
 _CASTS = ("to", "float", "type_as", "contiguous")
 
@@ -173,46 +171,6 @@ def trace(block: nn.Module, call: Mapping[str, Any], leaves: Collection[str]) ->
         return _record(block, values, leaves, [n for n in absent if _hands_on(block, values, leaves, n, fixed)])
     except Exception as error:
         raise PpclError(f"{type(block).__name__} cannot be traced: {error}") from error
-
-
-def meta_copy(block: nn.Module) -> nn.Module:
-    """Copy a module to the meta device without touching its weights."""
-    return _copy(block, lambda tensor: torch.empty_like(tensor, device="meta"))
-
-
-def sharing_copy(module: nn.Module) -> nn.Module:
-    """Copy a module whose weights are the very memory of the original's, until one of them is moved or assigned."""
-    return _copy(module, Tensor.detach)
-
-
-_PLAIN = (NoneType, bool, int, float, str)
-
-
-def _copy(module: nn.Module, each: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Copy a module as `copy.deepcopy` does, in half the time; of tensors, `each` makes new ones."""
-    memo: dict[int, Any] = {}
-    for tensor in [*module.parameters(), *module.buffers()]:
-        new = each(tensor)
-        memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-    parts = list(module.modules())
-    if any(hasattr(part, "__deepcopy__") for part in parts):
-        return copy.deepcopy(module, memo)
-    for part in parts:
-        memo[id(part)] = type(part).__new__(type(part))
-    for part in parts:
-        vars(memo[id(part)]).update({name: _copied(value, memo) for name, value in vars(part).items()})
-    made: nn.Module = memo[id(module)]
-    return made
-
-
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    # Most of what a module has: its kind of hooks, of which there are none, flags and numbers.
-    if type(value) not in (dict, OrderedDict):
-        return value if isinstance(value, _PLAIN) else copy.deepcopy(value, memo)
-    made = memo[id(value)] = type(value)()
-    for name, each in value.items():
-        made[name] = memo[id(each)] if id(each) in memo else copy.deepcopy(each, memo)
-    return made
 
 
 def replace_ffn(trace: Trace, path: str, name: str) -> None:

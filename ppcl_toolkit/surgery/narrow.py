@@ -21,6 +21,7 @@ from ppcl_toolkit.plan import Form
 from ppcl_toolkit.running.capture import Arguments, Streams
 from ppcl_toolkit.running.meta import without_data
 from ppcl_toolkit.surgery import graph
+from ppcl_toolkit.surgery.copies import meta_copy
 from ppcl_toolkit.surgery.likeness import likeness
 from ppcl_toolkit.surgery.source import write_forward
 
@@ -104,7 +105,7 @@ _DRAWN: dict[Hashable, Blueprint] = {}
 
 def _drawn(block: nn.Module, stack: Stack, form: Form, call: Arguments, dtype: torch.dtype) -> Blueprint:
     attention = () if stack.joint_attention is None else (stack.joint_attention,)
-    weightless = graph.meta_copy(block).to(dtype)
+    weightless = meta_copy(block).to(dtype)
     with without_data():
         trace = graph.trace(weightless, call, {*stack.ffn.values(), *attention})
     before = trace.used()
@@ -288,7 +289,7 @@ def _bypassed(block: nn.Module, stack: Stack) -> tuple[str, ...]:
 
 
 def _check_saving(block: nn.Module, blueprint: Blueprint) -> None:
-    narrow = graph.meta_copy(block)
+    narrow = meta_copy(block)
     reshape_block(narrow, blueprint.removed, blueprint.bypassed, blueprint.shrunk, blueprint.added, ())
     before, after = (sum(p.numel() for p in module.parameters()) for module in (block, narrow))
     if blueprint.added and after >= before:

@@ -23,7 +23,7 @@ from ppcl_toolkit.surgery.assemble import (
     standing_in,
     student_blocks,
 )
-from ppcl_toolkit.surgery.graph import meta_copy
+from ppcl_toolkit.surgery.copies import meta_copy
 
 STACK = "transformer_blocks"
 OPERATIONS = (

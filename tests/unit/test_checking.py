@@ -28,7 +28,7 @@ from ppcl_toolkit.running.noising import noising_of, observed
 from ppcl_toolkit.running.placement import HOST, Placement
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import drop_blocks, reshape
-from ppcl_toolkit.surgery.graph import sharing_copy
+from ppcl_toolkit.surgery.copies import sharing_copy
 
 CHROMA = load_adapter("chroma")
 (CHROMA_ROWS,) = CHROMA.tables.values()

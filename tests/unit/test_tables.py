@@ -12,7 +12,7 @@ from ppcl_toolkit.plan import FfnSwap, Interval, Plan, TextRun
 from ppcl_toolkit.running.capture import answer
 from ppcl_toolkit.running.placement import HOST
 from ppcl_toolkit.surgery.assemble import is_stock, reshape
-from ppcl_toolkit.surgery.graph import sharing_copy
+from ppcl_toolkit.surgery.copies import sharing_copy
 
 DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"
 TABLE = "time_text_embed.mod_proj"
