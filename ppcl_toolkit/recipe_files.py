@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from ppcl_toolkit.errors import PpclError
-from ppcl_toolkit.values import read_yaml, shortened
+from ppcl_toolkit.values import cut, read_yaml, shortened
 
 COMPARISON = "compare_"
 """How the names of shipped comparisons begin: they are recipes of another kind."""
@@ -128,8 +128,8 @@ def _explain(error: ValidationError, path: Path, tree: yaml.Node | None, asked: 
     model, given = asked
     messages = []
     for problem in error.errors():
-        location = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
+        location = cut(".".join(str(part) for part in problem["loc"]))
+        message = cut(problem["msg"].removeprefix("Value error, "), 300)
         if problem["type"] == "extra_forbidden":
             known = _keys_at(model, problem["loc"][:-1])
             close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
@@ -151,7 +151,7 @@ def _of_yaml(error: Exception) -> str:
     return " ".join(f"{f'line {mark.line + 1}: ' if mark else ''}{problem}".split())
 
 
-_MOST = 20
+_MOST = 10
 """Mistakes that are told at once."""
 _NO_KIND = FieldInfo()
 

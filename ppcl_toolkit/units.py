@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from ppcl_toolkit.errors import PpclError
+from ppcl_toolkit.values import shortened
 
 UNITS = {"params": "parameters", "bytes": "bytes", "flops": "FLOPs"}
 _EXAMPLES = {"params": "8B, 650M or 12000", "bytes": "12GB or 800MB", "flops": "40T or 900G"}
@@ -45,14 +46,14 @@ def parse_size(text: str, total: int, unit: str = "params") -> int:
     number = _read(text, unit)
     size = int(number * (total / 100)) if is_share(text) else int(number)
     if size >= total:
-        raise PpclError(f"target size {text!r} is not smaller than the teacher's {total:,} {UNITS[unit]}")
+        raise PpclError(f"target size {shortened(text)} is not smaller than the teacher's {total:,} {UNITS[unit]}")
     return size
 
 
 def check_size(text: str, unit: str) -> None:
     """Raise a `PpclError` for what is no size of any teacher."""
     if _read(text, unit) >= 100 and is_share(text):
-        raise PpclError(f"target size {text!r}: a share is below 100%")
+        raise PpclError(f"target size {shortened(text)}: a share is below 100%")
 
 
 def is_share(text: str) -> bool:
@@ -65,5 +66,5 @@ def _read(text: str, unit: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[A-Z]{0,2})\s*", text, re.IGNORECASE)
     scales = {**_SCALES[unit], "%": 1}
     if not match or match[2].upper() not in scales or not 0 < float(match[1]) < math.inf:
-        raise PpclError(f"target size {text!r}: expected a share such as 70%, or a number such as {_EXAMPLES[unit]}")
+        raise PpclError(f"target size {shortened(text)}: expected a share such as 70%, or a number such as {_EXAMPLES[unit]}")
     return float(match[1]) * scales[match[2].upper()]

@@ -111,8 +111,12 @@ def _at(where: Any, problem: str) -> yaml.MarkedYAMLError:
 
 def shortened(value: Any) -> str:
     """Return a value as it is shown in a message."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    return cut(repr(value))
+
+
+def cut(text: str, most: int = 100) -> str:
+    """Return a text of at most so many characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def check_call(call: Mapping[str, Any]) -> None:

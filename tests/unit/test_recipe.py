@@ -225,6 +225,20 @@ def test_yaml_that_is_no_recipe_is_one_line_at_once(load, text, message):
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"targets: [{{name: a, params: {'x' * 5000}}}]\n",
+        f"targets: [{{name: {'x' * 5000}, params: 50%}}]\n",
+        f"{'x' * 1000}: 1\n",
+        f"targets: [{{name: a, params: 50%}}, {', '.join([f'{{params: {chr(120) * 5000}}}'] * 40)}]\n",
+    ],
+)
+def test_long_values_are_cut_in_what_is_told(load, text):
+    said = refusal(load, text)
+    assert "x..." in said and len(said) < 5000 and max(map(len, said.splitlines())) < 600
+
+
 def test_anchors_and_merges_are_fine(load):
     recipe = load(SMALLEST + "probe: &some {batch: 3}\nintervals: {<<: *some, batches: 2}\n")
     assert recipe.probe.batch == recipe.intervals.batch == 3
