@@ -66,5 +66,6 @@ def _read(text: str, unit: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[A-Z]{0,2})\s*", text, re.IGNORECASE)
     scales = {**_SCALES[unit], "%": 1}
     if not match or match[2].upper() not in scales or not 0 < float(match[1]) < math.inf:
-        raise PpclError(f"target size {shortened(text)}: expected a share such as 70%, or a number such as {_EXAMPLES[unit]}")
+        example = f"a share such as 70%, or a number such as {_EXAMPLES[unit]}"
+        raise PpclError(f"target size {shortened(text)}: expected {example}")
     return float(match[1]) * scales[match[2].upper()]
