@@ -28,7 +28,7 @@ check: $(VENV)/installed ## style and types
 	$(BIN)/mypy
 
 test: check ## style, types and every test, one process a core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/installed ## speed of the hot paths, as ratios of medians
 	$(BIN)/python tests/bench.py

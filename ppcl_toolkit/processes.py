@@ -44,8 +44,10 @@ def pick_device(name: str) -> torch.device:
         raise PpclError(f"device: {name!r} is asked for, and torch finds no GPU; use auto or cpu")
     state = _state(cpu=name == "cpu")
     _check_launch(state.num_processes)
-    # Of several processes each has a GPU of its own, whatever number is asked for. An earlier run of this process may
-    # have asked for another kind of device.
+    if state.num_processes == 1 and state.device.type == "cpu" and wanted is None and torch.cuda.is_available():
+        wanted = torch.device("cuda", torch.cuda.current_device())  # an earlier run of this process was on the CPU
+    # Of several processes each has a GPU of its own, whatever number is asked for. An earlier run may have asked for
+    # another kind of device.
     own = wanted is None or (wanted.type == state.device.type and (wanted.index is None or state.num_processes > 1))
     device = state.device if own or wanted is None else wanted
     return torch.device("cpu") if device.type == "cpu" else device  # hosts have no number

@@ -129,6 +129,29 @@ def by_hand(transformer, skipped, call):
     return torch.stack(made) if isinstance(made, list) else made, params
 
 
+def only_models(monkeypatch):
+    """Leave the report and the memory out of runs: they take time, and are tested elsewhere."""
+    monkeypatch.setattr(algorithm, "write_report", lambda _: None)
+    monkeypatch.setattr(evaluate, "_resident_growth", lambda *_: None)
+
+
+def teacher_in(folder, name):
+    """Save a family's pipeline and prompts where `recipe_for` has them; return it, and what it is called with."""
+    build, asked = PIPELINES[name]
+    pipeline = build()
+    pipeline.save_pretrained(folder / "teacher")
+    (folder / "prompts.txt").write_text("a red circle\nanother\n")
+    return pipeline, {**asked, "num_inference_steps": 2}
+
+
+def left_without(pipeline, asked, name, operations):
+    """Count the parameters of a student from which all of the operations have taken theirs."""
+    adapter = load_adapter(name)
+    gone = TypeAdapter(tuple[Operation, ...]).validate_python(operations)
+    plan = Plan(family=name, depths=adapter.depths(pipeline.transformer)).with_operations(gone)
+    return count_parameters(pipeline.transformer, adapter, plan, recorded(pipeline, asked))
+
+
 def recipe_for(folder, asked, given, params, width=()):
     """Nothing is trained, and nothing but the given intervals, and what is given of the width, can go."""
     data = {
@@ -176,18 +199,9 @@ NARROW = {
 @pytest.mark.parametrize("name", NARROW)
 def test_width_ends_in_a_variant_that_opens(name, tmp_path, monkeypatch):
     """Export compares it, opened in a process of its own, with the trained blocks in the teacher."""
-    monkeypatch.setattr(algorithm, "write_report", lambda _: None)
-    monkeypatch.setattr(evaluate, "_resident_growth", lambda *_: None)
-    build, asked = PIPELINES[name]
-    asked = {**asked, "num_inference_steps": 2}
-    pipeline = build()
-    pipeline.save_pretrained(tmp_path / "teacher")
-    (tmp_path / "prompts.txt").write_text("a red circle\nanother\n")
-    # Of what is given, all has to go.
-    adapter, call = load_adapter(name), recorded(pipeline, asked)
-    gone = TypeAdapter(tuple[Operation, ...]).validate_python(NARROW[name])
-    plan = Plan(family=name, depths=adapter.depths(pipeline.transformer)).with_operations(gone)
-    params = count_parameters(pipeline.transformer, adapter, plan, call)
+    only_models(monkeypatch)
+    pipeline, asked = teacher_in(tmp_path, name)
+    params = left_without(pipeline, asked, name, NARROW[name])
     summary = compress(recipe_for(tmp_path, asked, [], params, NARROW[name]), tmp_path / "run")
     (made,) = summary["variants"]
     assert (made["opens"], made["params"]) == ("custom", params)
@@ -195,8 +209,7 @@ def test_width_ends_in_a_variant_that_opens(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_depth_alone_is_the_teacher_without_the_blocks(name, elsewhere, tmp_path, monkeypatch):
-    monkeypatch.setattr(algorithm, "write_report", lambda _: None)
-    monkeypatch.setattr(evaluate, "_resident_growth", lambda *_: None)
+    only_models(monkeypatch)
 
     # What export asks a process of its own, that one answers, too: it has diffusers in memory.
     def given(folder, _, kwargs, *__):
@@ -204,11 +217,7 @@ def test_depth_alone_is_the_teacher_without_the_blocks(name, elsewhere, tmp_path
 
     if name not in CUSTOM:
         monkeypatch.setattr(variant, "_run_elsewhere", given)
-    build, asked = PIPELINES[name]
-    asked = {**asked, "num_inference_steps": 2}
-    pipeline, skipped = build(), SKIPPED[name]
-    pipeline.save_pretrained(tmp_path / "teacher")
-    (tmp_path / "prompts.txt").write_text("a red circle\nanother\n")
+    (pipeline, asked), skipped = teacher_in(tmp_path, name), SKIPPED[name]
     call = recorded(pipeline, asked)
     whole, _ = by_hand(pipeline.transformer, {}, call)
     expected, params = by_hand(pipeline.transformer, skipped, call)

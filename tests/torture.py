@@ -214,7 +214,9 @@ def damaged(trial: Trial, whole: dict[str, bytes]) -> None:
 def _tried(trial: Trial, whole: dict[str, bytes], out: Path, damage: tuple[Path, Any]) -> None:
     """Run a damaged run again, open its variant, and have what is damaged made again now and then."""
     name, what = damage[0], f"{damage[0]} {damage[1].__name__}"
-    if name.parts[0] == "variants" and name.name not in NO_RESULTS:
+    # A variant without its manifest is one that something else has saved: it opens with a warning.
+    unlisted = name.name == "manifest.json" and damage[1].__name__ == "delete"
+    if name.parts[0] == "variants" and name.name not in NO_RESULTS and not unlisted:
         how, said = Child(
             lambda _: bool(load_compressed(out / "variants" / "small")), trial.world / "opened.log"
         ).wait()

@@ -236,7 +236,7 @@ class Memory:
             offsets[stack], before = before, before + len(own)
         spans = [(offsets[place.stack] + place.first, offsets[place.stack] + place.last) for place in places]
         found = []
-        costs = block_costs(model.transformer, model.adapter, model.example)
+        costs = self.blocks.once("costs", lambda: block_costs(model.transformer, model.adapter, model.example))
         for part in slices(costs, spans, self.devices):
             held = {*part.blocks, *(block for first, last in part.spans for block in range(first, last + 1))}
             mine = [number for number, span in enumerate(spans) if span in part.spans]

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ppcl_toolkit.adapter import Adapter, adapter_for, installed_adapters, load_adapter
 from ppcl_toolkit.artifacts.classes import stock_class
 from ppcl_toolkit.artifacts.pipeline import default_call, resolve
-from ppcl_toolkit.budget.numbers import Numbers
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Recipe
 from ppcl_toolkit.records import check_depths
+from ppcl_toolkit.running.numbers import Numbers
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import Calls, reshape
 from ppcl_toolkit.surgery.copies import meta_copy

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ppcl_toolkit.budget.memory import Memory, Need
-from ppcl_toolkit.budget.numbers import Numbers
 from ppcl_toolkit.plan import Plan
+from ppcl_toolkit.running.numbers import Numbers
 from ppcl_toolkit.surgery.assemble import student_blocks
 from ppcl_toolkit.training.means import BYTES, Job, Machine, Means, choose_means, job_of
 

@@ -22,7 +22,8 @@ from ppcl_toolkit.plan import Plan
 from ppcl_toolkit.recipe import Finetune
 from ppcl_toolkit.running.capture import predict, unpadded
 from ppcl_toolkit.running.noise import Batches
-from ppcl_toolkit.running.placement import HOST, moved
+from ppcl_toolkit.running.numbers import emptied
+from ppcl_toolkit.running.placement import HOST
 from ppcl_toolkit.running.schedule import Runner
 from ppcl_toolkit.surgery.assemble import student_blocks, student_of
 from ppcl_toolkit.surgery.copies import meta_copy
@@ -109,7 +110,7 @@ def _means(runner: Runner, plan: Plan, student: nn.Module, batches: Batches, sec
         )
     empty = meta_copy(student).requires_grad_(True)
     blocks = [block for block, _ in student_blocks(empty, runner.adapter, plan)]
-    call = partial(empty, **moved(dict(batches[0]), torch.device("meta")))
+    call = partial(empty, **emptied(dict(batches[0])))
     job = job_of(empty, blocks, call, recomputed=section.gradient_checkpointing)
     return choose_means(job, machine_of(device, ranks, shard=section.shard), section.optimizer, section.offload)
 

@@ -27,7 +27,7 @@ CLOSE = 1e-3
 MEMORY = 100_000_000
 """Of the device, in bytes."""
 STACK = "transformer_blocks"
-FAMILIES = ("flux", "sd3", "qwen_image", "qwen_image_edit_2509")
+FAMILIES = ("flux", "qwen_image_edit_2509")
 WAYS = {"resident": ["compress", "draw"], "streamed": ["compress", "export"]}
 """Drawing knows of no streaming, and to export from a streamed teacher is the harder way; FLUX goes both."""
 FOUND = {
@@ -48,7 +48,6 @@ FOUND = {
 """What the toolkit finds by itself, in three sizes: all the code of a run."""
 GIVEN = {
     **FOUND,
-    # SD3's last block is another one than the rest, and an interval ends with it.
     "intervals": {"batches": 1, "batch": 2, "strategy": "given", "given": [{"stack": STACK, "first": 2, "last": 3}]},
     "width": {
         "steps": 3,

@@ -2,7 +2,7 @@
 
 import torch
 
-from ppcl_toolkit.budget.numbers import Numbers
+from ppcl_toolkit.running.numbers import Numbers
 from ppcl_toolkit.running.placement import moved
 
 

@@ -60,5 +60,10 @@ class Numbers(Tensor):
         return map_tensors(made, Numbers)
 
 
+def emptied(values: Any) -> Any:
+    """Return nested tensors on the meta device: whole numbers and masks keep what they hold."""
+    return map_tensors(values, lambda t: t.to(META) if t.is_floating_point() else Numbers(t.detach().to(HOST)))
+
+
 def _empty(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor.known, device=META) if isinstance(tensor, Numbers) else tensor
