@@ -115,9 +115,11 @@ def kills(trial: Trial, whole: dict[str, bytes], ranks: int = 1) -> None:
 def _killed(trial: Trial, children: list[Child], first: int) -> str | None:
     """Kill one of a run's processes some time after a stage, the `first`, began; the others end by themselves."""
     stage = "start"
-    while ORDER.index(stage.split("/")[0]) < first and children[0].end is None:
+    # Several have met when the first tells of anything; before, none can know of another that is gone.
+    began = len(children) == 1
+    while (not began or ORDER.index(stage.split("/")[0]) < first) and children[0].end is None:
         for told in children[0].told(300):
-            stage = told[0]
+            stage, began = told[0], True
     until = time.monotonic() + trial.rng.choice((0.05, 0.5, 3)) * trial.rng.random()
     while time.monotonic() < until and children[0].end is None:
         for told in children[0].told(until - time.monotonic()):
