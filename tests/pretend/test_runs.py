@@ -30,12 +30,14 @@ STACK = "transformer_blocks"
 FAMILIES = ("flux", "qwen_image_edit_2509")
 WAYS = {"resident": ["compress", "draw"], "streamed": ["compress", "export"]}
 """Drawing knows of no streaming, and to export from a streamed teacher is the harder way; FLUX goes both."""
+WIDTH = {"steps": 3, "batch": 2, "learning_rate": 1e-5}
+"""It begins with almost no error, so that rounding decides the signs of gradients: steps are small."""
 FOUND = {
     "probe": {"batches": 3, "batch": 4},
     "intervals": {"batches": 2, "batch": 2},
     "select": {"batches": 1, "batch": 2},
     "depth": {"steps": 6, "batch": 2, "checkpoint_every": 3, "inputs": "mixed"},
-    "width": {"steps": 3, "batch": 2, "ffn_blocks": 2, "text_blocks": 2, "batches": 3, "text_threshold": 0.3},
+    "width": {**WIDTH, "ffn_blocks": 2, "text_blocks": 2, "batches": 3, "text_threshold": 0.3},
     "finetune": {"steps": 3, "batch": 2, "features": 0.1},
     "export": {"dtype": "float32"},
     "modulation": {"rank": 3, "batches": 4, "batch": 2, "velocity_batches": 1, "guidance": [1.0, 3.5]},
@@ -50,8 +52,7 @@ GIVEN = {
     **FOUND,
     "intervals": {"batches": 1, "batch": 2, "strategy": "given", "given": [{"stack": STACK, "first": 2, "last": 3}]},
     "width": {
-        "steps": 3,
-        "batch": 2,
+        **WIDTH,
         "batches": 2,
         "given": [
             {"kind": "text_run", "stack": STACK, "reference": 0, "last": 1},
