@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -23,6 +24,8 @@ from test_stock import (
 from ppcl_toolkit import compress
 from ppcl_toolkit.artifacts import variant
 from ppcl_toolkit.recipe import Recipe
+from ppcl_toolkit.running import placement
+from ppcl_toolkit.running.images import run_pipeline
 
 WAYS = {"cpu": ("cpu", False), "resident": ("auto", False), "streamed": ("auto", True)}
 DUAL_RUN = dict.fromkeys(("flux", "sd3", "qwen_image"), ONE_RUN)
@@ -54,6 +57,21 @@ def test_a_run_on_the_device_is_the_one_on_the_cpu(name, tmp_path, monkeypatch):
         assert row["params"] == params and (row["memory_of"] == "cuda allocations") == (device == "auto")
     for way in ("resident", "streamed"):
         assert made[way] == pytest.approx(made["cpu"], rel=1e-3, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_draws_the_same_where_its_parts_take_turns(name, monkeypatch):
+    """On a card for all of them, for the transformer and another one, and for one."""
+    build, asked = PIPELINES[name]
+    pipeline, asked = build(), {**asked, "num_inference_steps": 2}
+    generators = [torch.Generator().manual_seed(0)]
+    expected = run_pipeline(pipeline, ["a circle"], generators, asked, "latent")
+    for means in (placement.RESIDENT, placement.IN_TURN, placement.ALONE):
+        monkeypatch.setattr(placement, "calling_means", lambda *_, means=means, **__: means)
+        generators = [torch.Generator().manual_seed(0)]
+        with placement.callable_on(pipeline, torch.device("cuda", 0)):
+            found = run_pipeline(pipeline, ["a circle"], generators, asked, "latent")
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-4)
 
 
 def numbers(data):
