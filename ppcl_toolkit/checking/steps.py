@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,12 +59,17 @@ def _unguided(pipeline: Any, adapter: Adapter, run: Callable[..., Any]) -> Step 
         if hasattr(pipeline, "guider"):
             return None
         raise PpclError(f"{family}, and {name} takes no such argument, though it runs every picture twice")
-    (step,) = observed(pipeline, adapter, lambda: run(None, **{adapter.guidance: adapter.unguided}), 1)
+    off, on = adapter.unguided, adapter.unguided + 0.5
+    step, above = (
+        observed(pipeline, adapter, partial(run, None, **{adapter.guidance: value}), 1)[0] for value in (off, on)
+    )
     if _is_guided(step, adapter):
         raise PpclError(
-            f"{family}, and where that is {adapter.unguided:g}, {name} runs every picture twice as before: it is "
-            "guided by something else, or `unguided` at another value"
+            f"{family}, and where that is {off:g}, {name} runs every picture twice as before: it is guided by something "
+            "else, or `unguided` at another value"
         )
+    if not _is_guided(above, adapter):
+        raise PpclError(f"{family}, unguided at {off:g}, and where it is {on:g}, {name} runs no picture twice, either")
     return step
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ppcl_toolkit.adapter import Adapter
@@ -33,7 +32,7 @@ def denoised(pipeline: Any, adapter: Adapter, texts: Sequence[str], call: Mappin
     assert seen.latents is not None, "the run took no step"
     if len(stacked(seen.calls[0][adapter.latents])) > 1 and (names := _one_for_each_row(adapter, seen.calls[0])):
         # By chance, or because a sample has its own: then those of a single prompt are as many as its rows, too.
-        for name in names & _one_for_each_row(adapter, _first_call(pipeline, texts[0], seed, call)):
+        for name in names & _one_for_each_row(adapter, first_call(pipeline, texts[0], seed, call)):
             raise PpclError(
                 f"adapter {adapter.family}: shared names {name!r}, of which the pipeline passes one for each sample: a "
                 "batch would give all of them the first's"
@@ -47,44 +46,6 @@ def denoised(pipeline: Any, adapter: Adapter, texts: Sequence[str], call: Mappin
         for number, arguments in enumerate(seen.calls)
         for sample in split(adapter, arguments, latents, negative=apart and number == 1)
     ]
-
-
-def encoded(pipeline: Any, adapter: Adapter, text: str, picture: Image.Image, call: Mapping[str, Any]) -> Sample:
-    """Return the sample of a finished image and its caption: nothing is denoised."""
-    if call.get("height") and call.get("width"):
-        picture = picture.resize((call["width"], call["height"]), Image.Resampling.LANCZOS)
-    call = {**call, "height": picture.height, "width": picture.width}
-    pixels = pipeline.image_processor.preprocess(picture).to(pipeline._execution_device, pipeline.vae.dtype)
-    latents = clean_latents(pipeline.vae, pixels)
-    if adapter.packs:
-        rows, channels, *_, height, width = latents.shape
-        latents = pipeline._pack_latents(latents, rows, channels, height, width)
-    first = _first_call(pipeline, text, 0, call)
-    # Under classifier-free guidance in one call, there is a row of the negative prompt, too.
-    return next(sample for sample in split(adapter, first, latents.cpu()) if not sample.negative)
-
-
-@torch.no_grad()
-def clean_latents(vae: Any, pixels: Tensor) -> Tensor:
-    """Encode images [B, 3, H, W], and scale their latents as the pipelines of their families do.
-
-    Raises `PpclError` for an autoencoder whose config does not say how.
-    """
-    if next(vae.parameters()).ndim == 5:  # It convolves over time, too: an image is a video of one frame.
-        pixels = pixels.unsqueeze(2)
-    latents: Tensor = vae.encode(pixels).latent_dist.mode()
-    config = vae.config
-    mean, deviation, scale = (config.get(name) for name in ("latents_mean", "latents_std", "scaling_factor"))
-    if mean is None and scale is None:
-        raise PpclError(
-            f"samples.images: {type(vae).__name__} has neither scaling_factor nor latents_mean in its config, so its "
-            "latents cannot be scaled; give prompts instead"
-        )
-    if mean is None:
-        return (latents - (config.get("shift_factor") or 0.0)) * scale
-    shape = (1, -1, *[1] * (latents.ndim - 2))
-    center, spread = (torch.tensor(values).view(shape).to(latents) for values in (mean, deviation))
-    return (latents - center) / spread * (scale or 1.0)
 
 
 def split(adapter: Adapter, arguments: dict[str, Any], latents: Tensor, *, negative: bool = False) -> list[Sample]:
@@ -121,7 +82,8 @@ def _one_for_each_row(adapter: Adapter, arguments: Mapping[str, Any]) -> set[str
     return {name for name, value in parts.items() if len(value) == rows}
 
 
-def _first_call(pipeline: Any, text: str, seed: int, call: Mapping[str, Any]) -> dict[str, Any]:
+def first_call(pipeline: Any, text: str, seed: int, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run calls its transformer with first; it is cut short there."""
     with _recording(pipeline.transformer, first_only=True) as seen, contextlib.suppress(_Recorded):
         run_pipeline(pipeline, [text], [torch.Generator().manual_seed(seed)], call, "latent")
     return seen.calls[0]

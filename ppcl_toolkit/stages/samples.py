@@ -9,7 +9,8 @@ family needs no data code.
     samples: {images: folder, count: 160}   # finished images: NAME.png shows what NAME.txt says
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from ppcl_toolkit.artifacts.record import checked
 from ppcl_toolkit.artifacts.storage import Desk, load_tree, save_tree
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.recipe import Recipe, Samples
+from ppcl_toolkit.running.encoding import Encoder
 from ppcl_toolkit.running.images import check_call, check_edits, read_image, read_pairs, run_pipeline
 from ppcl_toolkit.running.noise import Recorded, Sample
-from ppcl_toolkit.running.record import denoised, encoded
+from ppcl_toolkit.running.record import denoised
 from ppcl_toolkit.running.schedule import Runner
 
 EMPTY = "empty"
@@ -41,30 +43,34 @@ def record_samples(runner: Runner, teacher: Teacher, recipe: Recipe, desk: Desk)
         check_edits(pipeline, "samples.edits")
     items = sources(section, seed)
     rank, ranks = processes.world()
+    decode = partial(rehearse, teacher, recipe, kind="pil", num_inference_steps=2)
+    record = partial(_record, teacher, recipe, cache(lambda: Encoder(pipeline, teacher.adapter, decode)))
     with runner.calling(pipeline):
         for start in range(rank * section.batch, len(items), ranks * section.batch):
             path = desk.folder / f"{start:06d}.safetensors"
             if not path.exists():
-                samples = _record(teacher, recipe, items[start : start + section.batch], seed + start)
+                samples = record(items[start : start + section.batch], seed + start)
                 save_tree(path, [{name: getattr(s, name) for name in Sample.__slots__} for s in samples])
             desk.progress(min(start + section.batch, len(items)), len(items))
         path = desk.folder / f"{EMPTY}.safetensors"
         alone = recipe.modulation is not None and not section.edits and not section.images
         if alone and processes.is_main() and not path.exists():
-            samples = _record(teacher, recipe, [("", None)], seed + len(items))
+            samples = record([("", None)], seed + len(items))
             save_tree(path, [{name: getattr(s, name) for name in Sample.__slots__} for s in samples])
 
 
-def rehearse(teacher: Teacher, recipe: Recipe, prompt: str | None = None, **changed: Any) -> None:
+def rehearse(
+    teacher: Teacher, recipe: Recipe, prompt: str | None = None, *, kind: str = "latent", **changed: Any
+) -> None:
     """Run the pipeline for the first source, or another prompt in its place, and keep nothing of it.
 
-    `changed` are arguments of the call in place of the recipe's.
+    `changed` are arguments of the call in place of the recipe's, and `kind` is what it makes.
     """
     (text, path), *_ = sources(recipe.samples, recipe.seed)
     image = {"image": read_image(path, "samples.edits")} if recipe.samples.edits and path is not None else {}
     generators = [torch.Generator().manual_seed(recipe.seed)]
     call = {**recipe.teacher.call, **image, **changed}
-    run_pipeline(teacher.pipeline, [text if prompt is None else prompt], generators, call, "latent")
+    run_pipeline(teacher.pipeline, [text if prompt is None else prompt], generators, call, kind)
 
 
 def load_samples(folder: Path, name: str = "*") -> Recorded:
@@ -106,7 +112,9 @@ def _read(path: Path, rows: slice) -> list[Sample]:
     return [Sample(**sample) for sample in load_tree(path, rows)]
 
 
-def _record(teacher: Teacher, recipe: Recipe, items: Sequence[Item], seed: int) -> list[Sample]:
+def _record(
+    teacher: Teacher, recipe: Recipe, encoder: Callable[[], Encoder], items: Sequence[Item], seed: int
+) -> list[Sample]:
     pipeline, adapter, call = teacher.pipeline, teacher.adapter, recipe.teacher.call
     if not recipe.samples.edits and not recipe.samples.images:
         return denoised(pipeline, adapter, [prompt for prompt, _ in items], call, seed)
@@ -117,5 +125,5 @@ def _record(teacher: Teacher, recipe: Recipe, items: Sequence[Item], seed: int) 
             given = {**call, "image": read_image(path, "samples.edits")}
             samples += denoised(pipeline, adapter, [text], given, seed + number)
         else:
-            samples.append(encoded(pipeline, adapter, text, read_image(path, "samples.images"), call))
+            samples.append(encoder().sample(text, read_image(path, "samples.images"), call))
     return samples
