@@ -65,8 +65,8 @@ def _unguided(pipeline: Any, adapter: Adapter, run: Callable[..., Any]) -> Step 
     )
     if _is_guided(step, adapter):
         raise PpclError(
-            f"{family}, and where that is {off:g}, {name} runs every picture twice as before: it is guided by something "
-            "else, or `unguided` at another value"
+            f"{family}, and where that is {off:g}, {name} runs every picture twice as before: it is guided by "
+            "something else, or `unguided` at another value"
         )
     if not _is_guided(above, adapter):
         raise PpclError(f"{family}, unguided at {off:g}, and where it is {on:g}, {name} runs no picture twice, either")

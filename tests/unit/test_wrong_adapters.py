@@ -220,6 +220,8 @@ def test_guidance_is_what_makes_a_pipeline_run_pictures_twice(pipeline, adapter,
         check_run(pipeline, replace(adapter, guidance=other), run)
     with pytest.raises(PpclError, match="guidance names 'cfg', and .*Pipeline takes no such argument, though it runs"):
         check_run(pipeline, replace(adapter, guidance="cfg"), run)
+    with pytest.raises(PpclError, match=f"'{adapter.guidance}', unguided at 0, and where it is 0.5, .*twice, either"):
+        check_run(pipeline, replace(adapter, unguided=0.0), run)
     # Where nothing is run twice, there are no negatives to count.
     plain = {**SMALL, **call, adapter.guidance: 1.0}
     check_run(pipeline, replace(adapter, guidance="cfg"), runner_of(pipeline, plain))
