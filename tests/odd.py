@@ -14,7 +14,7 @@ _SIDES = ("sides", "refiners")
 """Kinds with two more stacks."""
 KINDS = (
     *("plain", "skip", "changed", "tap", "table", "gain", "numbered", "captions", "buffer", "window", "twice"),
-    *_SIDES,
+    *("sequence", *_SIDES),
 )
 
 
@@ -63,6 +63,8 @@ class Odd(ModelMixin, ConfigMixin):
             for block in self.right:
                 other = block(other, temb)
             x = x + other
+        if kind == "sequence":
+            x, temb = x.transpose(0, 1), temb[:1]
         for i, block in enumerate(self.blocks):
             given = {}
             if kind == "skip" and i == 3:
@@ -83,6 +85,8 @@ class Odd(ModelMixin, ConfigMixin):
                 x = block(x, temb)
             if i == 1 and kind in ("skip", "tap"):
                 first = x
+        if kind == "sequence":
+            x = x.transpose(0, 1)
         return (self.out(x if first is None or kind == "skip" else x + first),)
 
 

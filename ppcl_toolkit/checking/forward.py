@@ -8,7 +8,7 @@ from torch import Tensor
 from ppcl_toolkit.checking.alone import check_alone, check_mask, check_repeats, check_streams
 from ppcl_toolkit.checking.dead import check_networks
 from ppcl_toolkit.checking.joint import check_attention, check_modulation
-from ppcl_toolkit.checking.witness import Witness, check_blocks, witnessed
+from ppcl_toolkit.checking.witness import Witness, check_blocks, check_given, witnessed
 from ppcl_toolkit.running.capture import map_tensors
 from ppcl_toolkit.running.passage import Batch
 from ppcl_toolkit.running.schedule import Runner
@@ -27,6 +27,7 @@ def check_forward(runner: Runner, call: Batch) -> Witness:
     check_mask(runner, call)
     # One witness at a time: it has what every block returns.
     witness = witnessed(runner, other)
+    check_given(runner, witness)
     check_repeats(runner, witness)
     check_blocks(runner, witness)
     witness = witnessed(runner, call)

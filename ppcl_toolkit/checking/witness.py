@@ -98,6 +98,27 @@ def witnessed(runner: Runner, batch: Batch) -> Witness:
     return Witness(batch, calls, velocity.cpu())
 
 
+def check_given(runner: Runner, witness: Witness) -> None:
+    """Look at what blocks were given as streams: tokens [B, N, D], and each stack's image from the image before it.
+
+    Raises `PpclError` with the first that is something else.
+    """
+    rows, text = len(witness.batch[runner.adapter.latents]), None
+    for stack in runner.adapter.stacks:
+        where = f"adapter {runner.adapter.family}: {stack.path}"
+        for call in witness.calls[stack.path]:
+            for name, value in named(stack, call.streams).items():
+                if not isinstance(value, Tensor) or value.ndim != 3 or len(value) != rows:
+                    raise PpclError(
+                        f"{where} is given {_brief(value)} as a stream, {name!r}: streams are tensors of tokens, "
+                        f"[B, N, D], here of {rows} rows"
+                    )
+        own, last = witness.calls[stack.path][0], witness.calls[stack.path][-1]
+        if text is not None and own.streams.text is not None and not difference(own.streams.image, text):
+            raise PpclError(f"{where}: its image, {stack.image!r}, is what the stack before it has as text")
+        text = unpack(stack, last.output).text
+
+
 def check_blocks(runner: Runner, witness: Witness) -> None:
     """Run the teacher block by block, as everything that learns is fed, and compare with its own forward.
 

@@ -13,6 +13,7 @@ from ppcl_toolkit.adapter import Adapter, adapter_for, load_adapter
 from ppcl_toolkit.artifacts.classes import stock_class
 from ppcl_toolkit.artifacts.pipeline import load_pipeline, quiet
 from ppcl_toolkit.artifacts.variant import save_variant, verify_variant
+from ppcl_toolkit.checking.blame import fitting
 from ppcl_toolkit.checking.dead import check_dead
 from ppcl_toolkit.checking.dropped import check_dropped, intervals
 from ppcl_toolkit.checking.forward import check_forward
@@ -72,12 +73,12 @@ def trials(name: str, pipeline: str | None, call: Mapping[str, Any]) -> Iterator
         transformer = opened.transformer
     else:
         transformer, given = small(stock_class(adapter))
-    yield (fields := _tried("fields", lambda: check_fields(adapter, transformer)))
+    yield (fields := _tried("fields", adapter, lambda: check_fields(adapter, transformer)))
     if not fields.works:
         return
     if opened is not None:
         found: dict[str, Any] = {}
-        yield (noise := _tried("noise", partial(_noise, opened, adapter, call, found)))
+        yield (noise := _tried("noise", adapter, partial(_noise, opened, adapter, call, found)))
         if not noise.works:
             return
         given = found
@@ -89,22 +90,25 @@ def _tried_on(
 ) -> Iterator[Trial]:
     runner = Runner(transformer, adapter)
     seen: list[Witness] = []
-    yield (blocks := _tried("blocks", lambda: _one_by_one(runner, call, seen)))
+    yield (blocks := _tried("blocks", adapter, lambda: _one_by_one(runner, call, seen)))
     if not blocks.works:
         return
     joint = any(stack.joint_attention for stack in adapter.stacks)
-    yield _tried("dead text", (lambda: check_dead(runner, seen[0])) if joint else None)
+    yield _tried("dead text", adapter, (lambda: check_dead(runner, seen[0])) if joint else None)
     family = name if ":" in name else adapter.family
     whole = Plan(family=family, depths=adapter.depths(transformer))
     for what, operations in _plans(adapter, whole.depths).items():
-        yield _tried(what, partial(_made, runner, pipeline, whole, operations, seen[0]) if operations else None)
+        yield _tried(
+            what, adapter, partial(_made, runner, pipeline, whole, operations, seen[0]) if operations else None
+        )
 
 
-def _tried(name: str, attempt: Callable[[], str | None] | None) -> Trial:
+def _tried(name: str, adapter: Adapter, attempt: Callable[[], str | None] | None) -> Trial:
     if attempt is None:
         return Trial(name, _ABSENT, works=True)
     try:
-        return Trial(name, attempt() or "ok", works=True)
+        with fitting(adapter):
+            return Trial(name, attempt() or "ok", works=True)
     except PpclError as error:
         return Trial(name, str(error), works=False)
 

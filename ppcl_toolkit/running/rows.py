@@ -17,7 +17,10 @@ from ppcl_toolkit.running.capture import map_tensors
 
 
 def unlike_rows(one: Mapping[str, Any], other: Mapping[str, Any], rows: int, *, listed: bool = False) -> list[int]:
-    """Return which of the `rows` of two calls differ in any of their tensors."""
+    """Return which of the `rows` of two calls differ in any of their tensors, as far as both reach.
+
+    A negative prompt is padded to the length of the prompt beside it.
+    """
 
     def told(call: Mapping[str, Any], index: int) -> list[Tensor]:
         found: list[Tensor] = []
@@ -28,9 +31,14 @@ def unlike_rows(one: Mapping[str, Any], other: Mapping[str, Any], rows: int, *, 
 
     def same(index: int) -> bool:
         pairs = list(zip(told(one, index), told(other, index), strict=False))
-        return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+        return all(torch.equal(*_in_common(a, b)) for a, b in pairs)
 
     return [index for index in range(rows) if not same(index)]
+
+
+def _in_common(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    both = tuple(slice(min(sizes)) for sizes in zip(one.shape, other.shape, strict=True))
+    return one[both], other[both]
 
 
 class Uneven(Exception):

@@ -13,6 +13,7 @@ import torch
 
 from ppcl_toolkit.artifacts.files import write_json
 from ppcl_toolkit.artifacts.storage import Desk
+from ppcl_toolkit.checking.blame import fitting
 from ppcl_toolkit.checking.dead import check_dead
 from ppcl_toolkit.checking.dropped import check_dropped
 from ppcl_toolkit.checking.forward import check_forward
@@ -30,7 +31,7 @@ def check(runner: Runner, pipeline: Any, run: Callable[..., None], desk: Desk) -
 
     Raises `PpclError` with what would go wrong.
     """
-    with runner.calling(pipeline):
+    with runner.calling(pipeline), fitting(runner.adapter):
         noising, call = check_run(pipeline, runner.adapter, run)
     desk.progress(1, _PARTS, "noise")
     check_call(runner, call, desk)
@@ -40,12 +41,13 @@ def check(runner: Runner, pipeline: Any, run: Callable[..., None], desk: Desk) -
 @torch.no_grad()
 def check_call(runner: Runner, call: Batch, desk: Desk) -> None:
     """Check the runner's adapter on one call of its transformer; raises `PpclError` with what would go wrong."""
-    witness = check_forward(runner, call)
-    desk.progress(2, _PARTS, "block by block")
-    check_dead(runner, witness)
-    desk.progress(3, _PARTS, "text")
-    check_dropped(runner, witness)
-    desk.progress(4, _PARTS, "depth")
+    with fitting(runner.adapter):
+        witness = check_forward(runner, call)
+        desk.progress(2, _PARTS, "block by block")
+        check_dead(runner, witness)
+        desk.progress(3, _PARTS, "text")
+        check_dropped(runner, witness)
+        desk.progress(4, _PARTS, "depth")
 
 
 def load_noising(folder: Path) -> Noising:

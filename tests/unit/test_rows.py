@@ -5,7 +5,7 @@ import torch
 
 from ppcl_toolkit.errors import PpclError
 from ppcl_toolkit.running.noise import collate
-from ppcl_toolkit.running.rows import Uneven, joined, row
+from ppcl_toolkit.running.rows import Uneven, joined, row, unlike_rows
 
 
 def numbers(*shape):
@@ -43,6 +43,17 @@ def test_rows_join_to_what_they_came_of(value):
 def test_each_tensor_gives_the_row_of_its_sample():
     middle = {"a": (torch.tensor([[2.0, 3.0]]), None), "b": [(torch.ones(1, 1), torch.tensor([[2.0, 3.0]]))], "c": 1.5}
     assert same(row(VALUES["nested"], 1, 3), middle)
+
+
+def test_a_negative_that_is_padded_to_another_length_is_the_same():
+    """As pipelines pad it that join both prompts in one call."""
+    negative, one, other = torch.full((1, 2, 4), 7.0), torch.randn(1, 3, 4), torch.randn(1, 5, 4)
+    calls = []
+    for prompt in (one, other):
+        padded = torch.cat([negative, torch.zeros(1, prompt.shape[1] - 2, 4)], 1)
+        mask = torch.tensor([[1, 1] + [0] * (prompt.shape[1] - 2), [1] * prompt.shape[1]])
+        calls.append({"text": torch.cat([padded, prompt]), "mask": mask})
+    assert unlike_rows(*calls, 2) == [1]
 
 
 def test_where_latents_are_a_list_so_are_other_lists():

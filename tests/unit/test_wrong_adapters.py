@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import strangers
@@ -12,8 +13,6 @@ from families import FLUX, QWEN_IMAGE, SD3
 from PIL import Image
 
 from ppcl_toolkit.adapter import load_adapter
-from ppcl_toolkit.checking.dead import check_dead
-from ppcl_toolkit.checking.dropped import check_dropped
 from ppcl_toolkit.checking.forward import check_forward
 from ppcl_toolkit.checking.steps import check_run, check_steps
 from ppcl_toolkit.errors import PpclError
@@ -25,6 +24,7 @@ from ppcl_toolkit.running.noise import Batches
 from ppcl_toolkit.running.noising import observed
 from ppcl_toolkit.running.record import denoised
 from ppcl_toolkit.running.schedule import Runner
+from ppcl_toolkit.stages.check import check, check_call
 from ppcl_toolkit.surgery.assemble import reshape
 
 MODELS = {
@@ -58,6 +58,14 @@ STACKS = [
     ("sd3", {"modulation": ("attn.to_q",)}, "modulation: transformer_blocks.2.attn.to_q is fed .*, modulation is one"),
     ("flux", {"text_mask": "joint_attention_kwargs"}, r"takes no mask of the text, \[2, 5\], or none, as 'joint_at"),
     ("flux", {"text": "temb", "returns": ("image",)}, "returns of transformer_blocks"),
+    (
+        "flux",
+        {"image": "encoder_hidden_states"},
+        r"does not run as the adapter tells \(KeyError 'encoder_hidden_states",
+    ),
+    ("flux", {"text": "image_rotary_emb"}, r"does not run as the adapter tells \(\w+Error "),
+    ("wan", {"text": "rotary_emb"}, r"does not run as the adapter tells \(\w+Error "),
+    ("wan", {"image": "temb"}, r"does not run as the adapter tells \(\w+Error "),
     ("qwen", {"text": None, "returns": ("image",)}, "text_mask of transformer_blocks: its blocks have no text stream"),
     (
         "flux",
@@ -69,10 +77,7 @@ STACKS = [
 
 def all_checks(transformer, adapter, call):
     check_fields(adapter, transformer)
-    runner = Runner(transformer.requires_grad_(False), adapter)
-    witness = check_forward(runner, call)
-    check_dead(runner, witness)
-    check_dropped(runner, witness)
+    check_call(Runner(transformer.requires_grad_(False), adapter), call, SimpleNamespace(progress=lambda *_: None))
 
 
 @pytest.mark.parametrize(("model", "stack", "said"), STACKS)
@@ -225,6 +230,26 @@ def test_guidance_is_what_makes_a_pipeline_run_pictures_twice(pipeline, adapter,
     # Where nothing is run twice, there are no negatives to count.
     plain = {**SMALL, **call, adapter.guidance: 1.0}
     check_run(pipeline, replace(adapter, guidance="cfg"), runner_of(pipeline, plain))
+
+
+def test_a_later_stack_that_has_image_and_text_the_wrong_way_round():
+    """Its blocks take both together: nothing of what they return tells which is which."""
+    first, single = FLUX.stacks
+    swapped = replace(
+        single, image="encoder_hidden_states", text="hidden_states", returns=("image", "text"), ffn=single.ffn
+    )
+    with pytest.raises(PpclError, match=r"image, 'encoder_hidden_states', is what the stack before it has as text"):
+        all_checks(tiny.flux_transformer(), replace(FLUX, stacks=(first, swapped)), tiny.flux_inputs())
+
+
+def test_errors_of_functions_of_an_adapter_are_its_own():
+    pipeline = tiny.sd3_pipeline()
+    run = runner_of(pipeline, {**SMALL, "guidance_scale": 3.0})
+    wrong = replace(SD3, noised=lambda arguments: arguments["nope"])
+    runner = Runner(pipeline.transformer.requires_grad_(False), wrong)
+    desk = SimpleNamespace(progress=lambda *_: None)
+    with pytest.raises(PpclError, match=r"does not run as the adapter tells \(KeyError 'nope'\).*`noised`"):
+        check(runner, pipeline, run, desk)
 
 
 def test_guidance_may_be_off_at_another_value():
