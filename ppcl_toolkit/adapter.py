@@ -20,12 +20,21 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ppcl_toolkit.errors import PpclError, PpclWarning
+from ppcl_toolkit.values import shortened
 
 Stream = Literal["image", "text"]
 Remap = Callable[[dict[str, Any], dict[str, Tensor], Mapping[str, Sequence[int]]], None]
 Rows = Callable[[Mapping[str, Sequence[int]], Mapping[str, int]], Sequence[int]]
 Example = Callable[[Mapping[str, Any], Mapping[str, Any], int], dict[str, Any]]
 Noised = Callable[[Mapping[str, Any]], int]
+
+
+def _must_be(described: Any, kind: Any, *names: str) -> None:
+    for name in names:
+        if not isinstance(value := getattr(described, name), kind):
+            whose = f"{type(described).__name__} {(getattr(described, 'path', None) or described.family)!r}"
+            wanted = {str: "a name", Mapping: "a mapping"}.get(kind, "a tuple, of one thing, too: (this,)")
+            raise PpclError(f"{whose}: {name} is {shortened(value)}, and has to be {wanted}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +72,12 @@ class Stack:
     modulation: tuple[str, ...] = ()
     """Linear layers from the conditioning vector to shifts, scales and gates; empty where blocks have none of their own
     (shared or tabled by design), and then there is nothing to take out."""
+
+    def __post_init__(self) -> None:
+        """Raise `PpclError` for a field of another kind, as a tuple of one without its comma."""
+        _must_be(self, str, "path", "depth_key", "image")
+        _must_be(self, tuple | list, "index_keys", "returns", "text_query", "text_out", "modulation")
+        _must_be(self, Mapping, "ffn")
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -149,6 +164,12 @@ class Adapter:
     example: Example | None = None
     """`example(config, call, references)`: the arguments of one call of the transformer for a recipe's `teacher.call`
     and so many reference images, shapes in place of tensors but of masks whose numbers matter; for `ppcl plan`."""
+
+    def __post_init__(self) -> None:
+        """Raise `PpclError` for a field of another kind, as a tuple of one without its comma."""
+        _must_be(self, str, "family", "transformer", "latents", "timestep", "guidance", "distilled")
+        _must_be(self, tuple | list, "stacks", "shared")
+        _must_be(self, Mapping, "tables", "models")
 
     @property
     def class_name(self) -> str:

@@ -36,8 +36,10 @@ def check_adapter(
     call: Annotated[list[str] | None, typer.Option(help="Argument of the pipeline, name=value.")] = None,
 ) -> None:
     """Try what an adapter allows: noise, blocks one by one, and every kind of plan, saved and opened again."""
+    from ppcl_toolkit.adapter import import_beside
     from ppcl_toolkit.kit.trial import trials
 
+    import_beside(name, ".")
     found = list(trials(name, pipeline, call_arguments(call or [])))
     console.print_rows(["tried", "found"], *([trial.name, trial.result] for trial in found))
     if not all(trial.works for trial in found):

@@ -14,8 +14,17 @@ _SIDES = ("sides", "refiners")
 """Kinds with two more stacks."""
 KINDS = (
     *("plain", "skip", "changed", "tap", "table", "gain", "numbered", "captions", "buffer", "window", "twice"),
-    *("sequence", *_SIDES),
+    *("sequence", "memory", *_SIDES),
 )
+
+
+class Memory:
+    """What the first block leaves for all behind it."""
+
+    tokens = None
+
+
+MEMORY = Memory()
 
 
 class Block(nn.Module):
@@ -26,10 +35,15 @@ class Block(nn.Module):
         if number is not None:
             self.number = number
         self.name = f"block {number}"
+        self.memory = None
         self.linear, self.up, self.down = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
 
-    def forward(self, hidden_states, temb, skip=None, captions=None):
+    def forward(self, hidden_states, temb, skip=None, captions=None, lead=False):
         x = hidden_states if skip is None else hidden_states + skip
+        if lead:
+            self.memory.tokens = hidden_states
+        elif self.memory is not None:
+            hidden_states = hidden_states + 0.5 * self.memory.tokens
         x = x + (0 if captions is None else captions) + self.linear(temb)[:, None]
         return (hidden_states + torch.tanh(self.down(torch.tanh(self.up(x))))) * (1 + getattr(self, "number", 0))
 
@@ -44,6 +58,9 @@ class Odd(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(Block(i if numbered else None) for i in range(num_layers))
         self.left, self.right = (nn.ModuleList(Block() for _ in range(n)) for n in (left_layers, right_layers))
         self.captions = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(num_layers if kind == "captions" else 0))
+        if kind == "memory":
+            for block in self.blocks:
+                block.memory = MEMORY
         self.time, self.out = nn.Linear(1, WIDTH), nn.Linear(WIDTH, WIDTH)
         if kind in ("table", "buffer", "window"):
             self.register_buffer("table", torch.arange(num_layers * 1.0), persistent=False)
@@ -66,7 +83,7 @@ class Odd(ModelMixin, ConfigMixin):
         if kind == "sequence":
             x, temb = x.transpose(0, 1), temb[:1]
         for i, block in enumerate(self.blocks):
-            given = {}
+            given = {"lead": True} if kind == "memory" and i == 0 else {}
             if kind == "skip" and i == 3:
                 given["skip"] = first
             if kind == "captions":

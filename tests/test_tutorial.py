@@ -24,7 +24,7 @@ def test_a_family_from_zero(tmp_path, monkeypatch):
         done = subprocess.run(
             ["bash", "-euc", block],
             cwd=tmp_path,
-            env={**os.environ, "PATH": path, "PYTHONPATH": "."},
+            env={**os.environ, "PATH": path},
             capture_output=True,
             text=True,
             check=False,

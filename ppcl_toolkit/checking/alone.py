@@ -26,13 +26,16 @@ def check_repeats(runner: Runner, witness: Witness) -> None:
 def check_alone(runner: Runner, witness: Witness, other: Batch) -> None:
     """Run every block as it was called, after the transformer has had another call: it must return what it did.
 
+    The last comes first: what a block leaves for those behind it is that of the other call.
+
     Blocks of one batch are run when those of others have been, where a chunk of batches goes through a block. Raises
     `PpclError` with the first that reads something beside its arguments.
     """
     runner.velocity(other)
     runner.settle()
-    for stack in runner.adapter.stacks:
-        for index, (block, call) in enumerate(zip(runner.blocks(stack.path), witness.calls[stack.path], strict=True)):
+    for stack in reversed(runner.adapter.stacks):
+        pairs = zip(runner.blocks(stack.path), witness.calls[stack.path], strict=True)
+        for index, (block, call) in reversed([*enumerate(pairs)]):
             arguments, streams = runner.placement.bring((call.arguments, call.streams))
             with runner.placement.visit(block):
                 output = run_block(block, stack, arguments, streams)

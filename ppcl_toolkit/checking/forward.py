@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppcl_toolkit.checking.alone import check_alone, check_mask, check_repeats, check_streams
+from ppcl_toolkit.checking.alone import check_alone, check_mask, check_repeats, check_streams, shifted
 from ppcl_toolkit.checking.dead import check_networks
 from ppcl_toolkit.checking.joint import check_attention, check_modulation
 from ppcl_toolkit.checking.witness import Witness, check_blocks, check_given, witnessed
@@ -18,11 +18,12 @@ _LESS = 0.1
 
 @torch.no_grad()
 def check_forward(runner: Runner, call: Batch) -> Witness:
-    """Check blocks and streams on one call of a transformer, and on the same at another level of noise.
+    """Check blocks and streams on one call of a transformer, and on other latents at another level of noise.
 
     Returns what was seen of the first; raises `PpclError` with what would go wrong.
     """
-    other = {**call, runner.adapter.timestep: _nearer(call[runner.adapter.timestep])}
+    latents, timestep = runner.adapter.latents, runner.adapter.timestep
+    other = {**call, latents: shifted(call[latents]), timestep: _nearer(call[timestep])}
     check_streams(runner, call)
     check_mask(runner, call)
     # One witness at a time: it has what every block returns.

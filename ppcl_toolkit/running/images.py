@@ -45,7 +45,7 @@ class Timed(BaseModel):
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What pillow raises for files that are cut off, or no images."""
-_REFUSED = (ValueError, TypeError, AttributeError, LookupError, RuntimeError)
+_REFUSED = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError)
 """What pipelines raise for arguments that they cannot use, where the machine is not to blame."""
 _SIDE = 2
 """Latents, in height and in width, that make one token of the transformer."""

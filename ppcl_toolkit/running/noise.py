@@ -144,6 +144,11 @@ class Batches:
                 f"modulation.guidance: the recorded calls have no {self.adapter.distilled!r}, the teacher is not told "
                 "its guidance; leave the values out"
             )
+        if recorded.ndim != 1:
+            raise PpclError(
+                f"modulation.guidance: {self.adapter.distilled!r}, the adapter's `distilled`, is {list(recorded.shape)}"
+                ", and guidance is one number for each sample"
+            )
         drawn = torch.randint(len(self.guidance), recorded.shape, generator=generator)
         batch[self.adapter.distilled] = torch.tensor(self.guidance).to(recorded)[drawn]
 

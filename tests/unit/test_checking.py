@@ -43,6 +43,7 @@ SAID = {
     "captions": r"captions\.4\.bias",
     "sides": r"calls right\[0\] where the adapter has left\[1\]",
     "refiners": r"blocks\[0\].*is called with another hidden_states.*side by side",
+    "memory": r"blocks\[\d\], run after another call of the transformer, returns .* reads something beside",
     "sequence": r"is given a tensor \[3, 2, 8\] as a stream, 'hidden_states': .*\[B, N, D\], here of 2 rows",
     "twice": r"calls blocks\[2\] where the adapter has blocks\[3\]: every block of every stack is to be called once",
 }

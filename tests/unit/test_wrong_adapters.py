@@ -242,6 +242,46 @@ def test_a_later_stack_that_has_image_and_text_the_wrong_way_round():
         all_checks(tiny.flux_transformer(), replace(FLUX, stacks=(first, swapped)), tiny.flux_inputs())
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_run_of_few_steps_does_not_hide_what_a_transformer_is_told(steps):
+    """Any two levels lie on a line."""
+    pipeline = tiny.sd3_pipeline()
+
+    def squared(_, args, kwargs):
+        return args, {**kwargs, "timestep": 1000 * (kwargs["timestep"] / 1000) ** 2}
+
+    run = runner_of(pipeline, {**SMALL, "num_inference_steps": steps})
+    check_run(pipeline, SD3, run)
+    pipeline.transformer.register_forward_pre_hook(squared, with_kwargs=True)
+    with pytest.raises(PpclError, match="what the transformer is told is no affine map of the level of noise"):
+        check_run(pipeline, SD3, run)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"modulation": "norm1.linear"}, r"modulation is 'norm1.linear', and has to be a tuple"),
+        ({"ffn": "ff"}, "ffn is 'ff', and has to be a mapping"),
+        ({"returns": None}, "returns is None, and has to be a tuple"),
+        ({"depth_key": None}, "Stack 'transformer_blocks': depth_key is None, and has to be a name"),
+    ],
+)
+def test_fields_of_another_kind_are_named_where_they_are_written(change, said):
+    with pytest.raises(PpclError, match=said):
+        replace(FLUX.stacks[0], **change)
+    with pytest.raises(PpclError, match=r"Adapter 'flux': stacks is Stack.*\.\.\., and has to be a tuple"):
+        replace(FLUX, stacks=FLUX.stacks[0])
+
+
+def test_guidance_is_told_by_one_number():
+    samples = denoised(tiny.flux_pipeline(), FLUX, ["a"], SMALL, 0)
+    wrong = replace(FLUX, distilled="pooled_projections")
+    with pytest.raises(
+        PpclError, match=r"'pooled_projections', the adapter's `distilled`, is \[1, \d+\], and guidance"
+    ):
+        Batches(samples=samples, adapter=wrong, size=1, seed=0, guidance=(1.0, 7.0))[0]
+
+
 def test_errors_of_functions_of_an_adapter_are_its_own():
     pipeline = tiny.sd3_pipeline()
     run = runner_of(pipeline, {**SMALL, "guidance_scale": 3.0})
