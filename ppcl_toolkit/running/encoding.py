@@ -65,7 +65,7 @@ class Encoder:
             picture = picture.convert("RGBA")
         pixels = pipeline.image_processor.preprocess(picture).to(pipeline._execution_device, pipeline.vae.dtype)
         latents = self._packed(self.latents(pixels))
-        first = first_call(pipeline, text, 0, call)
+        first = first_call(pipeline, self._adapter, text, 0, call)
         # Under classifier-free guidance in one call, there is a row of the negative prompt, too.
         return next(sample for sample in split(self._adapter, first, latents.cpu()) if not sample.negative)
 

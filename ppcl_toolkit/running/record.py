@@ -27,12 +27,12 @@ class _Recorded(BaseException):
 def denoised(pipeline: Any, adapter: Adapter, texts: Sequence[str], call: Mapping[str, Any], seed: int) -> list[Sample]:
     """Make the images of `texts`; return the calls of the first step, each with the latents that the run ends with."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
-    with _recording(pipeline.transformer) as seen, stepping(pipeline.scheduler, seen.stepped):
+    with _recording(pipeline.transformer, adapter) as seen, stepping(pipeline.scheduler, seen.stepped):
         run_pipeline(pipeline, texts, generators, call, "latent")
     assert seen.latents is not None, "the run took no step"
     if len(stacked(seen.calls[0][adapter.latents])) > 1 and (names := _one_for_each_row(adapter, seen.calls[0])):
         # By chance, or because a sample has its own: then those of a single prompt are as many as its rows, too.
-        for name in names & _one_for_each_row(adapter, first_call(pipeline, texts[0], seed, call)):
+        for name in names & _one_for_each_row(adapter, first_call(pipeline, adapter, texts[0], seed, call)):
             raise PpclError(
                 f"adapter {adapter.family}: shared names {name!r}, of which the pipeline passes one for each sample: a "
                 "batch would give all of them the first's"
@@ -82,9 +82,9 @@ def _one_for_each_row(adapter: Adapter, arguments: Mapping[str, Any]) -> set[str
     return {name for name, value in parts.items() if len(value) == rows}
 
 
-def first_call(pipeline: Any, text: str, seed: int, call: Mapping[str, Any]) -> dict[str, Any]:
+def first_call(pipeline: Any, adapter: Adapter, text: str, seed: int, call: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run calls its transformer with first; it is cut short there."""
-    with _recording(pipeline.transformer, first_only=True) as seen, contextlib.suppress(_Recorded):
+    with _recording(pipeline.transformer, adapter, first_only=True) as seen, contextlib.suppress(_Recorded):
         run_pipeline(pipeline, [text], [torch.Generator().manual_seed(seed)], call, "latent")
     return seen.calls[0]
 
@@ -103,16 +103,25 @@ def _one(value: Any, name: str, index: int, tokens: Tensor, listed: bool) -> Any
 class _Seen:
     """What a run calls a transformer with at its first step, and the latents [B, ...] behind its last."""
 
-    def __init__(self) -> None:
+    def __init__(self, adapter: Adapter) -> None:
+        self._changing = (adapter.latents, adapter.timestep)
         self.calls: list[dict[str, Any]] = []
         self.latents: Tensor | None = None
         self._count = 0
 
     def called(self, arguments: dict[str, Any]) -> None:
-        """Take a call: those of the first step are kept."""
+        """Take a call: those of the first step are kept; `PpclError` where a later one is told something else."""
         self._count += 1
         if self.latents is None:
             self.calls.append({name: _resting(value) for name, value in arguments.items()})
+        elif self._count <= len(self.calls):
+            kept = self.calls[self._count - 1]
+            for name in kept.keys() - {*self._changing}:
+                if not _is_same(arguments.get(name), kept[name]):
+                    raise PpclError(
+                        f"the pipeline passes another {name} at a later step than at the first, which is what samples "
+                        "keep; what turns that off belongs in `teacher.call`"
+                    )
 
     def stepped(self, given: Mapping[str, Any], latents: Tensor) -> None:
         """Take a step; `PpclError` where it had more calls than the first one."""
@@ -126,10 +135,10 @@ class _Seen:
 
 
 @contextlib.contextmanager
-def _recording(transformer: Any, *, first_only: bool = False) -> Iterator[_Seen]:
+def _recording(transformer: Any, adapter: Adapter, *, first_only: bool = False) -> Iterator[_Seen]:
     """Collect the arguments of the calls of the first denoising step: two where guidance makes a call of its own."""
     signature = inspect.signature(type(transformer).forward)
-    seen = _Seen()
+    seen = _Seen(adapter)
 
     def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = dict(signature.bind(module, *args, **kwargs).arguments)
@@ -143,6 +152,17 @@ def _recording(transformer: Any, *, first_only: bool = False) -> Iterator[_Seen]
         yield seen
     finally:
         handle.remove()
+
+
+def _is_same(value: Any, kept: Any) -> bool:
+    """Whether tensors are the same but for rounding; what is none is looked at by the check."""
+    tensors: list[list[Tensor]] = [[], []]
+    for each, found in zip((value, kept), tensors, strict=True):
+        map_tensors(each, found.append)
+    return len(tensors[0]) == len(tensors[1]) and all(
+        one.shape == other.shape and torch.allclose(one.detach().cpu().float(), other.float(), rtol=1e-2, atol=1e-2)
+        for one, other in zip(*tensors, strict=True)
+    )
 
 
 def _resting(value: Any) -> Any:

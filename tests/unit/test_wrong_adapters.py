@@ -257,6 +257,21 @@ def test_a_run_of_few_steps_does_not_hide_what_a_transformer_is_told(steps):
         check_run(pipeline, SD3, run)
 
 
+def test_words_that_change_after_many_steps_are_found_when_they_are_recorded():
+    """The check looks at three steps."""
+    pipeline, seen = tiny.sd3_pipeline(), []
+
+    def changed(_, args, kwargs):
+        seen.append(0)
+        return args, {**kwargs, "pooled_projections": kwargs["pooled_projections"] + (len(seen) > 5)}
+
+    pipeline.transformer.register_forward_pre_hook(changed, with_kwargs=True)
+    assert len(denoised(pipeline, SD3, ["a"], {**SMALL, "num_inference_steps": 5}, 0)) == 2
+    seen.clear()
+    with pytest.raises(PpclError, match="passes another pooled_projections at a later step than at the first"):
+        denoised(pipeline, SD3, ["a"], {**SMALL, "num_inference_steps": 6}, 0)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
