@@ -88,7 +88,7 @@ def _scalings(vae: Any) -> Iterator[Scaling]:
     """Yield the ways in which pipelines use what an autoencoder's config says; `PpclError` where it says nothing."""
     names = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
     mean, deviation, scale, shift = (vae.config.get(name) for name in names)
-    if mean is None and scale is None:
+    if (mean is None or deviation is None) and scale is None:
         raise PpclError(
             f"samples.images: {type(vae).__name__} has neither scaling_factor nor latents_mean in its config, so its "
             "latents cannot be scaled; give prompts instead"
