@@ -1,5 +1,7 @@
 """Whether what an adapter names in blocks is given what it is to be given: joint attention and modulation."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -77,16 +79,40 @@ def _changed(one: Arguments, other: Arguments | None) -> set[str]:
 def check_modulation(runner: Runner, witness: Witness) -> None:
     """Run a block of every stack on two pairs of streams: its modulation must be fed one vector for each sample.
 
-    Raises `PpclError` where it is fed something else.
+    Raises `PpclError` where it is fed something else, or runs twice with other vectors.
     """
     layers = []
-    for stack in runner.adapter.stacks:
-        index, block, _ = middle(runner, witness, stack)
-        modules = dict(block.named_modules())
-        layers += [Layer(stack.path, index, path) for path in stack.modulation if path in modules]
-    if not layers:
-        return
     try:
-        vectors(runner, layers, witness.batch, prove=True)
+        for stack in runner.adapter.stacks:
+            index, block, call = middle(runner, witness, stack)
+            modules = dict(block.named_modules())
+            own = [Layer(stack.path, index, path) for path in stack.modulation if path in modules]
+            layers += own
+            with _fed_once(block, own):
+                arguments, streams = runner.placement.bring((call.arguments, call.streams))
+                with runner.placement.visit(block):
+                    run_block(block, stack, arguments, streams)
+        if layers:
+            vectors(runner, layers, witness.batch, prove=True)
     except PpclError as error:
         raise PpclError(f"adapter {runner.adapter.family}: modulation: {error}") from error
+
+
+@contextlib.contextmanager
+def _fed_once(block: nn.Module, layers: list[Layer]) -> Iterator[None]:
+    """Raise a `PpclError` where a layer runs twice, with other vectors."""
+    seen: dict[Layer, Tensor] = {}
+
+    def note(layer: Layer, given: tuple[Any, ...]) -> None:
+        if difference(given[0], seen.setdefault(layer, given[0])):
+            raise PpclError(f"{layer} is run twice in a block, with other vectors: it is no modulation")
+
+    handles = [
+        block.get_submodule(layer.path).register_forward_pre_hook(lambda _, given, layer=layer: note(layer, given))
+        for layer in layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -35,9 +35,9 @@ class _Enough(Exception):
 def vectors(runner: Runner, layers: Sequence[Layer], batch: Batch, *, prove: bool = False) -> dict[Layer, Tensor]:
     """Return what each layer is fed in the teacher's call of `batch`, [V, D]; no attention is run.
 
-    With `prove`, blocks run once more, to their ends and on other streams: a `PpclError` names a layer that is never
-    run, or twice with other vectors, or is fed by more than the conditioning, or by other than a whole number of
-    vectors for each sample. Where reference tokens have a modulation of their own there are two.
+    With `prove`, blocks run twice, on different streams: a `PpclError` names a layer that is never run, or is fed by
+    more than the conditioning, or by other than a whole number of vectors for each sample. Where reference tokens have
+    a modulation of their own there are two.
     """
     runner.settle()
     batch = runner.placement.bring(batch)
@@ -53,7 +53,7 @@ def vectors(runner: Runner, layers: Sequence[Layer], batch: Batch, *, prove: boo
             if wanted:
                 with runner.placement.visit(block):
                     given = _fed(block, stack, calls.arguments[index], calls.streams, wanted)
-                    again = _fed(block, stack, calls.arguments[index], other, wanted, whole=True) if prove else given
+                    again = _fed(block, stack, calls.arguments[index], other, wanted) if prove else given
                 for layer in wanted:
                     _check(layer, given.get(layer), again.get(layer), samples)
                 found |= given
@@ -91,23 +91,14 @@ def _pair(state: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _fed(
-    block: nn.Module,
-    stack: Stack,
-    arguments: Arguments,
-    streams: Streams,
-    wanted: Sequence[Layer],
-    *,
-    whole: bool = False,
+    block: nn.Module, stack: Stack, arguments: Arguments, streams: Streams, wanted: Sequence[Layer]
 ) -> dict[Layer, Tensor]:
-    """Return what layers are fed; `whole` is to run all of the block, in which none may be fed two things."""
     found: dict[Layer, Tensor] = {}
 
     def watch(layer: Layer) -> Any:
         def note(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            if layer in found and not (found[layer].shape == given[0].shape and torch.equal(found[layer], given[0])):
-                raise PpclError(f"{layer} is run twice in a block, with other vectors: it is no modulation")
             found[layer] = given[0].detach()
-            if len(found) == len(wanted) and not whole:
+            if len(found) == len(wanted):
                 raise _Enough
 
         return block.get_submodule(layer.path).register_forward_pre_hook(note)

@@ -257,6 +257,18 @@ def test_a_run_of_few_steps_does_not_hide_what_a_transformer_is_told(steps):
         check_run(pipeline, SD3, run)
 
 
+def test_a_layer_that_runs_twice_with_other_vectors_is_no_modulation():
+    transformer = tiny.flux_transformer()
+
+    def again(layer, *_):
+        layer(torch.ones(2, layer.in_features))
+
+    for block in transformer.transformer_blocks:
+        block.norm2.register_forward_hook(partial(again, block.norm1.linear))
+    with pytest.raises(PpclError, match=r"modulation: .*norm1.linear is run twice in a block, with other vectors"):
+        all_checks(transformer, FLUX, tiny.flux_inputs())
+
+
 def test_words_that_change_after_many_steps_are_found_when_they_are_recorded():
     """The check looks at three steps."""
     pipeline, seen = tiny.sd3_pipeline(), []
