@@ -28,7 +28,7 @@ SAID = {
     "tensor": _NUMBERED % "gain",
     "buffer": _NUMBERED % "gain",
     "config": _NUMBERED % "gain",
-    "attribute": r"blocks\[0\], run after another call of the transformer, returns another image .* reads something",
+    "attribute": r"blocks\[\d\], run after another call of the transformer, returns another image .* reads something",
     "counts": "two calls with the same arguments make another velocity",
     "dropout": "two calls with the same arguments make another velocity .*is it in training mode",
     "half": r"blocks\[4\].* is called with another hidden_states",
